@@ -1,0 +1,36 @@
+"""ctrl_ray: add a control to a pre-trained diffusion model by reinforcement learning (CTRL, ICLR 2025), on Ray.
+
+Importing the package takes no time: what is named here is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctrl_ray.config import ControlConfig, TrainConfig
+    from ctrl_ray.errors import CtrlRayError
+    from ctrl_ray.policy.pipeline import ControlledPipeline
+    from ctrl_ray.presets import preset
+    from ctrl_ray.train import Run, fit
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "ControlConfig": "ctrl_ray.config",
+    "ControlledPipeline": "ctrl_ray.policy.pipeline",
+    "CtrlRayError": "ctrl_ray.errors",
+    "Run": "ctrl_ray.train",
+    "TrainConfig": "ctrl_ray.config",
+    "fit": "ctrl_ray.train",
+    "preset": "ctrl_ray.presets",
+}
+
+__all__ = ["ControlConfig", "ControlledPipeline", "CtrlRayError", "Run", "TrainConfig", "fit", "preset"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ctrl_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,404 @@
+"""Every setting of a run, as frozen dataclasses: what it means and what it costs. No torch, no ray here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ctrl_ray.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlConfig:
+    """One control y: its classes, who measures it, and how hard it pulls."""
+
+    guidance_strength: float = 1.0
+    """gamma: the exponent of p(y|x,c) in the target p_pre(x|c) p(y|x,c)^gamma. Higher: more accurate, more KL, less
+    diverse. With kl_coef = 1 it is the exponent itself; in general the exponent is guidance_strength / kl_coef."""
+    oracle: str | None = None
+    """Who measures the true value of an image: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle' (a function from
+    a PIL image to a number). None: no oracle; then accuracy after training can only be judged by a classifier."""
+    thresholds: tuple[float, ...] = ()
+    """Ascending class borders of a measured number: class i is [thresholds[i-1], thresholds[i]). Empty: the data
+    column already holds integer labels."""
+    classes: tuple[str, ...] = ()
+    """Class names; their number is the number of classifier outputs. Empty with thresholds: names are made from them."""
+    unit: str = ""
+    """Unit of the measured number, for figures ('bytes')."""
+    column: str | None = None
+    """Column of the offline data set; None: the control's name."""
+    classifier: str | None = None
+    """Folder of a fitted classifier; None: step 1 fits one from `data` first."""
+    label_weights: tuple[float, ...] = ()
+    """Label law in training: relative weight of each class. Empty: uniform."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.guidance_strength) and self.guidance_strength >= 0,
+            f"guidance_strength is {self.guidance_strength}; expected a finite number >= 0 (0 switches the control off)",
+        )
+        _require(
+            list(self.thresholds) == sorted(set(self.thresholds)),
+            f"thresholds {self.thresholds} must be strictly ascending",
+        )
+        if self.thresholds and self.classes:
+            _require(
+                len(self.classes) == len(self.thresholds) + 1,
+                f"{len(self.thresholds)} thresholds make {len(self.thresholds) + 1} classes, but classes names "
+                f"{len(self.classes)}: {self.classes}",
+            )
+        if self.label_weights:
+            _require(
+                len(self.label_weights) == self.num_classes
+                and min(self.label_weights) >= 0
+                and sum(self.label_weights) > 0,
+                f"label_weights {self.label_weights} must hold one weight >= 0 for each of the {self.num_classes} "
+                "classes, not all zero",
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 while unknown (a classifier folder given, not yet read)."""
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, made from the thresholds where none are given: '<1500', '1500-1700', '>=1700'."""
+        if self.classes or not self.thresholds:
+            return self.classes
+        t = [f"{value:g}" for value in self.thresholds]
+        return (f"<{t[0]}", *(f"{low}-{high}" for low, high in zip(t, t[1:], strict=False)), f">={t[-1]}")
+
+    def classify(self, value: float) -> int:
+        """Class index of a measured value: the number of thresholds that are <= value."""
+        return sum(value >= threshold for threshold in self.thresholds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierConfig:
+    """Step 1: how p(y|x,c) is fitted and calibrated."""
+
+    network: str = "cnn"
+    """'cnn' (small convolutional network), 'clip:NAME_OR_FOLDER' (head on a CLIP vision tower), or
+    'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
+    prompt_conditional: bool = False
+    """Give the classifier the prompt as well: needed when y depends on the prompt given the image."""
+    epochs: int = 12
+    """Passes over the fitting split; the epoch with the lowest NLL on the selection split is kept."""
+    learning_rate: float = 2e-3
+    """Peak of the one-cycle schedule (AdamW)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of the network."""
+    batch_size: int = 128
+    """Images per optimizer step, over all workers."""
+    max_images: int | None = None
+    """Use at most this many rows of the data set; None: all."""
+    num_pipeline_samples: int = 0
+    """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle: they are what the reward will
+    be asked about. Needs an oracle for the control."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of the rows for fitting, choosing the epoch, and temperature scaling."""
+    decode: bool = True
+    """Pass every image through the pipeline's VAE first (and measure its label again when there is an oracle), because
+    the reward only ever sees decoded images."""
+    num_workers: int = 1
+    """Ray Train workers."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.split) == 3 and min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-6,
+            f"classifier split {self.split} must be three positive shares that add up to 1",
+        )
+        for name in ("epochs", "batch_size", "num_workers"):
+            _require(getattr(self, name) >= 1, f"classifier {name} is {getattr(self, name)}; expected at least 1")
+        kind = self.network.partition(":")[0]
+        _require(
+            self.network == "cnn" or (kind in ("clip", "transformers") and ":" in self.network),
+            f"classifier network {self.network!r} is unknown; expected 'cnn', 'clip:NAME_OR_FOLDER' or "
+            "'transformers:NAME_OR_FOLDER'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """The reverse process the policy is trained for. The guarantee holds for these values only; they are exported."""
+
+    num_steps: int = 10
+    """Denoising steps; UNet calls per sample grow linearly with it."""
+    eta: float = 1.0
+    """DDIM stochasticity. 1 is (nearly) memoryless, as the theory needs; 0 has no density and is refused with a KL."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the prompt; 1.0 = off, anything else doubles the UNet's work."""
+    control_scale: float | None = None
+    """A separate scale for the label direction (three UNet branches); None: prompt and label share guidance_scale."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1")
+        _require(0 <= self.eta <= 1, f"eta is {self.eta}; expected a number in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation of the denoiser's attention projections."""
+
+    rank: int = 8
+    """Rank of every update; trainable parameters grow linearly with it."""
+    alpha: float = 8.0
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names (endings) of the linear layers that get an update."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora rank is {self.rank}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
+
+    learning_rate: float = 1e-3
+    """LoRA (with full_finetune: the whole denoiser)."""
+    embedding_learning_rate: float = 1e-2
+    """Control embedding tables; they start at zero and may move faster."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases the optimum towards the pre-trained model without being part of the KL."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.99
+    """Decay of AdamW's second moment; runs are short, so it forgets faster than the usual 0.999."""
+    gradient_clipping: float = 5.0
+    """Clip the global gradient norm at this value; 0 = off."""
+    warmup_updates: int = 2
+    """Linear warm-up."""
+    final_learning_rate_fraction: float = 0.1
+    """Cosine decay ends at this fraction of the peak; 1.0 = constant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardPoolConfig:
+    """The Ray actors that decode latents and answer log p(y|x,c) with its gradient."""
+
+    num_actors: int = 1
+    """Actors in the pool; 0 computes rewards inside each training worker."""
+    cpus_per_actor: float = 1.0
+    """CPUs that Ray reserves for an actor, and (rounded up) its torch threads."""
+    gpus_per_actor: float = 0.0
+    """GPUs (fractions allowed) that Ray reserves for an actor."""
+    deterministic: bool = True
+    """One request is one forward pass, so that a repeated run is bitwise equal on CPU."""
+    timeout_s: float = 300.0
+    """A request that is unanswered for longer fails with an error instead of hanging the workers."""
+    decode_chunk_size: int = 32
+    """Images decoded at a time: bounds the pool's memory, changes no result."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
+        _require(self.timeout_s > 0, f"rewards.timeout_s is {self.timeout_s}; expected a positive number of seconds")
+        _require(self.decode_chunk_size >= 1, f"rewards.decode_chunk_size is {self.decode_chunk_size}; expected >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingConfig:
+    """Workers and how DeepSpeed shards over them."""
+
+    num_workers: int = 1
+    """Ray Train workers; each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs)."""
+    use_gpu: bool = False
+    """One GPU for each worker; False trains on CPU with gloo."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for a worker."""
+    threads_per_worker: int | None = None
+    """torch threads of a worker; None: cpus_per_worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about one more forward per step."""
+    max_failures: int = 3
+    """Restarts from the last checkpoint after a lost worker before the run gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, f"scaling.num_workers is {self.num_workers}; expected at least 1")
+        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How a policy is judged: by the oracle on decoded samples, never by the classifier that was the reward."""
+
+    every_updates: int = 10
+    """Evaluate (and checkpoint) after this many updates; 0: only at the end."""
+    num_samples: int = 128
+    """Samples of an evaluation during training; the best of them decides which checkpoint is exported."""
+    final_num_samples: int = 512
+    """Samples of the evaluation before and after, in the report."""
+    batch_size: int = 128
+    """Samples rolled out at a time."""
+    prompts_file: str | None = None
+    """Prompts to evaluate on (one a line); None: the training prompts with seeds never used in training."""
+    seed: int = 1_000_003
+    """Seed of the evaluation's noise; training never uses it."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
+        for name in ("num_samples", "final_num_samples", "batch_size"):
+            _require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run of the main job. Presets are functions that return one (`ctrl_ray.presets`)."""
+
+    output_dir: str = "runs/shapes"
+    """Where the run is written (see the README's 'where the results lie')."""
+    base_model: str = "shapes"
+    """'shapes' (ships with the package), a folder in the diffusers format, or a hub id."""
+    base_revision: str | None = None
+    """Hub revision of base_model."""
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
+    """The controls by name; several compose."""
+    data: str | None = None
+    """Offline data set (Parquet file or folder) for step 1; 'shapes' draws it."""
+    num_drawn_images: int = 6000
+    """With data = 'shapes': how many images are drawn."""
+    prompts_file: str | None = None
+    """Prompts to train on, one a line; None: the data set's prompt column, or the shapes prompts."""
+    seed: int = 0
+    """Keys every random draw together with (update, sample id, purpose)."""
+    num_updates: int = 60
+    """Optimizer updates."""
+    global_batch_size: int = 64
+    """Trajectories per update, over all workers."""
+    micro_batch_size_per_worker: int = 32
+    """Trajectories a worker holds at a time; the reward of one is scored while the next is rolled out."""
+    kl_coef: float = 1.0
+    """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
+    latent_reduction: Literal["sum", "mean"] = "sum"
+    """KL over latent dimensions: 'sum' is the method's; 'mean' is the public reference code's, whose exponent depends
+    on the number of latent dimensions."""
+    control_dropout: float = 0.1
+    """Share of samples whose label is null (strength 0), so that the policy without a label stays the reference."""
+    target_kl: float | None = None
+    """Stop early when the KL of an evaluation exceeds this many nats; the best checkpoint below it is exported."""
+    full_finetune: bool = False
+    """Train every weight of the denoiser instead of LoRA; keeps a frozen copy as the reference."""
+    init_adapter: str | None = None
+    """Adapter folder to go on from; a control it does not have is added to it."""
+    checkpoint_every_updates: int = 10
+    """A crash loses at most this many updates."""
+    num_checkpoints_to_keep: int = 2
+    """Latest and best checkpoints kept on disk."""
+    export_images: int = 16
+    """Images per class in the report and in Aim."""
+    aim: bool = True
+    """Write the metrics and images to an Aim repository under output_dir as well."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Reverse process."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adaptation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    rewards: RewardPoolConfig = field(default_factory=RewardPoolConfig)
+    """Reward pool."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Workers and sharding."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Step 1."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Judging."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")
+        _require(self.global_batch_size >= 1, f"global_batch_size is {self.global_batch_size}; expected at least 1")
+        _require(
+            self.micro_batch_size_per_worker >= 1,
+            f"micro_batch_size_per_worker is {self.micro_batch_size_per_worker}; expected at least 1",
+        )
+        per_pass = self.scaling.num_workers * self.micro_batch_size_per_worker
+        _require(
+            self.global_batch_size % per_pass == 0,
+            f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
+            f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
+            f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
+        )
+        _require(
+            math.isfinite(self.kl_coef) and self.kl_coef >= 0,
+            f"kl_coef is {self.kl_coef}; expected a finite number >= 0",
+        )
+        _require(
+            self.sampler.eta > 0,
+            f"eta is {self.sampler.eta}: a deterministic step has no density, so its KL to the pre-trained model does "
+            "not exist; set sampler.eta to 1.0",
+        )
+        _require(
+            0 <= self.control_dropout < 1, f"control_dropout is {self.control_dropout}; expected a share in [0, 1)"
+        )
+        _require(
+            self.checkpoint_every_updates >= 1,
+            f"checkpoint_every_updates is {self.checkpoint_every_updates}; expected at least 1",
+        )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per worker and update."""
+        return self.global_batch_size // (self.scaling.num_workers * self.micro_batch_size_per_worker)
+
+
+def to_json(config: Any) -> str:
+    """The config as indented JSON, the content of `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=False)
+
+
+def train_config_from_json(text: str, *, source: str = "config.json") -> TrainConfig:
+    """The inverse of `to_json`; unknown or missing-typed keys are a `ConfigError` that names them."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source} is not JSON: {error}") from error
+    return _build(TrainConfig, values, source)
+
+
+_NESTED: dict[str, type] = {
+    "sampler": SamplerConfig,
+    "lora": LoraConfig,
+    "optimizer": OptimizerConfig,
+    "rewards": RewardPoolConfig,
+    "scaling": ScalingConfig,
+    "classifier": ClassifierConfig,
+    "evaluation": EvaluationConfig,
+}
+
+
+def _build(cls: type, values: dict[str, Any], source: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    _require(not unknown, f"{source}: unknown settings {unknown} for {cls.__name__}; known ones are {sorted(known)}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if cls is TrainConfig and name in _NESTED:
+            value = _build(_NESTED[name], value, f"{source}: {name}")
+        elif cls is TrainConfig and name == "controls":
+            value = {k: _build(ControlConfig, v, f"{source}: controls.{k}") for k, v in value.items()}
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`."""
+    file = Path(path)
+    _require(file.is_file(), f"prompts file {file} does not exist; expected a text file with one prompt a line")
+    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    _require(len(prompts) > 0, f"prompts file {file} holds no prompt; expected one a line")
+    return prompts

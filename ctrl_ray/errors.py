@@ -1,0 +1,42 @@
+"""One exception tree: every failure that a user can cause says what, got, expected and how to fix."""
+
+from __future__ import annotations
+
+
+class CtrlRayError(Exception):
+    """Base of every error this package raises on purpose; its text is the whole message for the user.
+
+    All of them survive pickling (one positional message, no extra state), because they cross processes.
+    """
+
+
+class ConfigError(CtrlRayError, ValueError):
+    """A configuration value, or a combination of them, that cannot run."""
+
+
+class DataError(CtrlRayError, ValueError):
+    """The offline data set (file, column, row, image or label) is not what the schema asks for."""
+
+
+class ModelError(CtrlRayError, ValueError):
+    """A model folder, adapter or classifier that cannot be loaded or does not fit its base model."""
+
+
+class RewardError(CtrlRayError, RuntimeError):
+    """The reward pool could not answer: dead actors, a timeout, or a non-finite reward."""
+
+
+class NonFiniteError(CtrlRayError, FloatingPointError):
+    """A loss, gradient or reward became NaN or infinite; raised before the optimizer step."""
+
+
+class RunFolderError(CtrlRayError, FileExistsError):
+    """The output folder holds another run, or lacks the run that should be resumed."""
+
+
+class ResourceError(CtrlRayError, RuntimeError):
+    """The cluster has fewer CPUs, GPUs or nodes than the run asks for."""
+
+
+class InterruptedRunError(CtrlRayError, KeyboardInterrupt):
+    """The run was stopped by the user after it had left a checkpoint."""

@@ -1,0 +1,99 @@
+"""Named starting points: each returns a whole configuration. No torch and no ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RewardPoolConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.errors import ConfigError
+
+_SHIPPED = Path(__file__).resolve().parent / "shapes"
+
+JPEG_SIZE_THRESHOLDS = (1500.0, 1700.0, 1900.0)
+"""Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
+
+COLOURFULNESS_THRESHOLDS = (40.0,)
+"""Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
+
+
+def shapes() -> TrainConfig:
+    """The embedded default: a small pipeline of ours, controlled by the JPEG-size class; minutes on two CPU cores."""
+    return TrainConfig(
+        output_dir="runs/shapes",
+        base_model="shapes",
+        data="shapes",
+        controls={
+            "jpeg_size": ControlConfig(
+                guidance_strength=4.0,
+                oracle="jpeg_size",
+                thresholds=JPEG_SIZE_THRESHOLDS,
+                unit="bytes",
+                classifier=str(_SHIPPED / "classifier"),
+            )
+        },
+        classifier=ClassifierConfig(num_pipeline_samples=2000),
+        sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0),
+        scaling=ScalingConfig(num_workers=1, threads_per_worker=2),
+    )
+
+
+def shapes_two_controls() -> TrainConfig:
+    """`shapes` with two controls at once: JPEG size and colourfulness, each with its own classifier."""
+    import dataclasses
+
+    base = shapes()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/shapes-two-controls",
+        controls={
+            **base.controls,
+            "colourfulness": ControlConfig(
+                guidance_strength=2.0,
+                oracle="colourfulness",
+                thresholds=COLOURFULNESS_THRESHOLDS,
+                unit="units",
+            ),
+        },
+    )
+
+
+def stable_diffusion() -> TrainConfig:
+    """Stable Diffusion 1.5 on GPUs, with the paper's sampler (50 steps, eta 1, CFG 7.5); add --control and --data."""
+    return TrainConfig(
+        output_dir="runs/stable-diffusion",
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        num_updates=100,
+        global_batch_size=256,
+        micro_batch_size_per_worker=8,
+        sampler=SamplerConfig(num_steps=50, eta=1.0, guidance_scale=7.5),
+        lora=LoraConfig(rank=16, alpha=16.0),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        scaling=ScalingConfig(
+            num_workers=4, use_gpu=True, cpus_per_worker=4, precision="bf16", gradient_checkpointing=True
+        ),
+        rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0, decode_chunk_size=4),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "shapes": shapes,
+    "shapes-two-controls": shapes_two_controls,
+    "stable-diffusion": stable_diffusion,
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name; ConfigError lists the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,106 @@
+"""What every test stands on: a quiet environment, one tiny pipeline, one local Ray, and marks by folder.
+
+The environment is set when pytest imports this file, before torch or Ray is imported by a test.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).resolve().parent
+_FOLDER_MARKS = ("unit", "integration", "gpu")
+
+
+def _prepare_environment() -> None:
+    """No foreign address is asked for anything, nothing is written to the user's home, two cores are enough.
+
+    HOME becomes a private folder whose `ray_bootstrap_config.yaml` keeps Ray's dashboard from asking cloud metadata
+    addresses who the provider is. What is costly to make again stays in the real home's cache: DeepSpeed's compiled
+    communication op (about a minute) and matplotlib's font list.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
+    os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))
+    home = Path(tempfile.mkdtemp(prefix="ctrl-ray-home-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    (home / "ray_bootstrap_config.yaml").write_text("{}\n")
+    fixed = {
+        "HOME": str(home),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLBACKEND": "Agg",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    os.environ.update(fixed)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Whoever runs the tests inside a cluster job still gets a Ray of their own.
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+_prepare_environment()
+if not _has_cuda():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's folder is its mark; GPU tests are skipped where there is none."""
+    skip_gpu = pytest.mark.skip(reason="no CUDA device")
+    has_cuda = _has_cuda()
+    for item in items:
+        if not item.path.is_relative_to(_TESTS):
+            continue
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _FOLDER_MARKS:
+            item.add_marker(folder)
+        if item.get_closest_marker("gpu") and not has_cuda:
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline in the diffusers format: 32-px images, latents (4, 4, 4). Read only."""
+    from tests.tiny import make_tiny_pipeline
+
+    return make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all integration tests: four logical CPUs (reward actors beside two workers), no dashboard."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()

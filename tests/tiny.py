@@ -1,0 +1,140 @@
+"""A Stable-Diffusion-format pipeline small enough to be made in a second: real classes, random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = (
+    *("a", "red", "green", "blue", "yellow", "purple", "white"),
+    *("circle", "square", "triangle", "cross"),
+)
+"""What the tokenizer knows as whole words; other lower-case words fall apart into letters."""
+
+MAX_TOKENS = 16
+"""Context length of the text encoder, start and end token included."""
+
+LATENT_SHAPE = (4, 4, 4)
+"""Latents of one sample; images are 32 px."""
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_tiny_pipeline(
+    folder: str | Path, *, prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon", seed: int = 0
+) -> Path:
+    """Write a pipeline that `StableDiffusionPipeline.from_pretrained(folder)` loads offline; returns `folder`.
+
+    The weights are random but not degenerate: decoded images have contrast and depend on their latents, and the
+    denoiser's output depends on latents, timestep and prompt. Same seed, same bytes.
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=_vae(),
+            text_encoder=_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=_unet(),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                set_alpha_to_one=False,
+                steps_offset=1,
+                clip_sample=False,
+                timestep_spacing="trailing",
+                prediction_type=prediction_type,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _tokenizer() -> CLIPTokenizer:
+    """Byte pairs that build each word from its left end; longer words first, lest 'r e' of red splits green."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab = {token: index for index, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    merges: list[tuple[str, str]] = []
+    for word in sorted(WORDS, key=len, reverse=True):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        for end in range(1, len(symbols)):
+            pair = ("".join(symbols[:end]), symbols[end])
+            if pair not in merges:
+                merges.append(pair)
+                vocab.setdefault("".join(pair), len(vocab))
+    for token in (_START, _END):
+        vocab[token] = len(vocab)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    for word in WORDS:
+        assert tokenizer(word).input_ids == [vocab[_START], vocab[word + "</w>"], vocab[_END]], word
+    return tokenizer
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # The default initial scale (0.02) would make all prompts nearly the same.
+    _scale(encoder.get_input_embeddings(), 50.0)
+    return encoder.eval()
+
+
+def _vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=LATENT_SHAPE[0],
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+    return vae.eval()
+
+
+def _unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SHAPE[-1],
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+    )
+    # Fresh cross attention is a whisper; let the prompt count.
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_out.0"):
+            _scale(module, 6.0)
+    return unet.eval()
+
+
+@torch.no_grad()
+def _scale(module: nn.Module, factor: float) -> None:
+    for parameter in module.parameters():
+        parameter.mul_(factor)

@@ -1,0 +1,49 @@
+"""The exception tree: one base, messages that survive the way between processes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from ctrl_ray import errors
+
+ALL = [
+    member
+    for _, member in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(member, errors.CtrlRayError) and member.__module__ == errors.__name__
+]
+
+
+def test_the_tree_holds_what_users_are_promised() -> None:
+    names = {error.__name__ for error in ALL}
+    assert names >= {
+        *("ConfigError", "CtrlRayError", "DataError", "InterruptedRunError", "ModelError"),
+        *("NonFiniteError", "ResourceError", "RewardError", "RunFolderError"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.ConfigError, ValueError),
+        (errors.DataError, ValueError),
+        (errors.ModelError, ValueError),
+        (errors.RewardError, RuntimeError),
+        (errors.ResourceError, RuntimeError),
+        (errors.NonFiniteError, ArithmeticError),
+    ],
+)
+def test_errors_are_also_what_a_plain_except_clause_expects(error: type[Exception], builtin: type[Exception]) -> None:
+    with pytest.raises(builtin):
+        raise error("what, got, expected, fix")
+
+
+@pytest.mark.parametrize("error", ALL)
+def test_errors_survive_pickling(error: type[Exception]) -> None:
+    message = "global_batch_size (96) must be divisible by 8 × 5"
+    copy = pickle.loads(pickle.dumps(error(message)))
+    assert type(copy) is error
+    assert str(copy) == message
+    assert copy.args == (message,)
