@@ -1,0 +1,153 @@
+"""`python -m ctrl_ray.label --images DIR --output data.parquet`: from images to the offline data set of step 1."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ctrl_ray.errors import ConfigError, CtrlRayError
+from ctrl_ray.offline.labelling import LabelledData, label
+from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
+from ctrl_ray.oracles import UNITS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelConfig:
+    """Measure the images below a folder and write the Parquet data set that the classifier is fitted on."""
+
+    images: str
+    """Folder of PNG, JPEG, WebP, BMP or GIF files, searched recursively; local or any path that pyarrow.fs opens."""
+    output: str
+    """Parquet file to write when it ends in .parquet, else a folder of Parquet files."""
+    controls: tuple[str, ...] = ("jpeg_size",)
+    """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', or 'my_module:my_oracle', a function of
+    yours from a PIL image to a number. Each becomes a column."""
+    columns: str | None = None
+    """Table (.csv or .jsonl) of labels that you have: a column 'file' that names the image relative to the folder, and
+    further columns of integer labels or numbers (and 'prompt', if you like)."""
+    prompts: Literal["none", "sidecar"] = "none"
+    """'sidecar': the prompt of photo.png stands in photo.txt beside it. 'none': no prompts, or those of a table."""
+    prompts_file: str | None = None
+    """Table (.csv or .jsonl) with the columns 'file' and 'prompt'."""
+    image_size: tuple[int, int] | None = None
+    """Height and width: measure each image as scaled to cover this size and cropped around the centre (give the size
+    that the base model makes). The stored image stays as it is. None: measure it as it is."""
+    classes: int = 4
+    """How many classes the suggested thresholds make."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """'error': stop at the first image or label that cannot be used. 'skip': set those aside in
+    OUTPUT.bad_rows.jsonl with the reason, and go on."""
+    overwrite: bool = False
+    """Replace an output that exists."""
+    draw_shapes: int | None = None
+    """First draw this many images of the built-in example into --images, with their prompts beside them: something to
+    try the rest on. The folder must be new or empty."""
+    seed: int = 0
+    """Seed of the drawn images."""
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ConfigError(f"classes is {self.classes}; expected at least 2")
+        if self.draw_shapes is not None and self.draw_shapes < 1:
+            raise ConfigError(f"draw_shapes is {self.draw_shapes}; expected at least 1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: exit status 0, or 2 after a message about what the user can correct."""
+    try:
+        config = tyro.cli(LabelConfig, args=argv, prog="python -m ctrl_ray.label")
+        run(config)
+    except CtrlRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: LabelConfig) -> LabelledData:
+    """Label, and print what came out and what to do next."""
+    prompts = config.prompts
+    if config.draw_shapes is not None:
+        draw_shapes(Path(config.images), config.draw_shapes, config.seed)
+        prompts = "sidecar" if config.prompts_file is None else prompts
+    _connect()
+    data = label(
+        config.images,
+        config.output,
+        controls=config.controls,
+        prompts=prompts,
+        prompts_file=config.prompts_file,
+        columns=config.columns,
+        image_size=config.image_size,
+        on_bad_row=config.on_bad_row,
+        overwrite=config.overwrite,
+    )
+    print(describe(data, config.classes))
+    return data
+
+
+def draw_shapes(folder: Path, num_images: int, seed: int) -> None:
+    """Write drawn images as shape_000000.png with the prompt in shape_000000.txt; the folder must be new or empty."""
+    from ctrl_ray.offline.shapes import draw_dataset
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"images {folder} is not empty; expected a new or empty folder to draw into; give another")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (image, prompt) in enumerate(draw_dataset(num_images, seed)):
+        image.save(folder / f"shape_{index:06d}.png")
+        (folder / f"shape_{index:06d}.txt").write_text(prompt + "\n", encoding="utf-8")
+    print(f"drew {num_images} images with their prompts into {folder}")
+
+
+def describe(data: LabelledData, num_classes: int) -> str:
+    """The distribution of each control, thresholds that would split it evenly, and the next command."""
+    lines = [f"wrote {data.num_rows} rows to {data.output}"]
+    if data.num_bad_rows:
+        lines.append(f"set {data.num_bad_rows} bad rows aside in {data.bad_rows_file}")
+    commands = []
+    for name, values in data.values.items():
+        summary = summarise(values)
+        unit = UNITS.get(data.oracles.get(name, ""), "")
+        quartiles = " / ".join(f"{value:.6g}" for value in summary.quartiles)
+        lines.append(
+            f"\n{name}{f' ({unit})' if unit else ''}: {summary.count} values, smallest {summary.minimum:.6g}, "
+            f"quartiles {quartiles}, largest {summary.maximum:.6g}"
+        )
+        command = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", name]
+        if summary.class_counts:
+            counts = ", ".join(f"{label}: {count}" for label, count in summary.class_counts.items())
+            lines.append(f"  integer labels, rows of each: {counts}")
+        else:
+            thresholds = equal_share_thresholds(values, num_classes)
+            if not thresholds:
+                lines.append("  every value is the same: there is nothing to control")
+                continue
+            borders = [f"{threshold:.10g}" for threshold in thresholds]
+            shares = " / ".join(f"{share:.1%}" for share in class_shares(values, thresholds))
+            lines.append(f"  thresholds for {len(thresholds) + 1} classes: {' '.join(borders)} (shares {shares})")
+            if len(thresholds) + 1 < num_classes:
+                lines.append(f"  so many values are equal that {num_classes} classes of equal share do not exist")
+            command += ["--thresholds", *borders]
+        if name in data.oracles:
+            command += ["--oracle", data.oracles[name]]
+        commands.append(shlex.join(command))
+    if commands:
+        lines += ["\nnext, fit a classifier (add --base-model MODEL and --output-dir DIR as you need):"]
+        lines += [f"  {command}" for command in commands]
+    return "\n".join(lines)
+
+
+def _connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray; nothing when there is one already."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, configure_logging=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a user knows about image files: prompts and labels, in tables or in text files beside the images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from ctrl_ray.errors import DataError
+from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
+
+FILE = "file"
+"""Column of a table that names the image, relative to the images folder."""
+
+Prompts = Literal["none", "sidecar"]
+"""'none': no prompts; 'sidecar': photo.png has its prompt in photo.txt beside it."""
+
+_FIX = "fill it in, or set bad rows aside with --on-bad-row skip"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows belong to image files."""
+
+    source: str
+    """The file it was read from."""
+    columns: tuple[str, ...]
+    """Its columns without `file`."""
+    rows: dict[str, tuple[int, dict[str, str]]]
+    """Image file -> number of its row, counted from 0, and the row."""
+
+
+def read_table(path: str | Path) -> Table:
+    """A .csv with a header, or a .jsonl with one object a line; every row names its image in `file`.
+
+    Raises DataError when there is no such file, no `file` column, a file named twice, or no row.
+    """
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise DataError(f"{source} does not exist; expected a .csv or .jsonl file with a column {FILE!r}")
+    rows: dict[str, tuple[int, dict[str, str]]] = {}
+    columns: dict[str, None] = {}
+    try:
+        for number, row in enumerate(_read_rows(source)):
+            if not row.get(FILE):
+                raise DataError(
+                    f"{BadRow(str(source), number, f'no {FILE!r} among {list(row)}')}; expected the name of an image, "
+                    "relative to the images folder, in every row; add it"
+                )
+            file = str(PurePosixPath(row.pop(FILE).replace("\\", "/")))
+            if file in rows:
+                raise DataError(
+                    f"{BadRow(str(source), number, f'{file} was named in row {rows[file][0]} already')}; remove one"
+                )
+            rows[file] = (number, row)
+            columns.update(dict.fromkeys(row))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}, row {len(rows)}: not UTF-8 ({error}); save the table as UTF-8") from error
+    if not rows:
+        raise DataError(f"{source} is an empty set: it holds no row; expected one for each image")
+    return Table(str(source), tuple(columns), rows)
+
+
+def _read_rows(source: Path) -> Iterator[dict[str, str]]:
+    with source.open(encoding="utf-8-sig", newline="") as stream:
+        if source.suffix.lower() == ".csv":
+            for number, cells in enumerate(csv.DictReader(stream)):
+                if None in cells or None in cells.values():
+                    raise DataError(
+                        f"{BadRow(str(source), number, 'has another number of cells than the header')}; put cells "
+                        "that hold a comma into double quotes"
+                    )
+                yield {key.strip(): value.strip() for key, value in cells.items()}
+        elif source.suffix.lower() in (".jsonl", ".json"):
+            for number, line in enumerate(line for line in stream if line.strip()):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{BadRow(str(source), number, f'not JSON: {error}')}; correct the line") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{BadRow(str(source), number, 'not a JSON object')}; expected {{...}} a line")
+                yield {key: "" if value is None else str(value) for key, value in row.items()}
+        else:
+            raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv or a .jsonl file")
+
+
+def numeric_columns(table: Table) -> dict[str, type]:
+    """Type of each of the table's columns other than `prompt`: int when all of its filled cells are whole, else float.
+
+    Raises DataError for a cell that is not a finite number, or a column that is called `image`.
+    """
+    kinds: dict[str, type] = {}
+    if IMAGE in table.columns:
+        raise DataError(f"{table.source}, every row: column {IMAGE!r} is taken by the images; rename it")
+    for column in (column for column in table.columns if column != PROMPT):
+        kinds[column] = int
+        for number, row in table.rows.values():
+            cell = row.get(column, "")
+            if cell and not _is_whole(cell):
+                if not _is_finite(cell):
+                    raise DataError(
+                        f"{BadRow(table.source, number, f'column {column!r} is {cell!r}')}; expected an integer label "
+                        "(0, 1, ...) or a finite number; number the class names, or remove the column"
+                    )
+                kinds[column] = float
+    return kinds
+
+
+def values_of(file: str, row: int, table: Table | None, kinds: dict[str, type]) -> dict[str, int | float] | BadRow:
+    """The table's values for one image file; row: its number among the images, for the message."""
+    if table is None:
+        return {}
+    if file not in table.rows:
+        return BadRow(file, row, f"has no row in {table.source}; add one that names it in {FILE!r}, or {_FIX}")
+    number, cells = table.rows[file]
+    for column in kinds:
+        if not cells.get(column):
+            return BadRow(table.source, number, f"column {column!r} of {file} is empty; expected a number; {_FIX}")
+    return {column: kind(cells[column]) for column, kind in kinds.items()}
+
+
+def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
+    """The prompt that a table gives to one image file."""
+    if file not in table.rows:
+        return BadRow(file, row, f"has no prompt in {table.source}; add a row that names it in {FILE!r}, or {_FIX}")
+    number, cells = table.rows[file]
+    prompt = cells.get(PROMPT, "")
+    if not prompt:
+        return BadRow(table.source, number, f"the prompt of {file} is empty; expected a text; {_FIX}")
+    return prompt
+
+
+def unused_rows(table: Table, files: set[str]) -> list[BadRow]:
+    """Rows of the table that name no image of the folder: most likely a misspelt name."""
+    return [
+        BadRow(table.source, number, f"{FILE} is {name!r}, which is no image of the folder; correct the name, "
+               "remove the row, or set bad rows aside with --on-bad-row skip")
+        for name, (number, _) in table.rows.items()
+        if name not in files
+    ]  # fmt: skip
+
+
+def _is_whole(cell: str) -> bool:
+    try:
+        return abs(int(cell)) < 2**63
+    except ValueError:
+        return False
+
+
+def _is_finite(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False

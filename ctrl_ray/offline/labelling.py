@@ -1,0 +1,215 @@
+"""From a folder of images to the Parquet data set of `schema`: measure, join what the user knows, write.
+
+Ray Data reads and measures the images in parallel; this process writes the rows as they come, in the order of the file
+names, a few megabytes at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from ctrl_ray.errors import ConfigError, DataError
+from ctrl_ray.offline.annotations import (
+    Prompts,
+    Table,
+    numeric_columns,
+    prompt_of,
+    read_table,
+    unused_rows,
+    values_of,
+)
+from ctrl_ray.offline.images import SUFFIXES
+from ctrl_ray.offline.measuring import Work, measured
+from ctrl_ray.offline.reading import OnBadRow, side_file
+from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, check_on_bad_row, handle_bad_rows
+from ctrl_ray.offline.storage import list_files, resolve
+from ctrl_ray.offline.writing import ParquetSink, refuse_existing
+from ctrl_ray.oracles import UNITS, control_name, load_oracle
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """What `label` wrote."""
+
+    output: str
+    """The Parquet file, or the folder of them."""
+    num_rows: int
+    """Rows in it."""
+    num_bad_rows: int
+    """Rows set aside."""
+    bad_rows_file: str
+    """Where they are, when there are any."""
+    values: dict[str, np.ndarray]
+    """Per control the column that was written, (num_rows,): float64, or int64 for a user's integer labels."""
+    oracles: dict[str, str]
+    """Oracle of each control that was measured."""
+
+
+def label(
+    images: str | Path,
+    output: str | Path,
+    *,
+    controls: Sequence[str] = ("jpeg_size",),
+    prompts: Prompts = "none",
+    prompts_file: str | Path | None = None,
+    columns: str | Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    on_bad_row: OnBadRow = "error",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> LabelledData:
+    """Write the images below a folder, with their labels, as a Parquet data set. Ray must be initialised.
+
+    images: a folder (searched recursively) of PNG, JPEG, WebP, BMP or GIF files, local or any URI that pyarrow.fs
+    opens; their bytes are stored as they are. output: one file when it ends in .parquet, else a folder of parts.
+    controls: oracles, each a column named after it: 'jpeg_size', 'colourfulness', 'my_module:my_oracle'.
+    prompts_file: .csv or .jsonl with `file` and `prompt`. columns: .csv or .jsonl with `file` and columns of integer
+    labels or numbers. image_size (height, width): measure the image as scaled and cropped to it.
+
+    Raises ConfigError for settings that contradict each other, an unknown oracle, or an output that exists (without
+    `overwrite`), and DataError for an empty folder or a bad row ('error'); 'skip' sets bad rows aside in
+    `<output>.bad_rows.jsonl`. Nothing half-written stays behind.
+    """
+    check_on_bad_row(on_bad_row)
+    oracles = _named_oracles(controls)
+    prompts_table = read_table(prompts_file) if prompts_file is not None else None
+    table = read_table(columns) if columns is not None else None
+    kinds = numeric_columns(table) if table is not None else {}
+    if table is not None and PROMPT in table.columns and prompts_table is None:
+        prompts_table = table
+    _check_settings(oracles, kinds, prompts, prompts_table, table, image_size)
+    refuse_existing(output, overwrite)
+    filesystem, files = list_files(images, SUFFIXES, f"a folder of images ({', '.join(SUFFIXES)})")
+    items, bad_rows = _join(files, _root(images, files), prompts_table, table, kinds)
+    num_found = len(items) + len(bad_rows)
+    if bad_rows and on_bad_row == "error":
+        handle_bad_rows(bad_rows, num_found, on_bad_row, "", source=str(images))
+    work = Work(
+        filesystem=filesystem,
+        oracles=oracles,
+        image_size=image_size,
+        sidecar=prompts == "sidecar",
+        search_path=os.getcwd(),
+    )
+    has_prompts = prompts == "sidecar" or prompts_table is not None
+    schema = _schema(oracles, kinds, has_prompts, image_size)
+    values: dict[str, list[float]] = {name: [] for name in (*oracles, *kinds)}
+    with ParquetSink(output, schema, overwrite=overwrite) as sink:
+        for row in tqdm(
+            measured(items, work), total=len(items), desc="label", unit=" images", mininterval=0.5, disable=not progress
+        ):
+            if isinstance(row, BadRow):
+                bad_rows.append(row)
+                if on_bad_row == "error":
+                    handle_bad_rows(bad_rows, num_found, on_bad_row, "", source=str(images))
+                continue
+            sink.write(row)
+            for name, column in values.items():
+                column.append(row[name])
+        handle_bad_rows(bad_rows, num_found, on_bad_row, side_file(output), source=str(images))
+    return LabelledData(
+        output=str(output),
+        num_rows=sink.num_rows,
+        num_bad_rows=len(bad_rows),
+        bad_rows_file=side_file(output),
+        values={name: np.array(column, dtype=kinds.get(name, float)) for name, column in values.items()},
+        oracles=oracles,
+    )
+
+
+def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
+    """Control name -> oracle, each of which loads."""
+    oracles: dict[str, str] = {}
+    for oracle in controls:
+        load_oracle(oracle)
+        name = control_name(oracle)
+        if name in oracles:
+            raise ConfigError(
+                f"controls name two oracles for the column {name!r}: {oracles[name]!r} and {oracle!r}; rename one"
+            )
+        oracles[name] = oracle
+    return oracles
+
+
+def _check_settings(
+    oracles: dict[str, str],
+    kinds: dict[str, type],
+    prompts: Prompts,
+    prompts_table: Table | None,
+    table: Table | None,
+    image_size: tuple[int, int] | None,
+) -> None:
+    if not oracles and not kinds:
+        raise ConfigError(
+            "there is no control to write: controls is empty and no column of labels was given; name an oracle with "
+            "--controls, or give a table with --columns"
+        )
+    for name in (*oracles, *kinds):
+        if name in (IMAGE, PROMPT) or (name in oracles and name in kinds):
+            raise ConfigError(f"two columns would be called {name!r}; rename the control or the column of the table")
+    if prompts == "sidecar" and prompts_table is not None:
+        raise ConfigError(
+            f"prompts are given twice: beside the images (--prompts sidecar) and in {prompts_table.source}; keep one"
+        )
+    if prompts_table is not None and PROMPT not in prompts_table.columns:
+        raise DataError(
+            f"{prompts_table.source}, every row: column {PROMPT!r} is unknown; it has {list(prompts_table.columns)}; "
+            f"expected the columns file and {PROMPT}"
+        )
+    if prompts_table is not None and table is not None and prompts_table is not table and PROMPT in table.columns:
+        raise ConfigError(f"prompts are given twice: in {prompts_table.source} and in {table.source}; keep one")
+    if image_size is not None and min(image_size) < 1:
+        raise ConfigError(f"image_size is {image_size}; expected (height, width) in pixels, each at least 1")
+
+
+def _root(images: str | Path, files: list[str]) -> str:
+    """The part of the paths that comes before the names that the tables use."""
+    location = resolve(images)[1].rstrip("/")
+    return os.path.dirname(location) if files == [location] else location
+
+
+def _join(
+    files: list[str], root: str, prompts_table: Table | None, table: Table | None, kinds: dict[str, type]
+) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """One item of work per image whose annotations are there, and the bad rows found so far."""
+    names = [file.removeprefix(root).lstrip("/") for file in files]
+    bad_rows: list[BadRow] = []
+    for source in {id(t): t for t in (prompts_table, table) if t is not None}.values():
+        bad_rows += unused_rows(source, set(names))
+    items: list[dict[str, Any]] = []
+    for row, (file, name) in enumerate(zip(files, names, strict=True)):
+        item: dict[str, Any] = {"file": file, "row": row}
+        prompt = prompt_of(name, row, prompts_table) if prompts_table is not None else None
+        known = values_of(name, row, table, kinds)
+        if isinstance(prompt, BadRow) or isinstance(known, BadRow):
+            bad_rows.append(next(found for found in (prompt, known) if isinstance(found, BadRow)))
+            continue
+        if prompt is not None:
+            item[PROMPT] = prompt
+        items.append({**item, "known": json.dumps(known)})
+    return items, bad_rows
+
+
+def _schema(
+    oracles: dict[str, str], kinds: dict[str, type], has_prompts: bool, image_size: tuple[int, int] | None
+) -> pa.Schema:
+    """Columns of the output; how the numbers were measured stands in its metadata, under the key `ctrl_ray`."""
+    fields = [pa.field(IMAGE, pa.binary(), nullable=False)]
+    if has_prompts:
+        fields.append(pa.field(PROMPT, pa.string(), nullable=False))
+    fields += [pa.field(name, pa.float64(), nullable=False) for name in oracles]
+    fields += [
+        pa.field(name, pa.int64() if kind is int else pa.float64(), nullable=False) for name, kind in kinds.items()
+    ]
+    measured = {name: {"oracle": oracle, "unit": UNITS.get(oracle, "")} for name, oracle in oracles.items()}
+    metadata = json.dumps({"measured": measured, "image_size": image_size})
+    return pa.schema(fields, metadata={"ctrl_ray": metadata})

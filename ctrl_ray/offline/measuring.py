@@ -1,0 +1,119 @@
+"""Measuring image files in parallel under Ray Data: bytes and numbers out, in the order of the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from ctrl_ray.errors import DataError
+from ctrl_ray.offline.images import FORMATS, UndecodableImageError, decode_image
+from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
+from ctrl_ray.offline.storage import read_bytes
+from ctrl_ray.offline.streaming import start_stream
+from ctrl_ray.oracles import load_oracle, measure_one
+
+_SKIP_HINT = "or set it aside with --on-bad-row skip"
+_BLOCK_BYTES = 16 * 2**20
+_FILES_PER_TASK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a measuring task knows; plain values, so it travels to workers."""
+
+    filesystem: fs.FileSystem
+    oracles: dict[str, str]
+    image_size: tuple[int, int] | None
+    sidecar: bool
+    search_path: str
+
+
+def measured(items: list[dict[str, Any]], work: Work) -> Iterator[dict[str, Any] | BadRow]:
+    """The finished rows, or why they are bad, in the order of `items`, as they come out of Ray Data.
+
+    items: `file`, `row`, `known` (JSON of the user's labels) and, when a table gives it, `prompt`.
+    """
+    if not items:
+        return
+    files = start_stream(items, items_per_task=_FILES_PER_TASK, block_bytes=_BLOCK_BYTES)
+    rows = files.map_batches(_Measure(work), batch_size=None)
+    for found in rows.iter_rows():
+        if found["reason"]:
+            yield BadRow(found["file"], found["row"], found["reason"])
+        else:
+            yield {IMAGE: found[IMAGE], PROMPT: found[PROMPT], **json.loads(found["numbers"])}
+
+
+class _Measure:
+    """Map function: image files in, their bytes and numbers (or the reason why there are none) out."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, items: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        if self.work.search_path not in sys.path:
+            sys.path.insert(0, self.work.search_path)
+        oracles = {name: load_oracle(oracle) for name, oracle in self.work.oracles.items()}
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for index, file in enumerate(items["file"]):
+            item = {key: column[index] for key, column in items.items()}
+            rows.append(self._row(str(file), int(item["row"]), item, oracles))
+            size += len(rows[-1][IMAGE])
+            if size >= _BLOCK_BYTES:
+                yield pa.Table.from_pylist(rows, schema=_WORK_SCHEMA)
+                rows, size = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=_WORK_SCHEMA)
+
+    def _row(self, file: str, row: int, item: dict[str, Any], oracles: dict[str, Any]) -> dict[str, Any]:
+        found = {"file": file, "row": row, IMAGE: b"", PROMPT: item.get(PROMPT, ""), "numbers": "", "reason": ""}
+        try:
+            data = read_bytes(self.work.filesystem, file)
+            image = decode_image(data, self.work.image_size)
+            numbers = {name: measure_one(oracle, image) for name, oracle in oracles.items()}
+            if self.work.sidecar:
+                found[PROMPT] = self._sidecar(file)
+        except UndecodableImageError as error:
+            reason = (
+                f"the image does not decode: {error}; expected a {', '.join(FORMATS)} file; replace or remove it, "
+                f"{_SKIP_HINT}"
+            )
+            return {**found, "reason": reason}
+        except DataError as error:
+            return {**found, "reason": f"{error}, {_SKIP_HINT}"}
+        except OSError as error:
+            return {**found, "reason": f"cannot be read ({error}); correct its permissions or remove it, {_SKIP_HINT}"}
+        return {**found, IMAGE: data, "numbers": json.dumps({**numbers, **json.loads(item["known"])})}
+
+    def _sidecar(self, file: str) -> str:
+        beside = os.path.splitext(file)[0] + ".txt"
+        try:
+            prompt = " ".join(read_bytes(self.work.filesystem, beside).decode("utf-8").split())
+        except FileNotFoundError as error:
+            raise DataError(f"has no prompt: {beside} does not exist; write the prompt into it") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"its prompt file {beside} is not UTF-8; save it as UTF-8") from error
+        if not prompt:
+            raise DataError(f"its prompt file {beside} is empty; write the prompt into it")
+        return prompt
+
+
+_WORK_SCHEMA = pa.schema(
+    {
+        "file": pa.string(),
+        "row": pa.int64(),
+        IMAGE: pa.large_binary(),
+        PROMPT: pa.string(),
+        "numbers": pa.string(),
+        "reason": pa.string(),
+    }
+)

@@ -1,0 +1,150 @@
+"""True values of an image, measured and not learned: the JPEG size, the colourfulness, or a function of the user's.
+
+An oracle takes one PIL image and returns one finite number. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ctrl_ray.errors import ConfigError, DataError
+
+Oracle = Callable[[Image.Image], float]
+"""One image in, one finite number out."""
+
+JPEG_QUALITY = 95
+"""Pillow's `quality` for `jpeg_size`."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as a viewer shows it on white paper: 8-bit RGB, upright, without metadata.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its upper 8 bits, and of an
+    animation the current frame is taken. An RGB image keeps its pixels.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        upright = Image.fromarray(grey)
+    if upright.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in upright.info:
+        opaque = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", opaque.size, (255, 255, 255, 255)), opaque)
+    rgb = upright.convert("RGB")
+    if rgb is image:
+        rgb = image.copy()
+    rgb.info = {}
+    return rgb
+
+
+def jpeg_size(image: Image.Image) -> float:
+    """Bytes of the image as a JPEG file: Pillow, quality 95, its default subsampling, no optimisation, no metadata.
+
+    The method's example of an exact label ("compressibility"). Any mode is taken as RGB first, see `to_rgb`.
+    """
+    buffer = io.BytesIO()
+    to_rgb(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return float(buffer.tell())
+
+
+def colourfulness(image: Image.Image) -> float:
+    """Colourfulness of natural images after Hasler and Süsstrunk (2003), on RGB values 0 to 255.
+
+    With rg = R - G and yb = (R + G) / 2 - B over all pixels,
+    M = sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2). 0 for a grey image; above 100 is garish.
+    """
+    red, green, blue = np.moveaxis(np.asarray(to_rgb(image), dtype=np.float64), -1, 0)
+    rg, yb = red - green, (red + green) / 2 - blue
+    return math.sqrt(rg.var() + yb.var()) + 0.3 * math.hypot(rg.mean(), yb.mean())
+
+
+ORACLES: dict[str, Oracle] = {"jpeg_size": jpeg_size, "colourfulness": colourfulness}
+"""The oracles that ship, by name."""
+
+UNITS: dict[str, str] = {"jpeg_size": "bytes", "colourfulness": ""}
+"""Unit of each shipped oracle's number; "" = none."""
+
+
+def control_name(oracle: str) -> str:
+    """What the control of an oracle is called, and its column: 'my_module:my_oracle' becomes 'my_oracle'."""
+    return oracle.rpartition(":")[2]
+
+
+def load_oracle(name: str) -> Oracle:
+    """The oracle called `name`: one of `ORACLES`, or 'module:function'; modules of the working directory are found.
+
+    Raises ConfigError when there is no such oracle, its module does not import, or the function is not one.
+    """
+    if name in ORACLES:
+        return ORACLES[name]
+    module_name, colon, function = name.partition(":")
+    if not colon or not module_name or not function:
+        near = difflib.get_close_matches(name, ORACLES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"oracle {name!r} is unknown; expected one of {sorted(ORACLES)} or 'my_module:my_oracle', a function of "
+            f"yours from a PIL image to a number{hint}"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"oracle {name!r}: module {module_name!r} does not import ({type(error).__name__}: {error}); put "
+            f"{module_name}.py into the working directory ({os.getcwd()}) or on PYTHONPATH, and check that it imports"
+        ) from error
+    oracle = getattr(module, function, None)
+    if not callable(oracle):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(function, functions, n=3) or functions[:10]
+        raise ConfigError(
+            f"oracle {name!r}: module {module_name!r} ({getattr(module, '__file__', '?')}) has no function "
+            f"{function!r}; expected a function from a PIL image to a number; the module has {near}"
+        )
+    return oracle
+
+
+def measure(oracle: Oracle, images: np.ndarray) -> np.ndarray:
+    """The oracle's value of every image.
+
+    images: uint8 (N, H, W, 3). Returns float64 (N,), in the oracle's unit. Raises DataError when the array is of
+    another kind, or when the oracle raises or returns anything but a finite number; the message says for which image.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DataError(
+            f"images to measure are {images.dtype} of shape {images.shape}; expected uint8 of shape (N, H, W, 3)"
+        )
+    values = np.empty(len(images), dtype=np.float64)
+    for index, image in enumerate(images):
+        try:
+            values[index] = measure_one(oracle, Image.fromarray(image))
+        except DataError as error:
+            raise DataError(f"image {index} of {len(images)}: {error}") from error
+    return values
+
+
+def measure_one(oracle: Oracle, image: Image.Image) -> float:
+    """The oracle's value of one image; DataError when it raises or returns anything but a finite number."""
+    name = getattr(oracle, "__name__", str(oracle))
+    try:
+        value: Any = oracle(image)
+    except Exception as error:
+        raise DataError(
+            f"oracle {name!r} failed ({type(error).__name__}: {error}); it must return a number for every image"
+        ) from error
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise DataError(f"oracle {name!r} returned {value!r}; expected a finite number; correct the function")
+    return float(value)
