@@ -1,0 +1,116 @@
+"""One denoising step as a Gaussian, and the KL between two of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+LatentReduction = Literal["sum", "mean"]
+
+
+class ModelOutput(NamedTuple):
+    """What a denoiser predicts."""
+
+    prediction: Tensor
+    """Like the latents: ε, v or x_0, as the kernel's `prediction_type` says; classifier-free guidance applied."""
+    log_std_ratio: Tensor | None = None
+    """Logarithm of (learned std / fixed std), like the latents; None: the step's variance is fixed."""
+
+
+class GaussianStep(NamedTuple):
+    """N(mean, std²) of the next latents."""
+
+    mean: Tensor
+    """(B, ...) float32."""
+    std: Tensor
+    """Broadcastable to the mean; 0 = a deterministic step, which has no density."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, combined inside the policy."""
+
+    scale: float = 1.0
+    """w in ε_u + w (ε_c − ε_u); 1.0 = off. The unconditional branch drops prompt and labels together."""
+    control_scale: float | None = None
+    """Separate scale s of the label direction: ε_u + w (ε_prompt − ε_u) + s (ε_prompt,labels − ε_prompt)."""
+
+    @property
+    def num_branches(self) -> int:
+        """Denoiser rows per sample: 1 without guidance, 2 with, 3 with a separate control scale."""
+        if self.control_scale is not None:
+            return 3
+        return 1 if self.scale == 1.0 else 2
+
+
+class StepKernel(Protocol):
+    """A discretised reverse process. step_index runs 0 … num_steps − 1 in sampling order (noise first)."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of denoising steps."""
+        ...
+
+    def time(self, step_index: int) -> Tensor:
+        """The scheduler's timestep (a scalar tensor) that the denoiser is called with."""
+        ...
+
+    def std(self, step_index: int) -> float:
+        """Standard deviation of the step's noise; 0 where the step is deterministic."""
+        ...
+
+    def step(self, step_index: int, latents: Tensor, output: ModelOutput) -> GaussianStep:
+        """The law of the next latents."""
+        ...
+
+
+def combine_guidance(branches: tuple[Tensor, ...], guidance: Guidance) -> Tensor:
+    """Classifier-free guidance of predictions ordered (unconditional, [prompt only,] prompt and labels).
+
+    `Ho & Salimans 2022`, eq. 6, in the convention where scale 1 is the conditional model.
+    """
+    if len(branches) == 1:
+        return branches[0]
+    if len(branches) == 2:
+        noise_pred_uncond, noise_pred_cond = branches
+        return noise_pred_uncond + guidance.scale * (noise_pred_cond - noise_pred_uncond)
+    noise_pred_uncond, noise_pred_prompt, noise_pred_control = branches
+    assert guidance.control_scale is not None
+    return (
+        noise_pred_uncond
+        + guidance.scale * (noise_pred_prompt - noise_pred_uncond)
+        + guidance.control_scale * (noise_pred_control - noise_pred_prompt)
+    )
+
+
+def step_kl(policy: GaussianStep, ref: GaussianStep, latent_reduction: LatentReduction = "sum") -> Tensor:
+    """KL(policy ‖ ref) of one step, (B,) in nats: Σ [log(s_r/s_p) + (s_p² + (m_p − m_r)²) / (2 s_r²) − 1/2].
+
+    With the fixed, shared variance of CTRL this is ‖mean − ref_mean‖² / (2 std²) (method of CTRL, eq. for KL_k).
+    'mean' divides by the number of latent dimensions (parity with the public reference code only).
+    Raises ValueError where std is 0: such a step has no density.
+    """
+    if bool((ref.std == 0).any()) or bool((policy.std == 0).any()):
+        raise ValueError("a step with std 0 (eta 0, or a last step that ends at ᾱ = 1) has no density, so no KL")
+    squared = (policy.mean - ref.mean) ** 2 / (2 * ref.std**2)
+    if policy.std is not ref.std:
+        ratio = policy.std / ref.std
+        squared = squared + (ratio**2 - 1) / 2 - ratio.log()
+    flat = squared.flatten(1)
+    return flat.sum(1) if latent_reduction == "sum" else flat.mean(1)
+
+
+def gaussian_sample(step: GaussianStep, noise: Tensor) -> Tensor:
+    """next_latents = mean + std · noise."""
+    return step.mean + step.std * noise
+
+
+def gaussian_log_prob(step: GaussianStep, value: Tensor) -> Tensor:
+    """log N(value; mean, std²) summed over latent dimensions, (B,) in nats."""
+    z = (value - step.mean) / step.std
+    log_density = -0.5 * z**2 - torch.log(step.std) - 0.5 * math.log(2 * math.pi)
+    return log_density.expand_as(step.mean).flatten(1).sum(1)

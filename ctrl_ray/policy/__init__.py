@@ -1,0 +1,1 @@
+"""Pre-trained backbones, and the augmented policy: LoRA, control embeddings, export. The only users of diffusers models."""

@@ -1,0 +1,250 @@
+"""What a run exports: LoRA in diffusers' own format, control embeddings, and the facts that belong to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from peft import get_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.errors import ModelError
+from ctrl_ray.policy.base_model import fingerprint, resolve_base_model
+from ctrl_ray.policy.policy import ControlledPolicy
+
+ADAPTER_FILE = "adapter.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDINGS_FILE = "control_embeddings.safetensors"
+UNET_FOLDER = "unet"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """The content of `adapter.json`."""
+
+    base_model: str
+    """Preset name, folder or hub id."""
+    base_revision: str | None
+    base_sha256: str
+    """`fingerprint` of the base model's denoiser."""
+    controls: Mapping[str, ControlConfig]
+    """In label-column order."""
+    sampler: SamplerConfig
+    """What the adapter was trained for; the guarantee holds for it alone."""
+    scheduler: Mapping[str, Any]
+    """DDIM scheduler config."""
+    lora: LoraConfig | None
+    """None: the whole denoiser was trained and lies under unet/."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for people: kl_coef, updates, evaluation."""
+
+    @property
+    def num_classes(self) -> dict[str, int]:
+        """Classes of each control, in label-column order."""
+        return {name: control.num_classes for name, control in self.controls.items()}
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        controls = {
+            name: {
+                "classes": list(control.class_names),
+                "thresholds": list(control.thresholds),
+                "unit": control.unit,
+                "oracle": control.oracle,
+                "guidance_strength": control.guidance_strength,
+                "null_label": control.num_classes,
+            }
+            for name, control in self.controls.items()
+        }
+        content = {
+            "format_version": FORMAT_VERSION,
+            "base_model": {"id": self.base_model, "revision": self.base_revision, "sha256": self.base_sha256},
+            "controls": controls,
+            **dataclasses.asdict(self.sampler),
+            "scheduler": dict(self.scheduler),
+            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
+            "training": dict(self.training),
+        }
+        return json.dumps(content, indent=2)
+
+
+def read_adapter_info(folder: str | Path) -> AdapterInfo:
+    """Parse `adapter.json`; ModelError says what is missing."""
+    file = Path(folder) / ADAPTER_FILE
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; expected an adapter folder, such as RUN/adapter of a finished run")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
+            raise ModelError(
+                f"{file} has format version {content['format_version']}; this ctrl_ray reads {FORMAT_VERSION}"
+            )
+        base = content["base_model"]
+        return AdapterInfo(
+            base_model=base["id"],
+            base_revision=base["revision"],
+            base_sha256=base["sha256"],
+            controls={
+                name: ControlConfig(
+                    classes=tuple(control["classes"]),
+                    thresholds=tuple(control["thresholds"]),
+                    unit=control["unit"],
+                    oracle=control["oracle"],
+                    guidance_strength=control["guidance_strength"],
+                )
+                for name, control in content["controls"].items()
+            },
+            sampler=SamplerConfig(**{f.name: content[f.name] for f in dataclasses.fields(SamplerConfig)}),
+            scheduler=content["scheduler"],
+            lora=None
+            if content["lora"] is None
+            else LoraConfig(
+                rank=content["lora"]["rank"],
+                alpha=content["lora"]["alpha"],
+                target_modules=tuple(content["lora"]["target_modules"]),
+            ),
+            training=content["training"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file} is not an adapter description of ctrl_ray: {type(error).__name__} {error}") from error
+
+
+def check_base_model(info: AdapterInfo, base_folder: str) -> None:
+    """ModelError unless the denoiser found is the one the adapter was trained on."""
+    found = fingerprint(base_folder)
+    if found != info.base_sha256:
+        raise ModelError(
+            f"the adapter was trained on {info.base_model!r} (revision {info.base_revision or 'default'}, denoiser "
+            f"{info.base_sha256[:12]}…), but {base_folder} holds denoiser {found[:12]}…; give the original base model"
+        )
+
+
+def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo) -> Path:
+    """Write the adapter of a policy whose parameters are whole (gather first under ZeRO-3)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parameter in policy.trainable_parameters().items():
+        if parameter.numel() == 0:
+            raise ModelError(f"parameter {name} is empty: it is sharded; gather it before exporting")
+    if info.lora is None:
+        policy.unet.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+    else:
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers={
+                key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(policy.unet).items()
+            },
+            unet_lora_adapter_metadata={
+                "r": info.lora.rank,
+                "lora_alpha": info.lora.alpha,
+                "target_modules": list(info.lora.target_modules),
+            },
+        )
+    tables = {name: policy.controls.table(name).weight.detach().cpu().contiguous() for name in policy.controls.names}
+    save_file(tables, folder / EMBEDDINGS_FILE)
+    (folder / ADAPTER_FILE).write_text(info.to_json(), encoding="utf-8")
+    return folder
+
+
+def read_embeddings(folder: str | Path, info: AdapterInfo) -> dict[str, Tensor]:
+    """Control tables by name, (num_classes + 1, embedding_dim) float32, null row last."""
+    file = Path(folder) / EMBEDDINGS_FILE
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
+    tables = load_file(file)
+    for name, control in info.controls.items():
+        if name not in tables or len(tables[name]) != control.num_classes + 1:
+            raise ModelError(
+                f"{file} holds {list(tables[name].shape) if name in tables else 'no table'} for control {name!r}; "
+                f"expected {control.num_classes} classes + 1 null row"
+            )
+    return {name: tables[name].float() for name in info.controls}
+
+
+def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInfo:
+    """Set a policy's parameters from an adapter (`--init-adapter`, evaluation).
+
+    Controls that the adapter lacks keep their zero tables; a control of the adapter that the policy lacks, other
+    classes, or another LoRA rank are ModelErrors.
+    """
+    info = read_adapter_info(folder)
+    for name, count in info.num_classes.items():
+        have = policy.controls.num_classes.get(name)
+        if have != count:
+            raise ModelError(
+                f"adapter {folder} has control {name!r} with {count} classes; this policy has "
+                f"{'no such control' if have is None else f'{have} classes'}. Keep the adapter's controls in the config"
+            )
+    for name, table in read_embeddings(folder, info).items():
+        weight = policy.controls.table(name).weight
+        weight.data.copy_(table.to(weight.device))
+    if info.lora is None:
+        _load_unet(Path(folder) / UNET_FOLDER, policy)
+    else:
+        _load_lora(Path(folder) / LORA_FILE, policy)
+    return info
+
+
+def _load_lora(file: Path, policy: ControlledPolicy) -> None:
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
+    state, _ = StableDiffusionPipeline.lora_state_dict(str(file.parent), weight_name=file.name)
+    own = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    expected = get_peft_model_state_dict(policy.unet)
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    wanted = {key: tuple(value.shape) for key, value in expected.items()}
+    if shapes != wanted:
+        different = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        raise ModelError(
+            f"{file} does not fit this policy's LoRA ({len(different)} of {len(wanted)} tensors differ, first "
+            f"{different[0]}: file {shapes.get(different[0])}, policy {wanted.get(different[0])}); use the same "
+            "lora.rank and lora.target_modules as the adapter"
+        )
+    set_peft_model_state_dict(policy.unet, own)
+
+
+def _load_unet(folder: Path, policy: ControlledPolicy) -> None:
+    if policy.reference_unet is None:
+        raise ModelError(
+            f"adapter {folder.parent} holds a fully fine-tuned denoiser; set full_finetune to go on from it"
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors weights; the adapter folder is incomplete")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    policy.unet.load_state_dict(state)
+
+
+def make_adapter_info(
+    *,
+    base_model: str,
+    base_revision: str | None,
+    controls: Mapping[str, ControlConfig],
+    sampler: SamplerConfig,
+    scheduler_config: Mapping[str, Any],
+    lora: LoraConfig | None,
+    training: Mapping[str, Any],
+) -> AdapterInfo:
+    """Facts of a run as `adapter.json` stores them; hashes the base model."""
+    public = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
+    return AdapterInfo(
+        base_model=str(base_model),
+        base_revision=base_revision,
+        base_sha256=fingerprint(resolve_base_model(base_model, base_revision)),
+        controls=dict(controls),
+        sampler=sampler,
+        scheduler=json.loads(json.dumps(public, default=str)),
+        lora=lora,
+        training=dict(training),
+    )

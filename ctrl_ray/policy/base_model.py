@@ -1,0 +1,67 @@
+"""Where a base model's files are, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ctrl_ray.errors import ModelError
+
+SHAPES_PIPELINE = Path(__file__).resolve().parent.parent / "shapes" / "pipeline"
+
+
+def resolve_base_model(base_model: str, revision: str | None = None) -> str:
+    """Folder of a diffusers pipeline: the shipped one for 'shapes', a local folder, or the snapshot of a hub id.
+
+    Raises ModelError when the folder has no `model_index.json` or the hub id can be neither found nor reached.
+    """
+    if base_model == "shapes":
+        return str(SHAPES_PIPELINE)
+    folder = Path(base_model).expanduser()
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"base model folder {folder} holds no model_index.json; expected a folder written by "
+                "diffusers' save_pretrained"
+            )
+        return str(folder.resolve())
+    if folder.is_absolute() or base_model.startswith("."):
+        raise ModelError(f"base model folder {folder} does not exist; give a diffusers folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(
+            base_model,
+            revision=revision,
+            allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"],
+            ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*", "*/diffusion_flax_model*"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"base model {base_model!r} (revision {revision or 'default'}) is neither a folder here nor a hub model that "
+            f"can be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network, or "
+            "download it first and give the folder"
+        ) from error
+
+
+def fingerprint(folder: str | Path, component: str = "unet") -> str:
+    """SHA-256 over the config and the safetensors of one component (hex, 64 characters).
+
+    An adapter stores it and refuses to load on another base model.
+    """
+    root = Path(folder) / component
+    digest = hashlib.sha256()
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{root} holds no safetensors weights; convert the model with diffusers' save_pretrained")
+    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest.update(json.dumps(public, sort_keys=True).encode())
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

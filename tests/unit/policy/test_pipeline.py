@@ -1,0 +1,167 @@
+"""The pipeline against the policy it was exported from: same noise, same latents, step by step."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
+from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.pipeline import ControlledPipeline, class_index, load_base_pipeline
+from ctrl_ray.policy.policy import ControlledPolicy
+
+CONTROLS = {"size": ControlConfig(classes=("low", "middle", "high")), "hue": ControlConfig(classes=("0.5", "1"))}
+LORA = LoraConfig(rank=2, alpha=4.0)
+PROMPTS = ["a red circle", "a blue cross"]
+SIZES, HUES = [2, 0], [None, 1]
+LABELS = torch.tensor([[2, 2], [0, 1]])
+
+
+def _export(base: Path, folder: Path, sampler: SamplerConfig, lora: LoraConfig | None = LORA) -> ControlledPolicy:
+    """A policy with random parameters, and its adapter in `folder`."""
+    policy = ControlledPolicy(load_unet(str(base)), {n: c.num_classes for n, c in CONTROLS.items()}, lora=lora)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable_parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for table in policy.controls.tables.values():
+        table.weight.data[-1] = 0
+    info = make_adapter_info(
+        base_model=str(base),
+        base_revision=None,
+        controls=CONTROLS,
+        sampler=sampler,
+        scheduler_config=dict(load_scheduler(str(base)).config),
+        lora=lora,
+        training={},
+    )
+    save_adapter(folder, policy, info)
+    return policy
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+
+
+@torch.no_grad()
+def _rollout(policy: ControlledPolicy, base: Path, sampler: SamplerConfig, *, reference: bool = False) -> Tensor:
+    """Clean latents by the training's own step kernel, with the noise that a diffusers pipeline would draw."""
+    kernel = make_kernel(load_scheduler(str(base)), sampler.num_steps, sampler.eta)
+    condition = load_prompt_encoder(str(base)).encode(PROMPTS)
+    guidance = Guidance(sampler.guidance_scale, sampler.control_scale)
+    generators = _generators()
+
+    def noise() -> Tensor:
+        return torch.cat([torch.randn(1, 4, 4, 4, generator=generator) for generator in generators])
+
+    latents = noise()
+    for k in range(kernel.num_steps):
+        output = policy(latents, kernel.time(k), condition, LABELS, guidance, reference=reference)
+        step = kernel.step(k, latents, output)
+        latents = step.mean + step.std * noise()
+    return latents
+
+
+def _latents(pipeline: ControlledPipeline, **kwargs: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(PROMPTS, generator=_generators(), output_type="latent", **kwargs).images
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ControlledPolicy]:
+    folder = tmp_path_factory.mktemp("adapter")
+    return folder, _export(tiny_pipeline, folder, SamplerConfig(num_steps=3))
+
+
+@pytest.mark.parametrize("scales", [(1.0, None), (3.0, None), (3.0, 2.0), (1.0, 2.0)])
+def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tuple[float, float | None]) -> None:
+    """Without guidance, with it, and with a separate scale of the label direction."""
+    sampler = SamplerConfig(num_steps=3, guidance_scale=scales[0], control_scale=scales[1])
+    policy = _export(tiny_pipeline, tmp_path, sampler)
+    pipeline = ControlledPipeline.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES})
+    torch.testing.assert_close(latents, _rollout(policy, tiny_pipeline, sampler), atol=1e-4, rtol=1e-4)
+    assert float((latents - _latents(pipeline)).abs().max()) > 0.01  # the labels count
+
+
+def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path) -> None:
+    sampler = SamplerConfig(num_steps=2)
+    policy = _export(tiny_pipeline, tmp_path, sampler, lora=None)
+    pipeline = ControlledPipeline.from_pretrained(tmp_path)
+    latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES})
+    torch.testing.assert_close(latents, _rollout(policy, tiny_pipeline, sampler), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="no LoRA to scale"):
+        _latents(pipeline, adapter_scale=0.5)
+
+
+def test_scale_zero_is_the_pre_trained_model(tiny_pipeline: Path, exported: tuple[Path, ControlledPolicy]) -> None:
+    folder, policy = exported
+    pipeline = ControlledPipeline.from_pretrained(folder)
+    latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES}, adapter_scale=0.0)
+    expected = _rollout(policy, tiny_pipeline, SamplerConfig(num_steps=3), reference=True)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+    base = load_base_pipeline(str(tiny_pipeline))
+    base.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "eta": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
+    torch.testing.assert_close(
+        base(PROMPTS, generator=_generators(), **settings).images, expected, atol=1e-4, rtol=1e-4
+    )
+    back = _latents(pipeline, controls={"size": SIZES, "hue": HUES})
+    expected = _rollout(policy, tiny_pipeline, SamplerConfig(num_steps=3))
+    torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_classes_by_name_by_index_and_per_prompt(exported: tuple[Path, ControlledPolicy]) -> None:
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    assert pipeline.controls == {"size": ("low", "middle", "high"), "hue": ("0.5", "1")}
+    assert pipeline.labels({"size": "middle"}, 2).tolist() == [[1, 2], [1, 2]]
+    assert pipeline.labels({"hue": [0, None], "size": ("high", 0)}, 2).tolist() == [[2, 0], [0, 2]]
+    assert pipeline.labels(None, 1).tolist() == [[3, 2]]
+    assert [class_index("hue", CONTROLS["hue"], value) for value in ("0", "1", "0.5", None, 1)] == [0, 1, 0, 2, 1]
+    images = pipeline("a red circle", controls={"size": 1}, num_images_per_prompt=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+    with pytest.raises(ConfigError, match=r"unknown control 'sise'; this adapter has \['size', 'hue'\]"):
+        pipeline("a red circle", controls={"sise": 1})
+    for wrong in (3, -1, "tall", True, 1.5):
+        with pytest.raises(ConfigError, match=r"class .* of control 'size' does not exist; .* 0 = 'low', 1 = 'middle'"):
+            pipeline("a red circle", controls={"size": wrong})
+    with pytest.raises(ConfigError, match="'size' has 3 classes for 2 prompts"):
+        pipeline(PROMPTS, controls={"size": [0, 1, 2]})
+
+
+def test_other_sampler_settings_warn_once(exported: tuple[Path, ControlledPolicy]) -> None:
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    with pytest.warns(UserWarning, match="num_steps is 2, but the adapter was trained with 3"):
+        first = _latents(pipeline, num_inference_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(_latents(pipeline, num_inference_steps=2), first)
+        _latents(pipeline, num_inference_steps=3)
+    with pytest.warns(UserWarning, match=r"eta is 0\.0, but the adapter was trained with 1\.0"):
+        _latents(pipeline, eta=0.0)
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"guidance_scale is 0\.5; expected at least 1"):
+        _latents(pipeline, guidance_scale=0.5)
+
+
+def test_another_base_model_is_refused(exported: tuple[Path, ControlledPolicy], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(exported[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter.json"
+    content = json.loads(file.read_text())
+    content["base_model"]["sha256"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"000000000000…, but .* holds denoiser"):
+        ControlledPipeline.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter\.json does not exist"):
+        ControlledPipeline.from_pretrained(tmp_path)
