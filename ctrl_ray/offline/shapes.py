@@ -70,8 +70,8 @@ def draw(prompt: str, detail: float, colourfulness: float, rng: np.random.Genera
     ground = _draw_ground(detail, colourfulness, rng, size)
     outer, inner = _shape_masks(shape, rng, size)
     image = np.asarray(ground, dtype=np.float32)
-    image = image + outer[..., None] * (np.float32(_OUTLINE_COLOUR) - image)
-    image = image + inner[..., None] * (np.float32(COLOURS[colour]) - image)
+    image = image + outer[..., None] * (np.asarray(_OUTLINE_COLOUR, np.float32) - image)
+    image = image + inner[..., None] * (np.asarray(COLOURS[colour], np.float32) - image)
     return Image.fromarray(np.rint(image).astype(np.uint8))
 
 

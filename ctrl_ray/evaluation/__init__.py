@@ -1,0 +1,1 @@
+"""Metrics, judging, figures, report and tracking of a run."""
