@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class CtrlRayError(Exception):
     """Base of every error this package raises on purpose; its text is the whole message for the user.
@@ -40,3 +42,21 @@ class ResourceError(CtrlRayError, RuntimeError):
 
 class InterruptedRunError(CtrlRayError, KeyboardInterrupt):
     """The run was stopped by the user after it had left a checkpoint."""
+
+
+def own_error(error: BaseException) -> CtrlRayError | None:
+    """The CtrlRayError behind an error that crossed Ray (task, actor, or a Train worker group), if there is one."""
+    seen: set[int] = set()
+    queue: list[object] = [error]
+    while queue:
+        current = queue.pop(0)
+        if id(current) in seen or current is None:
+            continue
+        seen.add(id(current))
+        if isinstance(current, CtrlRayError):
+            return current
+        queue += [getattr(current, "cause", None), getattr(current, "__cause__", None)]
+        failures = getattr(current, "worker_failures", None)
+        if isinstance(failures, Mapping):
+            queue += list(failures.values())
+    return None

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from ctrl_ray.distributed.cluster import connected
 from ctrl_ray.errors import ConfigError, CtrlRayError
 from ctrl_ray.offline.labelling import LabelledData, label
 from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
@@ -74,18 +75,18 @@ def run(config: LabelConfig) -> LabelledData:
     if config.draw_shapes is not None:
         draw_shapes(Path(config.images), config.draw_shapes, config.seed)
         prompts = "sidecar" if config.prompts_file is None else prompts
-    _connect()
-    data = label(
-        config.images,
-        config.output,
-        controls=config.controls,
-        prompts=prompts,
-        prompts_file=config.prompts_file,
-        columns=config.columns,
-        image_size=config.image_size,
-        on_bad_row=config.on_bad_row,
-        overwrite=config.overwrite,
-    )
+    with connected():
+        data = label(
+            config.images,
+            config.output,
+            controls=config.controls,
+            prompts=prompts,
+            prompts_file=config.prompts_file,
+            columns=config.columns,
+            image_size=config.image_size,
+            on_bad_row=config.on_bad_row,
+            overwrite=config.overwrite,
+        )
     print(describe(data, config.classes))
     return data
 
@@ -139,14 +140,6 @@ def describe(data: LabelledData, num_classes: int) -> str:
         lines += ["\nnext, fit a classifier (add --base-model MODEL and --output-dir DIR as you need):"]
         lines += [f"  {command}" for command in commands]
     return "\n".join(lines)
-
-
-def _connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray; nothing when there is one already."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,17 @@ class DDIMKernel:
         eta: float,
         prediction_type: PredictionType,
         num_train_timesteps: int | None = None,
+        reference_steps: int = 0,
     ) -> None:
         """alphas_cumprod: ᾱ of every training timestep; timesteps: in sampling order (descending).
 
         final_alpha_cumprod: ᾱ after the last step; 1.0 (or a last timestep of 0) makes the last step deterministic.
+        reference_steps: the last so many steps belong to the reference (see `StepKernel.controlled`).
         """
         if not 0 <= eta <= 1:
             raise ConfigError(f"eta is {eta}; expected a number in [0, 1]")
         self.eta = eta
+        self.reference_steps = reference_steps
         self.prediction_type: PredictionType = prediction_type
         self._timesteps = [int(t) for t in timesteps]
         table = alphas_cumprod.double().tolist()
@@ -75,6 +78,10 @@ class DDIMKernel:
     def std(self, step_index: int) -> float:
         """std_dev_t of the step; exactly 0 where the step is deterministic."""
         return self._stds[step_index]
+
+    def controlled(self, step_index: int) -> bool:
+        """Whether the policy takes this step: it has a density, and is not one of the last `reference_steps`."""
+        return self._stds[step_index] > 0 and step_index < self.num_steps - self.reference_steps
 
     def alpha_prod(self, step_index: int) -> tuple[float, float]:
         """(alpha_prod_t, alpha_prod_next) of the step."""

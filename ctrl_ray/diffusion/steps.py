@@ -63,6 +63,11 @@ class StepKernel(Protocol):
         """Standard deviation of the step's noise; 0 where the step is deterministic."""
         ...
 
+    def controlled(self, step_index: int) -> bool:
+        """Whether the policy takes this step. The reference takes those without density, and the sampler's last
+        `reference_steps`: they are a fixed part of the reward."""
+        ...
+
     def step(self, step_index: int, latents: Tensor, output: ModelOutput) -> GaussianStep:
         """The law of the next latents."""
         ...

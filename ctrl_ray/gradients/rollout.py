@@ -56,22 +56,22 @@ def rollout(
 ) -> Trajectory:
     """Sample x_T → x_0 under the policy (or, with `reference`, under the pre-trained model).
 
-    Steps without density (std 0) are taken by the reference: there the policy is not defined, so that they are a fixed
-    part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T) in nats.
+    Steps that the kernel does not let the policy control (no density, or the last `reference_steps`) are taken by the
+    reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
+    in nats.
     """
     latents = noise("initial")
     kept = [latents]
     kls = []
     for step_index in range(kernel.num_steps):
-        has_density = kernel.std(step_index) > 0
-        by_reference = reference or not has_density
+        by_reference = reference or not kernel.controlled(step_index)
         step = policy_step(policy, kernel, step_index, latents, condition, labels, guidance, reference=by_reference)
         if with_kl:
             kls.append(latents.new_zeros(len(latents)))
             if not by_reference:
                 ref = policy_step(policy, kernel, step_index, latents, condition, labels, guidance, reference=True)
                 kls[-1] = step_kl(step, ref, latent_reduction)
-        latents = gaussian_sample(step, noise(f"step {step_index}")) if has_density else step.mean
+        latents = gaussian_sample(step, noise(f"step {step_index}")) if kernel.std(step_index) > 0 else step.mean
         kept.append(latents)
     return Trajectory(torch.stack(kept), condition, labels, guidance, torch.stack(kls, dim=1) if with_kl else None)
 

@@ -71,14 +71,14 @@ def adjoint_sweep(
     for step_index in reversed(range(plan.stop_below, num_steps)):
         latents = trajectory.latents[step_index].detach().requires_grad_(True)
         at = (policy, kernel, step_index, latents, trajectory.condition, trajectory.labels, trajectory.guidance)
-        if kernel.std(step_index) > 0:
+        if kernel.controlled(step_index):
             step = policy_step(*at, reference=False)
             ref = policy_step(*at, reference=True)
             kl = step_kl(step, ref, latent_reduction)
             kl_per_step[:, step_index] = kl.detach()
             step_loss = (step.mean * cotangent).sum() + kl_coef * (kl * weights).sum()
             cotangent = _pull_back(step_loss, latents, plan.weights[step_index], backward, step_index)
-        else:  # no density: the reference's deterministic map, a fixed part of the reward with no parameters
+        else:  # the reference's own step: a fixed part of the reward, with no parameters
             kl_per_step[:, step_index] = 0.0
             surrogate = (policy_step(*at, reference=True).mean * cotangent).sum()
             (cotangent,) = torch.autograd.grad(surrogate, latents)

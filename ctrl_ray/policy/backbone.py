@@ -64,7 +64,7 @@ def load_unet(
 ) -> UNet2DConditionModel:
     """The frozen denoiser of a Stable-Diffusion-format pipeline, in eval mode."""
     folder = _checked_folder(base_model, revision)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
     return unet.eval().requires_grad_(False)
 
 
@@ -81,8 +81,8 @@ def ddim_scheduler(config: dict[str, Any]) -> DDIMScheduler:
     return DDIMScheduler.from_config(config, set_alpha_to_one=False, clip_sample=False, thresholding=False)
 
 
-def make_kernel(scheduler: DDIMScheduler, num_steps: int, eta: float) -> DDIMKernel:
-    """The scheduler's chain of `num_steps` steps as Gaussians."""
+def make_kernel(scheduler: DDIMScheduler, num_steps: int, eta: float, reference_steps: int = 0) -> DDIMKernel:
+    """The scheduler's chain of `num_steps` steps as Gaussians; the last `reference_steps` belong to the reference."""
     scheduler.set_timesteps(num_steps)
     return DDIMKernel(
         scheduler.alphas_cumprod,
@@ -91,6 +91,7 @@ def make_kernel(scheduler: DDIMScheduler, num_steps: int, eta: float) -> DDIMKer
         eta=eta,
         prediction_type=scheduler.config.prediction_type,
         num_train_timesteps=scheduler.config.num_train_timesteps,
+        reference_steps=reference_steps,
     )
 
 

@@ -50,7 +50,7 @@ def load_decoder(
 ) -> LatentDecoder:
     """The decoder of a diffusers pipeline (see `resolve_base_model` for the errors)."""
     folder = resolve_base_model(base_model, revision)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
     return LatentDecoder(vae, chunk_size).to(device)
 
 

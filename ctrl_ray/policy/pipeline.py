@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
@@ -23,7 +24,7 @@ from ctrl_ray.policy.adapter import (
     read_adapter_info,
     read_embeddings,
 )
-from ctrl_ray.policy.backbone import ddim_scheduler, load_scheduler
+from ctrl_ray.policy.backbone import ddim_scheduler, load_scheduler, load_unet
 from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.controls import ControlEmbeddings
 
@@ -69,7 +70,7 @@ def load_base_pipeline(
     scheduler = load_scheduler(base_model, revision) if own else ddim_scheduler(dict(scheduler_config or {}))
     return StableDiffusionPipeline.from_pretrained(
         resolve_base_model(base_model, revision),
-        torch_dtype=dtype,
+        dtype=dtype,
         use_safetensors=True,
         scheduler=scheduler,
         safety_checker=None,
@@ -87,21 +88,30 @@ class ControlledPipeline:
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, info: AdapterInfo, tables: Mapping[str, Tensor], *, lora: bool
+        self,
+        pipeline: StableDiffusionPipeline,
+        info: AdapterInfo,
+        tables: Mapping[str, Tensor],
+        *,
+        reference_unet: UNet2DConditionModel | None = None,
     ) -> None:
+        """reference_unet: the pre-trained denoiser, where the pipeline's own was fully fine-tuned."""
         self.pipeline = pipeline
         self.info = info
-        self._lora = lora
+        self._lora_layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, BaseTunerLayer)]
+        self._reference_unet = reference_unet
+        self._by_reference = False
         self._embeddings = ControlEmbeddings(info.num_classes, pipeline.unet.time_embedding.linear_2.out_features)
-        for name, table in tables.items():
-            self._embeddings.tables[name].weight.data.copy_(table)
+        self._embeddings.load_state_dict({f"tables.{name}.weight": table for name, table in tables.items()})
         self._embeddings.requires_grad_(False)
         self._labels: Tensor | None = None
         self._scale = 1.0
         self._guidance = Guidance()
         self._warned: set[str] = set()
         pipeline.unet.time_embedding.register_forward_hook(self._add_control_embedding)
+        pipeline.unet.register_forward_pre_hook(self._enter_step, with_kwargs=True)
         pipeline.unet.register_forward_pre_hook(self._add_branch, with_kwargs=True)
+        pipeline.unet.register_forward_hook(self._take_reference, with_kwargs=True)
         pipeline.unet.register_forward_hook(self._combine_branches)
 
     @classmethod
@@ -128,7 +138,10 @@ class ControlledPipeline:
             if not (Path(adapter) / LORA_FILE).is_file():
                 raise ModelError(f"{Path(adapter) / LORA_FILE} does not exist; the adapter folder is incomplete")
             pipeline.load_lora_weights(str(adapter), weight_name=LORA_FILE, adapter_name=_ADAPTER_NAME)
-        return cls(pipeline, info, tables, lora=info.lora is not None).to(device)
+        reference = None
+        if info.lora is None and info.sampler.reference_steps:
+            reference = load_unet(folder, dtype=dtype)
+        return cls(pipeline, info, tables, reference_unet=reference).to(device)
 
     @property
     def controls(self) -> dict[str, tuple[str, ...]]:
@@ -207,6 +220,7 @@ class ControlledPipeline:
             return self.pipeline(prompt, num_images_per_prompt=num_images_per_prompt, **settings, **kwargs)
         finally:
             self._labels = None
+            self._set_by_reference(False)
 
     def _setting(self, name: str, value: Any) -> Any:
         trained = getattr(self.info.sampler, name)
@@ -224,17 +238,35 @@ class ControlledPipeline:
     def _set_adapter_scale(self, scale: float) -> None:
         if scale == self._scale:
             return
-        if not self._lora:
+        if not self._lora_layers:
             raise ConfigError(f"adapter_scale is {scale}, but a fully fine-tuned denoiser has no LoRA to scale; use 1")
         self.pipeline.set_adapters(_ADAPTER_NAME, scale)
         self._scale = scale
 
     def _add_control_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Rows are samples, or (unconditional, [prompt only,] prompt and labels) × samples: labels go to the last."""
-        if self._labels is None:
+        if self._labels is None or self._by_reference:
             return output
         null = self._embeddings.null(len(output) - len(self._labels), output.device)
         return output + self._scale * self._embeddings(torch.cat([null, self._labels])).to(output.dtype)
+
+    def _enter_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The trained sampler's last `reference_steps` are the pre-trained model's, as they were in training."""
+        count = self.info.sampler.reference_steps
+        if self._labels is not None and count:
+            last = self.pipeline.scheduler.timesteps[-count:].tolist()
+            self._set_by_reference(int(args[1]) in last)
+
+    def _set_by_reference(self, by_reference: bool) -> None:
+        self._by_reference = by_reference
+        for layer in self._lora_layers:
+            layer._disable_adapters = by_reference
+
+    def _take_reference(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """After full fine-tuning there is no adapter to switch off: ask the pre-trained denoiser instead."""
+        if not self._by_reference or self._reference_unet is None:
+            return output
+        return self._reference_unet.to(args[0].device)(*args, **kwargs)
 
     def _add_branch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """With a control scale of its own: a prompt-only branch before the rows that have labels."""
@@ -262,5 +294,5 @@ class ControlledPipeline:
 def _load_finetuned_unet(adapter: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     if not (adapter / UNET_FOLDER / "config.json").is_file():
         raise ModelError(f"{adapter / UNET_FOLDER} does not exist; the adapter folder is incomplete")
-    unet = UNet2DConditionModel.from_pretrained(adapter, subfolder=UNET_FOLDER, torch_dtype=dtype, use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(adapter, subfolder=UNET_FOLDER, dtype=dtype, use_safetensors=True)
     return unet.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -97,7 +97,7 @@ class ControlledPolicy(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's blocks in the backward pass, each in the mode its own forward ran in."""
 
-        def run(module: Callable[..., Any], *args: Any) -> Any:
+        def run(module: Any, *args: Any) -> Any:
             reference, labels = self._reference, self._labels
             return checkpoint(
                 module.__call__,

@@ -56,7 +56,7 @@ class PipelineSampler:
     def _load(self) -> Any:
         folder = resolve_base_model(self.config.base_model, self.config.base_revision)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False
         )
         pipeline.scheduler = load_scheduler(self.config.base_model, self.config.base_revision)
         pipeline.set_progress_bar_config(disable=True)

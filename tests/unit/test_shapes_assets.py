@@ -24,7 +24,8 @@ def to_tensor(drawn):
 def test_weights_are_small_and_safetensors_only():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    assert {path.relative_to(FOLDER).parts[-2] for path in weights} == {"vae", "unet", "text_encoder", "recogniser"}
+    places = {path.relative_to(FOLDER).parts[-2] for path in weights}
+    assert places == {"vae", "unet", "text_encoder", "recogniser", "classifier"}
     assert sum(path.stat().st_size for path in weights) <= 12e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")]
 

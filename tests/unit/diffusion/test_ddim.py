@@ -28,7 +28,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [1.0, 0.3])
 def test_step_equals_diffusers_at_the_same_noise(spacing: str, prediction_type: str, eta: float) -> None:
-    """Every step, last one included."""
+    """Every step, last one included; a step from timestep 0 (linspace) has no density, as there is no ᾱ beyond it."""
     config = dict(
         DDIMScheduler(**SCHEDULE, timestep_spacing=spacing, prediction_type=prediction_type, steps_offset=1).config
     )
@@ -40,7 +40,7 @@ def test_step_equals_diffusers_at_the_same_noise(spacing: str, prediction_type: 
         theirs = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=noise).prev_sample
         ours = kernel.step(k, latents, ModelOutput(prediction))
         assert int(kernel.time(k)) == int(timestep)
-        assert kernel.std(k) > 0
+        assert (kernel.std(k) > 0) == (int(timestep) > 0)
         torch.testing.assert_close(ours.mean + ours.std * noise, theirs, rtol=1e-5, atol=2e-5)
 
 

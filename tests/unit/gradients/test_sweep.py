@@ -167,6 +167,7 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
         num_train_timesteps=1000,
     )
     assert kernel.std(2) == 0 < kernel.std(1)
+    assert [kernel.controlled(k) for k in range(3)] == [True, True, False]
     noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape)
     trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double(), with_kl=True)
     assert trajectory.kl_per_step is not None and trajectory.kl_per_step[:, 2].abs().max() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _generators() -> list[torch.Generator]:
 @torch.no_grad()
 def _rollout(policy: ControlledPolicy, base: Path, sampler: SamplerConfig, *, reference: bool = False) -> Tensor:
     """Clean latents by the training's own step kernel, with the noise that a diffusers pipeline would draw."""
-    kernel = make_kernel(load_scheduler(str(base)), sampler.num_steps, sampler.eta)
+    kernel = make_kernel(load_scheduler(str(base)), sampler.num_steps, sampler.eta, sampler.reference_steps)
     condition = load_prompt_encoder(str(base)).encode(PROMPTS)
     guidance = Guidance(sampler.guidance_scale, sampler.control_scale)
     generators = _generators()
@@ -64,7 +65,8 @@ def _rollout(policy: ControlledPolicy, base: Path, sampler: SamplerConfig, *, re
 
     latents = noise()
     for k in range(kernel.num_steps):
-        output = policy(latents, kernel.time(k), condition, LABELS, guidance, reference=reference)
+        by_reference = reference or not kernel.controlled(k)
+        output = policy(latents, kernel.time(k), condition, LABELS, guidance, reference=by_reference)
         step = kernel.step(k, latents, output)
         latents = step.mean + step.std * noise()
     return latents
@@ -81,10 +83,13 @@ def exported(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return folder, _export(tiny_pipeline, folder, SamplerConfig(num_steps=3))
 
 
-@pytest.mark.parametrize("scales", [(1.0, None), (3.0, None), (3.0, 2.0), (1.0, 2.0)])
-def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tuple[float, float | None]) -> None:
-    """Without guidance, with it, and with a separate scale of the label direction."""
-    sampler = SamplerConfig(num_steps=3, guidance_scale=scales[0], control_scale=scales[1])
+@pytest.mark.parametrize("scales", [(1.0, None, 0), (3.0, None, 1), (3.0, 2.0, 1), (1.0, 2.0, 0)])
+def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tuple[float, float | None, int]) -> None:
+    """Without guidance, with it, with a separate scale of the label direction; last steps by the reference."""
+    guidance_scale, control_scale, steps = scales
+    sampler = SamplerConfig(
+        num_steps=3, guidance_scale=guidance_scale, control_scale=control_scale, reference_steps=steps
+    )
     policy = _export(tiny_pipeline, tmp_path, sampler)
     pipeline = ControlledPipeline.from_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -94,8 +99,9 @@ def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tu
     assert float((latents - _latents(pipeline)).abs().max()) > 0.01  # the labels count
 
 
-def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path) -> None:
-    sampler = SamplerConfig(num_steps=2)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path, steps: int) -> None:
+    sampler = SamplerConfig(num_steps=2, reference_steps=steps)
     policy = _export(tiny_pipeline, tmp_path, sampler, lora=None)
     pipeline = ControlledPipeline.from_pretrained(tmp_path)
     latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES})
@@ -154,14 +160,12 @@ def test_other_sampler_settings_warn_once(exported: tuple[Path, ControlledPolicy
 
 
 def test_another_base_model_is_refused(exported: tuple[Path, ControlledPolicy], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(exported[0], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter.json"
     content = json.loads(file.read_text())
     content["base_model"]["sha256"] = "0" * 64
     file.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"000000000000…, but .* holds denoiser"):
+    with pytest.raises(ModelError, match=r"denoiser 000000000000…\), but .* holds denoiser"):
         ControlledPipeline.from_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"adapter\.json does not exist"):
         ControlledPipeline.from_pretrained(tmp_path)

@@ -21,9 +21,7 @@ RANK_2 = LoraConfig(rank=2)
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
 
 
-def _policy(
-    folder: str, lora: LoraConfig | None = RANK_2, controls: dict | None = None
-) -> ControlledPolicy:
+def _policy(folder: str, lora: LoraConfig | None = RANK_2, controls: dict | None = None) -> ControlledPolicy:
     counts = {name: c.num_classes for name, c in (controls or CONTROLS).items()}
     return ControlledPolicy(load_unet(folder), counts, lora=lora)
 

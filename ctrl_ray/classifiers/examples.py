@@ -1,0 +1,224 @@
+"""What a classifier is fitted on: images as the pipeline's VAE decodes them, with labels, in blocks on disk.
+
+Decoding is done once, not every epoch. A block is a memory-mapped array and a JSON file, so that no process ever holds
+the whole set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.errors import DataError, ModelError
+from ctrl_ray.offline.images import fit
+from ctrl_ray.offline.reading import OnBadRow, iter_rows
+from ctrl_ray.offline.shapes import draw_dataset
+from ctrl_ray.oracles import load_oracle, measure
+from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
+
+BLOCK_ROWS = 256
+"""Rows of a block."""
+
+SPLITS = ("fitting", "selection", "temperature")
+"""Rows to minimise the loss on, to choose the epoch by, and to fit the temperature on."""
+
+SamplePipeline = Callable[[int, int], Iterable[tuple[np.ndarray, Sequence[str]]]]
+"""`sample_pipeline(num, seed)` yields batches of the pipeline's samples: images uint8 (B, H, W, 3) and B prompts."""
+
+
+class Example(NamedTuple):
+    """One row: an image as stored, its prompt, and its label (None where only an oracle can say)."""
+
+    image: np.ndarray
+    prompt: str
+    label: int | None
+
+
+def image_size_of(base_model: str, revision: str | None = None) -> int:
+    """Side in pixels of the square images that a pipeline makes."""
+    folder = Path(resolve_base_model(base_model, revision))
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"base model folder {folder} lacks a readable unet/config.json or vae/config.json "
+            f"({type(error).__name__}: {error}); expected a pipeline written by diffusers' save_pretrained"
+        ) from error
+
+
+def read_examples(
+    config: TrainConfig,
+    control: str,
+    image_size: int,
+    *,
+    on_bad_row: OnBadRow = "error",
+    bad_rows_file: str | None = None,
+) -> Iterator[Example]:
+    """The rows of `config.data` at image_size x image_size, in the order of the file; 'shapes' draws them.
+
+    The control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
+    """
+    if config.data == "shapes":
+        rows: Iterator[Example] = (
+            Example(np.asarray(fit(image, (image_size, image_size))), prompt, None)
+            for image, prompt in draw_dataset(config.num_drawn_images, config.seed)
+        )
+    else:
+        rows = _parquet_rows(config, control, image_size, on_bad_row, bad_rows_file)
+    return islice(rows, config.classifier.max_images)
+
+
+def _parquet_rows(
+    config: TrainConfig, control: str, image_size: int, on_bad_row: OnBadRow, bad_rows_file: str | None
+) -> Iterator[Example]:
+    spec = config.controls[control]
+    columns = {} if spec.oracle else {control: spec}
+    size = (image_size, image_size)
+    for row in iter_rows(config.data or "", columns, on_bad_row, image_size=size, bad_rows_file=bad_rows_file):
+        yield Example(row["image"], row["prompt"], row.get(control))
+
+
+def split_of(num_rows: int, shares: Sequence[float], seed: int, *, salt: int = 0) -> np.ndarray:
+    """Which of `SPLITS` each row belongs to, (num_rows,) int8: a hash of (seed, salt, row), the same for every run."""
+    mask = (1 << 64) - 1
+    key = np.uint64((seed * 0x9E3779B97F4A7C15 + (salt + 1) * 0xBF58476D1CE4E5B9) & mask)
+    mixed = np.arange(1, num_rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    uniform = ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
+    return np.searchsorted(np.cumsum(shares)[:2], uniform, side="right").astype(np.int8)
+
+
+class BlockWriter:
+    """Decodes and labels rows, and writes the blocks that one worker is responsible for."""
+
+    def __init__(self, config: TrainConfig, control: str, folder: Path, device: torch.device) -> None:
+        self.config, self.control, self.folder = config, control, folder
+        self.spec: ControlConfig = config.controls[control]
+        self.oracle = load_oracle(self.spec.oracle) if self.spec.oracle else None
+        self.device = device
+        self.decoder: LatentDecoder | None = None
+        if config.classifier.decode:
+            chunk = config.rewards.decode_chunk_size
+            self.decoder = load_decoder(config.base_model, config.base_revision, chunk_size=chunk, device=device)
+
+    def write_data(self, rows: Iterable[Example], rank: int, num_workers: int) -> int:
+        """Write the blocks rank, rank + num_workers, ... of `rows`; returns how many rows there are in all."""
+        total, block, iterator = 0, 0, iter(rows)
+        while chunk := list(islice(iterator, BLOCK_ROWS)):
+            if block % num_workers == rank and not _exists(self.folder, "data", block):
+                images = np.stack([row.image for row in chunk])
+                self._write("data", block, images, [row.prompt for row in chunk], [row.label for row in chunk])
+            total, block = total + len(chunk), block + 1
+        return total
+
+    def write_samples(self, sample_pipeline: SamplePipeline, num: int, rank: int, num_workers: int) -> None:
+        """Write the blocks rank, rank + num_workers, ... of `num` samples of the pipeline."""
+        for block in range(rank, -(-num // BLOCK_ROWS), num_workers):
+            if _exists(self.folder, "samples", block):
+                continue
+            wanted = min(BLOCK_ROWS, num - block * BLOCK_ROWS)
+            seed = int(np.random.SeedSequence([self.config.seed, 1, block]).generate_state(1)[0])
+            batches = list(sample_pipeline(wanted, seed))
+            images = np.concatenate([np.asarray(images) for images, _ in batches])[:wanted]
+            prompts = [prompt for _, some in batches for prompt in some][:wanted]
+            if len(images) < wanted:
+                raise DataError(f"sample_pipeline gave {len(images)} samples where {wanted} were asked for")
+            self._write("samples", block, images, prompts, [None] * wanted, decode=False)
+
+    def _write(
+        self,
+        kind: str,
+        block: int,
+        images: np.ndarray,
+        prompts: list[str],
+        labels: list[int | None],
+        decode: bool = True,
+    ) -> None:
+        if self.decoder is not None and decode:
+            images = self._decoded(images)
+        if self.oracle is not None:
+            values = measure(self.oracle, images)
+            labels = [self.spec.classify(float(value)) for value in values]
+        if any(label is None for label in labels):
+            raise DataError(
+                f"control {self.control!r} has no oracle, and the images of {self.config.data!r} have no labels; name "
+                "an oracle, or give a Parquet file with its column"
+            )
+        _save(self.folder, kind, block, images, {"prompts": prompts, "labels": labels})
+
+    def _decoded(self, images: np.ndarray) -> np.ndarray:
+        assert self.decoder is not None
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            return to_uint8(self.decoder.decode(self.decoder.encode(pixels))).cpu().numpy()
+
+
+class Examples:
+    """The blocks of a folder as one sequence: the rows of the data, then the pipeline's samples."""
+
+    def __init__(self, folder: Path, num_data: int, num_samples: int, shares: Sequence[float], seed: int) -> None:
+        self.arrays: list[np.ndarray] = []
+        self.prompts: list[str] = []
+        labels: list[int] = []
+        for kind, num in (("data", num_data), ("samples", num_samples)):
+            for block in range(-(-num // BLOCK_ROWS)):
+                array, rows = _load(folder, kind, block)
+                self.arrays.append(array)
+                self.prompts += rows["prompts"]
+                labels += rows["labels"]
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
+        self.is_sample = np.arange(len(labels)) >= num_data
+        split = np.concatenate([split_of(num_data, shares, seed), split_of(num_samples, shares, seed, salt=1)])
+        self.rows = {name: np.flatnonzero(split == index) for index, name in enumerate(SPLITS)}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, list[str], Tensor]:
+        """Images (B, 3, H, W) float32 in [0, 1], prompts, and labels (B,) of these rows."""
+        blocks = np.searchsorted(self.starts, rows, side="right") - 1
+        images = np.stack([self.arrays[b][row - self.starts[b]] for b, row in zip(blocks, rows, strict=True)])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        return pixels, [self.prompts[row] for row in rows], self.labels[rows]
+
+
+def _paths(folder: Path, kind: str, block: int) -> tuple[Path, Path]:
+    return folder / f"{kind}-{block:06d}.npy", folder / f"{kind}-{block:06d}.json"
+
+
+def _exists(folder: Path, kind: str, block: int) -> bool:
+    return _paths(folder, kind, block)[1].is_file()
+
+
+def _save(folder: Path, kind: str, block: int, images: np.ndarray, rows: dict[str, Any]) -> None:
+    array_path, rows_path = _paths(folder, kind, block)
+    with open(f"{array_path}.partial", "wb") as stream:
+        np.save(stream, images, allow_pickle=False)
+    os.replace(f"{array_path}.partial", array_path)
+    partial = Path(f"{rows_path}.partial")
+    partial.write_text(json.dumps(rows), encoding="utf-8")
+    os.replace(partial, rows_path)
+
+
+def _load(folder: Path, kind: str, block: int) -> tuple[np.ndarray, dict[str, Any]]:
+    array_path, rows_path = _paths(folder, kind, block)
+    if not rows_path.is_file():
+        raise DataError(
+            f"block {rows_path} is missing on this node; with classifier.num_workers > 1 on several nodes the output "
+            "folder must be on storage that all of them share"
+        )
+    return np.load(array_path, mmap_mode="r", allow_pickle=False), json.loads(rows_path.read_text(encoding="utf-8"))

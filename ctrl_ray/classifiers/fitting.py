@@ -1,0 +1,202 @@
+"""Step 1: fit p(y|x,c) under Ray Train and calibrate it. The driver's side; the workers' is `worker`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctrl_ray.classifiers.classifier import SETTINGS
+from ctrl_ray.classifiers.examples import SamplePipeline, image_size_of
+from ctrl_ray.classifiers.worker import FitJob, fit_worker
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.errors import ConfigError, ModelError, RunFolderError, own_error
+from ctrl_ray.offline.reading import OnBadRow, plan_reading
+from ctrl_ray.oracles import load_oracle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """What a fit left behind."""
+
+    folder: Path
+    """Holds `model.safetensors`, `classifier.json` and `reliability.png`."""
+    before: Mapping[str, float]
+    """Accuracy, NLL, Brier and ECE on the temperature split with temperature 1 (`calibration.calibration_figures`)."""
+    after: Mapping[str, float]
+    """The same at the fitted temperature."""
+    temperature: float
+    """Logits are divided by it."""
+    best_epoch: int
+    """The epoch that was kept, from 1."""
+    num_rows: Mapping[str, int]
+    """Rows of each split, and how many rows the figures are of."""
+
+
+def fit_classifier(
+    config: TrainConfig,
+    control: str,
+    *,
+    output_dir: str | Path,
+    sample_pipeline: SamplePipeline | None = None,
+    on_bad_row: OnBadRow = "error",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> FitResult:
+    """Fit and calibrate the classifier of one control of `config`, and write it into `output_dir`.
+
+    Runs `config.classifier.num_workers` Ray Train workers (Ray is started when it is not running), with the CPUs,
+    devices and threads of `config.scaling`. They decode the images once into a folder below `output_dir`, which must be
+    on storage that all of them share and is removed at the end; then they fit. The result depends on the seed, not on
+    the number of workers (up to rounding).
+
+    Args:
+        config: The run; `data`, `base_model`, `seed`, `classifier`, `scaling` and the control are used.
+        control: Name of the control.
+        output_dir: Local folder to write.
+        sample_pipeline: Gives samples of the pre-trained pipeline, see `examples.SamplePipeline`; it travels to the
+            workers, so it loads its models when first called. Needed when `classifier.num_pipeline_samples` > 0.
+        on_bad_row: 'error', or 'skip' to set bad rows of the data set aside.
+        overwrite: Replace a classifier that `output_dir` already holds.
+        quiet: Print no progress.
+
+    Raises:
+        ConfigError: The control, its classes, or a combination of settings cannot be fitted.
+        DataError, ModelError: The data set, or the pipeline, cannot be read.
+        RunFolderError: `output_dir` already holds a classifier.
+        NonFiniteError: The loss became NaN or infinite.
+    """
+    folder = Path(output_dir).expanduser().resolve()
+    check_fit(config, control, sample_pipeline=sample_pipeline)
+    if (folder / SETTINGS).exists() and not overwrite:
+        raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
+    scratch = folder / f".fit-{uuid.uuid4().hex[:12]}"
+    (scratch / "examples").mkdir(parents=True)
+    job = FitJob(
+        config=config,
+        control=control,
+        image_size=image_size_of(config.base_model, config.base_revision),
+        folder=str(scratch / "examples"),
+        sample_pipeline=sample_pipeline,
+        on_bad_row=on_bad_row,
+    )
+    try:
+        _run(job, scratch, folder, quiet)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return read_result(folder)
+
+
+def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipeline | None = None) -> None:
+    """Everything that can be wrong with a fit and be known before Ray starts; ConfigError, DataError or ModelError."""
+    spec = _control(config, control)
+    if spec.num_classes < 2:
+        raise ConfigError(
+            f"control {control!r} has {spec.num_classes} classes; expected at least 2: give thresholds for a measured "
+            "number, or class names for integer labels"
+        )
+    num_samples = config.classifier.num_pipeline_samples
+    if num_samples > 0 and (spec.oracle is None or sample_pipeline is None):
+        lacking = "the control has no oracle to label them" if spec.oracle is None else "there is no sample_pipeline"
+        raise ConfigError(f"classifier.num_pipeline_samples is {num_samples}, but {lacking}; set it to 0, or add one")
+    if spec.oracle is not None:
+        load_oracle(spec.oracle)
+        if not spec.thresholds:
+            raise ConfigError(
+                f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
+                "of its numbers; give thresholds"
+            )
+    image_size = image_size_of(config.base_model, config.base_revision)
+    if config.data is None:
+        raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
+    if config.data != "shapes":
+        plan_reading(config.data, {} if spec.oracle else {control: spec}, image_size=(image_size, image_size))
+    elif spec.oracle is None:
+        raise ConfigError(f"data 'shapes' has no labels of control {control!r}; name an oracle that measures them")
+
+
+def read_result(folder: str | Path) -> FitResult:
+    """The figures that a fit stored in its classifier folder."""
+    path = Path(folder)
+    try:
+        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        figures = settings["calibration"]
+        return FitResult(
+            folder=path,
+            before=figures["before"],
+            after=figures["after"],
+            temperature=settings["temperature"],
+            best_epoch=figures["best_epoch"],
+            num_rows=figures["num_rows"],
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path / SETTINGS} lacks the figures of a fit ({type(error).__name__}: {error})") from error
+
+
+def _control(config: TrainConfig, control: str) -> ControlConfig:
+    if control not in config.controls:
+        raise ConfigError(f"control {control!r} is unknown; the config has {sorted(config.controls)}")
+    return config.controls[control]
+
+
+def _run(job: FitJob, scratch: Path, folder: Path, quiet: bool) -> None:
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    lines = ray.remote(_Lines).options(num_cpus=0).remote()
+    scaling = job.config.scaling
+    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker}
+    if scaling.use_gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        fit_worker,
+        train_loop_config={"job": dataclasses.replace(job, say=lines)},
+        scaling_config=ScalingConfig(
+            num_workers=job.config.classifier.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(name="fit", storage_path=str(scratch)),
+    )
+    result = _follow(trainer, lines, quiet)
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as written:
+        shutil.copytree(written, folder, dirs_exist_ok=True)
+
+
+class _Lines:
+    """An actor: what rank 0 has to tell, for the driver to print."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def put(self, line: str) -> None:
+        self._lines.append(line)
+
+    def drain(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def _follow(trainer: Any, lines: Any, quiet: bool) -> Any:
+    """Run the trainer in a thread and print the workers' lines meanwhile; raises the error that a worker meant."""
+    import ray
+
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(trainer.fit)
+        while True:
+            finished = wait([future], timeout=0.5).done
+            for line in ray.get(lines.drain.remote()):
+                if not quiet:
+                    print(line, flush=True)
+            if finished:
+                break
+    error = future.exception()
+    if error is not None:
+        raise own_error(error) or error
+    return future.result()

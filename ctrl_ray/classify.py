@@ -1,0 +1,154 @@
+"""`python -m ctrl_ray.classify --data data.parquet --control NAME`: step 1, fit and calibrate p(y|x,c)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ctrl_ray import presets
+from ctrl_ray.classifiers.fitting import FitResult, fit_classifier
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+    read_prompts,
+)
+from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.errors import CtrlRayError
+from ctrl_ray.offline.reading import read_prompts_column
+from ctrl_ray.offline.shapes import PROMPTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifyConfig:
+    """Fit and calibrate the classifier of one control. Without flags: that of the built-in example."""
+
+    data: str | None = None
+    """Parquet file or folder that `python -m ctrl_ray.label` wrote; 'shapes' draws the built-in example's images, which
+    is what None means with the base model 'shapes'."""
+    control: str = "jpeg_size"
+    """Name of the control. One that the built-in example has keeps its settings where no flag below says otherwise."""
+    thresholds: tuple[float, ...] = ()
+    """Ascending class borders of a measured number."""
+    oracle: str | None = None
+    """Who measures the decoded images again: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle'."""
+    classes: tuple[str, ...] = ()
+    """Class names; needed where the column holds integer labels."""
+    unit: str | None = None
+    """Unit of the measured number, for figures."""
+    column: str | None = None
+    """Column of the data set; None: the control's name."""
+    base_model: str = "shapes"
+    """Whose VAE decodes the images: 'shapes', a folder in the diffusers format, or a hub id."""
+    base_revision: str | None = None
+    """Hub revision of base_model."""
+    output_dir: str = "runs/classifier"
+    """Folder to write: model.safetensors, classifier.json, reliability.png."""
+    prompts_file: str | None = None
+    """Prompts of the pipeline's samples (classifier.num_pipeline_samples), one a line; None: the data set's."""
+    num_drawn_images: int = 6000
+    """With data 'shapes': how many images are drawn."""
+    seed: int = 0
+    """Seed of the splits, the weights, the order, and the pipeline's samples."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """'error': stop at the first row that cannot be used. 'skip': set those aside in DATA.bad_rows.jsonl."""
+    overwrite: bool = False
+    """Replace a classifier that output_dir already holds."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Network and fit."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the pipeline's samples are drawn."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Devices, CPUs and threads of a worker; their number is classifier.num_workers."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: exit status 0, or 2 after a message about what the user can correct."""
+    try:
+        shapes = presets.shapes()
+        default = ClassifyConfig(
+            classifier=shapes.classifier,
+            sampler=shapes.sampler,
+            scaling=shapes.scaling,
+            num_drawn_images=shapes.num_drawn_images,
+        )
+        run(tyro.cli(ClassifyConfig, args=argv, default=default, prog="python -m ctrl_ray.classify"))
+    except CtrlRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(settings: ClassifyConfig) -> FitResult:
+    """Fit, and print the figures before and after scaling."""
+    config = train_config(settings)
+    sampler = None
+    if config.classifier.num_pipeline_samples:
+        from ctrl_ray.policy.pretrained import PipelineSampler
+
+        sampler = PipelineSampler(config, prompts_of(config))
+    with connected():
+        result = fit_classifier(
+            config,
+            settings.control,
+            output_dir=settings.output_dir,
+            sample_pipeline=sampler,
+            on_bad_row=settings.on_bad_row,
+            overwrite=settings.overwrite,
+        )
+    print(describe(result))
+    return result
+
+
+def train_config(settings: ClassifyConfig) -> TrainConfig:
+    """The run's config that the flags stand for; raises ConfigError where they contradict each other."""
+    built_in = settings.base_model == "shapes"
+    shapes = presets.shapes()
+    spec = shapes.controls.get(settings.control, ControlConfig()) if built_in else ControlConfig()
+    if settings.thresholds or settings.classes:
+        spec = replace(spec, thresholds=settings.thresholds, classes=settings.classes, label_weights=())
+    given = {name: getattr(settings, name) for name in ("oracle", "unit", "column")}
+    spec = replace(spec, classifier=None, **{name: value for name, value in given.items() if value is not None})
+    return replace(
+        shapes,
+        controls={settings.control: spec},
+        data=settings.data or ("shapes" if built_in else None),
+        base_model=settings.base_model,
+        base_revision=settings.base_revision,
+        prompts_file=settings.prompts_file,
+        num_drawn_images=settings.num_drawn_images,
+        seed=settings.seed,
+        classifier=settings.classifier,
+        sampler=settings.sampler,
+        scaling=replace(settings.scaling, num_workers=1),
+    )
+
+
+def prompts_of(config: TrainConfig) -> tuple[str, ...]:
+    """The prompts to sample the pipeline with: those of the file, else the data set's, else the built-in example's."""
+    if config.prompts_file is not None:
+        return read_prompts(config.prompts_file)
+    if config.data not in (None, "shapes"):
+        return read_prompts_column(str(config.data))
+    return PROMPTS
+
+
+def describe(result: FitResult) -> str:
+    """The figures as a table."""
+    lines = [
+        f"classifier written to {result.folder} (epoch {result.best_epoch}, temperature {result.temperature:.4f}; "
+        f"figures of {result.num_rows['figures']} held-out images)",
+        f"{'':10}{'before':>10}{'after scaling':>15}",
+    ]
+    lines += [f"{name:10}{result.before[name]:10.4f}{result.after[name]:15.4f}" for name in result.before]
+    return "\n".join([*lines, f"reliability diagram: {Path(result.folder) / 'reliability.png'}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Which prompts and labels the samples of an update have: keyed draws, the same on any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig
+from ctrl_ray.diffusion.noise import draw_index, draw_uniform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one update or evaluation."""
+
+    sample_ids: tuple[int, ...]
+    prompts: tuple[str, ...]
+    labels: Tensor
+    """(B, C) int64 in the policy's column order; num_classes = null."""
+    strengths: Tensor
+    """(B, C) float32: guidance strength, 0 where the label is null."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def select(self, start: int, stop: int) -> Batch:
+        """Samples start … stop − 1."""
+        part = slice(start, stop)
+        return Batch(self.sample_ids[part], self.prompts[part], self.labels[part], self.strengths[part])
+
+
+def training_batch(
+    seed: int,
+    update: int,
+    sample_ids: Sequence[int],
+    prompts: Sequence[str],
+    controls: Mapping[str, ControlConfig],
+    active: Sequence[str],
+    control_dropout: float,
+) -> Batch:
+    """Prompt uniform, each active control's label from its law, null with probability `control_dropout`.
+
+    controls: the policy's, in column order; those not in `active` (kept from an initial adapter) are always null.
+    """
+    rows = []
+    for sample_id in sample_ids:
+        row = []
+        for name, control in controls.items():
+            weights = control.label_weights or (1.0,) * control.num_classes
+            dropped = draw_uniform(seed, update, sample_id, f"dropout {name}") < control_dropout
+            label = draw_index(seed, update, sample_id, f"label {name}", weights)
+            row.append(control.num_classes if dropped or name not in active else label)
+        rows.append(row)
+    chosen = tuple(
+        prompts[draw_index(seed, update, sample_id, "prompt", (1.0,) * len(prompts))] for sample_id in sample_ids
+    )
+    return make_batch(sample_ids, chosen, torch.tensor(rows), controls)
+
+
+def evaluation_batch(
+    sample_ids: Sequence[int],
+    prompts: Sequence[str],
+    controls: Mapping[str, ControlConfig],
+    active: Sequence[str],
+) -> Batch:
+    """Every combination of the active controls' classes equally often, prompts cycling within a class.
+
+    Sample i has class (i mod K) of the combined K classes and prompt ⌊i / K⌋ mod P.
+    """
+    rows = []
+    combinations = 1
+    for name in active:
+        combinations *= controls[name].num_classes
+    for sample_id in sample_ids:
+        rest, row = sample_id % combinations, []
+        for name, control in controls.items():
+            if name in active:
+                row.append(rest % control.num_classes)
+                rest //= control.num_classes
+            else:
+                row.append(control.num_classes)
+        rows.append(row)
+    chosen = tuple(prompts[(sample_id // combinations) % len(prompts)] for sample_id in sample_ids)
+    return make_batch(sample_ids, chosen, torch.tensor(rows), controls)
+
+
+def make_batch(
+    sample_ids: Sequence[int], prompts: Sequence[str], labels: Tensor, controls: Mapping[str, ControlConfig]
+) -> Batch:
+    """Batch with the strengths that belong to the labels."""
+    null = torch.tensor([control.num_classes for control in controls.values()])
+    gamma = torch.tensor([control.guidance_strength for control in controls.values()])
+    strengths = torch.where(labels == null, torch.zeros(()), gamma)
+    return Batch(tuple(int(i) for i in sample_ids), tuple(prompts), labels.long(), strengths.float())

@@ -1,0 +1,28 @@
+"""A small actor between the training workers and the driver: rows one way, a stop request the other."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+class MetricsChannel:
+    """Rank 0 puts rows (metrics, notices); the driver drains them and may ask the workers to stop."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._stop = ""
+
+    def put(self, row: dict[str, Any]) -> str:
+        """Add a row; returns the reason for stopping, '' while there is none."""
+        self._rows.append({"time": time.time(), **row})
+        return self._stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Take all rows."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def request_stop(self, reason: str) -> None:
+        """Workers leave a checkpoint and return after the update under way."""
+        self._stop = reason

@@ -1,0 +1,33 @@
+"""The DeepSpeed dict of a run, as a pure function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctrl_ray.config import TrainConfig
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets.
+
+    - No fp16 and no bf16 section: trainable parameters are float32 and the policy chooses the precision of its frozen
+      backbone; loss scaling would compound along the sweep.
+    - Accumulation is ours: one `backward` per denoising step, an explicit `step()`, and no division by the number of
+      accumulation steps (it would be read back with the input gradient and compound).
+    - `gradient_clipping` is always set; its default is 1.0 in recent releases.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size_per_worker,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": {
+            "stage": config.scaling.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }

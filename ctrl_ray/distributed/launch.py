@@ -1,0 +1,171 @@
+"""Launching the training workers from the driver, following them, and taking what they leave."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.channel import MetricsChannel
+from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
+from ctrl_ray.distributed.worker import TrainJob, train_worker
+from ctrl_ray.errors import RunFolderError, own_error
+
+CHECKPOINTS = "checkpoints"
+_POLL_S = 0.3
+RowHandler = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the workers left."""
+
+    best: Checkpoint
+    """The checkpoint with the best evaluation; it holds the adapter to export."""
+    best_metrics: Mapping[str, Any]
+    updates_done: int
+    stopped: str
+    """Why it ended before num_updates; '' when it did not."""
+
+
+def run_training(job: TrainJob, storage_path: str, on_row: RowHandler) -> Trained:
+    """Run the Train worker group of a job to its end and return its best checkpoint.
+
+    Resumes by itself from the latest checkpoint under `storage_path`/checkpoints. The first SIGINT or SIGTERM asks the
+    workers to leave a checkpoint and return; the second interrupts at once. `on_row` gets every row of the channel.
+    Raises the error that a worker raised on purpose, else Ray's.
+    """
+    _shorten_polling()
+    trainer = _trainer(job, storage_path)
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="ctrl_ray-fit", daemon=True)
+    follower = _Follower(job.channel, on_row)
+    with _stop_on_signal(job.channel, on_row):
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            follower.poll()
+    follower.poll()
+    if "error" in outcome:
+        raise own_error(outcome["error"]) or outcome["error"]
+    return _trained(outcome["result"], follower)
+
+
+def export_adapter(trained: Trained, folder: Path) -> Path:
+    """Copy the best checkpoint's adapter to where the run keeps it."""
+    with trained.best.as_directory() as checkpoint:
+        shutil.copytree(Path(checkpoint) / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+    return folder
+
+
+def new_channel() -> Any:
+    """A MetricsChannel on the driver's node."""
+    node = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    actor = ray.remote(MetricsChannel).options(num_cpus=0, scheduling_strategy=strategy)
+    return actor.remote()
+
+
+def _trainer(job: TrainJob, storage_path: str) -> TorchTrainer:
+    config = job.config
+    resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=storage_path,
+            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.num_checkpoints_to_keep,
+                checkpoint_score_attribute="score",
+                checkpoint_score_order="max",
+            ),
+            worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]
+        ),
+    )
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Environment that must stand before torch is imported in a worker."""
+    if config.scaling.use_gpu:
+        return {}
+    threads = str(config.scaling.threads_per_worker or max(1, round(config.scaling.cpus_per_worker)))
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
+
+
+def _shorten_polling() -> None:
+    """`report()` waits for the controller's poll, 2 s by default."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+
+
+def _trained(result: Result, follower: _Follower) -> Trained:
+    candidates = [(checkpoint, metrics) for checkpoint, metrics in result.best_checkpoints or []]
+    if not candidates:
+        raise RunFolderError("the run left no checkpoint: it was stopped before its first update ended; run it again")
+    best, metrics = max(candidates, key=lambda pair: (pair[1]["score"], pair[1]["updates_done"]))
+    latest = max(pair[1]["updates_done"] for pair in candidates)
+    return Trained(best, metrics, max(latest, follower.updates_done), follower.stopped)
+
+
+class _Follower:
+    """Drains the channel and remembers how far the run came."""
+
+    def __init__(self, channel: Any, on_row: RowHandler) -> None:
+        self._channel, self._on_row = channel, on_row
+        self.updates_done, self.stopped = 0, ""
+
+    def poll(self) -> None:
+        for row in ray.get(self._channel.drain.remote()):
+            if row["kind"] == "stopped":
+                self.stopped = row["reason"]
+            if row["kind"] == "update":
+                self.updates_done = row["update"]
+            self._on_row(row)
+
+
+@contextmanager
+def _stop_on_signal(channel: Any, on_row: RowHandler) -> Iterator[None]:
+    """First SIGINT / SIGTERM: leave a checkpoint. Second: KeyboardInterrupt. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        on_row({"kind": "stopping", "reason": signal.Signals(number).name})
+        channel.request_stop.remote(f"{signal.Signals(number).name} received")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,203 @@
+"""What can be known to be wrong, or worth knowing, before Ray starts: controls, prompts, arithmetic, the plan in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctrl_ray.classifiers.classifier import ImageClassifier
+from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts, to_json
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.distributed.cluster import check_local_machine, needed_resources
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.gradients.estimators import FullEstimator
+from ctrl_ray.offline.reading import read_prompts_column
+from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.oracles import load_oracle
+from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
+from ctrl_ray.policy.backbone import load_scheduler, make_kernel
+from ctrl_ray.policy.build import build_policy, policy_controls
+
+_MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """A checked run, ready to start."""
+
+    config: TrainConfig
+    """With absolute paths, and controls completed from their classifiers."""
+    controls: dict[str, ControlConfig]
+    """The policy's, in column order."""
+    prompts: tuple[str, ...]
+    evaluation_prompts: tuple[str, ...]
+    info: AdapterInfo
+    summary: str
+    """Config, batch arithmetic, trainable parameters and the memory plan, for people."""
+
+
+def preflight(config: TrainConfig, *, refit_classifier: bool = False) -> Preflight:
+    """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change."""
+    if not config.controls:
+        raise ConfigError(
+            "the run has no control; give --control NAME=CLASSIFIER_FOLDER, a preset such as shapes, or set controls in "
+            "a --config file"
+        )
+    config = _absolute_paths(config)
+    config = dataclasses.replace(
+        config,
+        controls={name: _complete(name, control, refit_classifier) for name, control in config.controls.items()},
+    )
+    for name, control in config.controls.items():
+        _check_control(name, control, config)
+    check_local_machine(config)
+    controls = policy_controls(config)
+    prompts = training_prompts(config)
+    evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
+    scheduler = load_scheduler(config.base_model, config.base_revision)
+    kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta, config.sampler.reference_steps)
+    _check_kernel(kernel, config)
+    info = make_adapter_info(
+        base_model=config.base_model,
+        base_revision=config.base_revision,
+        controls=controls,
+        sampler=config.sampler,
+        scheduler_config=scheduler.config,
+        lora=None if config.full_finetune else config.lora,
+        training={"kl_coef": config.kl_coef, "seed": config.seed, "num_updates": config.num_updates},
+    )
+    return Preflight(
+        config=config,
+        controls=controls,
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        info=info,
+        summary=_summary(config, controls, prompts),
+    )
+
+
+def training_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Prompts of the file, else of the data set's column, else the shapes prompts."""
+    if config.prompts_file:
+        return read_prompts(config.prompts_file)
+    if config.data == "shapes" or (config.data is None and config.base_model == "shapes"):
+        return PROMPTS
+    found = tuple(prompt for prompt in read_prompts_column(config.data) if prompt) if config.data else ()
+    if not found:
+        raise ConfigError(
+            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has no prompt column; "
+            "give --prompts-file with one prompt a line"
+        )
+    return found
+
+
+def _absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in another working directory: no relative path may reach them."""
+
+    def absolute(path: str | None) -> str | None:
+        if path is None or path == "shapes" or "://" in path:
+            return path
+        return str(Path(path).expanduser().resolve())
+
+    base = config.base_model
+    if base != "shapes" and Path(base).expanduser().exists():
+        base = str(Path(base).expanduser().resolve())
+    return dataclasses.replace(
+        config,
+        base_model=base,
+        data=absolute(config.data),
+        prompts_file=absolute(config.prompts_file),
+        init_adapter=absolute(config.init_adapter),
+        evaluation=dataclasses.replace(config.evaluation, prompts_file=absolute(config.evaluation.prompts_file)),
+        controls={
+            name: dataclasses.replace(control, classifier=absolute(control.classifier))
+            for name, control in config.controls.items()
+        },
+    )
+
+
+def _complete(name: str, control: ControlConfig, refit: bool) -> ControlConfig:
+    """Take classes, thresholds, unit and oracle from the classifier's folder where the config leaves them open."""
+    if refit or control.classifier is None:
+        return dataclasses.replace(control, classifier=None)
+    spec = ImageClassifier.from_pretrained(control.classifier).spec
+    if control.num_classes and (control.thresholds, control.num_classes) != (spec.thresholds, spec.num_classes):
+        raise ConfigError(
+            f"control {name!r} has thresholds {control.thresholds} ({control.num_classes} classes) in the config, but its "
+            f"classifier {control.classifier} was fitted for {spec.thresholds} ({spec.num_classes} classes); leave them "
+            "out of the config, or fit again with --refit-classifier"
+        )
+    return dataclasses.replace(
+        control,
+        classes=control.classes or spec.classes,
+        thresholds=spec.thresholds,
+        unit=control.unit or spec.unit,
+        oracle=control.oracle or spec.oracle,
+    )
+
+
+def _check_control(name: str, control: ControlConfig, config: TrainConfig) -> None:
+    if control.num_classes < 2:
+        raise ConfigError(
+            f"control {name!r} has {control.num_classes} classes; give thresholds, class names, or a fitted classifier"
+        )
+    if control.classifier is None and config.data is None:
+        raise ConfigError(
+            f"control {name!r} has no classifier and there is no data to fit one on; give --data FILE.parquet, or "
+            f"--control {name}=CLASSIFIER_FOLDER"
+        )
+    if control.oracle:
+        load_oracle(control.oracle)
+        if not control.thresholds:
+            raise ConfigError(f"control {name!r} has the oracle {control.oracle!r} but no thresholds; give them")
+
+
+def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
+    if not any(kernel.controlled(k) for k in range(kernel.num_steps)):
+        raise ConfigError(
+            f"no step of this sampler has noise (eta {config.sampler.eta}, {kernel.num_steps} steps), so there is no KL; "
+            "set sampler.eta to 1.0"
+        )
+
+
+def _summary(config: TrainConfig, controls: dict[str, ControlConfig], prompts: tuple[str, ...]) -> str:
+    policy = build_policy(config, controls)
+    trainable = {name: p.numel() for name, p in policy.trainable_parameters().items()}
+    tables = sum(count for name, count in trainable.items() if name.startswith("controls."))
+    total = sum(trainable.values())
+    all_parameters = sum(p.numel() for p in policy.parameters())
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    state = sum(trainable.values()) * 4 * 3
+    latents = 4 * config.micro_batch_size_per_worker * (config.sampler.num_steps + 1)
+    for size in policy.latent_shape:
+        latents *= size
+    branches = Guidance(config.sampler.guidance_scale, config.sampler.control_scale).num_branches
+    cost = FullEstimator().cost(config.sampler.num_steps, branches > 1)
+    workers = config.scaling.num_workers
+    needed = needed_resources(config)
+    kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}"
+    lines = [
+        to_json(config),
+        "",
+        f"batch      {config.global_batch_size} trajectories per update = {workers} workers × {config.num_micro_batches} "
+        f"micro-batches × {config.micro_batch_size_per_worker}; {len(prompts)} prompts",
+        "controls   "
+        + ", ".join(
+            f"{name} ({c.num_classes} classes, guidance_strength {c.guidance_strength:g} / kl_coef {config.kl_coef:g})"
+            for name, c in controls.items()
+        ),
+        f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
+        f"{config.sampler.guidance_scale:g}",
+        f"trainable  {total:,} of {all_parameters:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
+        f"denoiser   per sample and update {cost['forwards']:g} forwards and {cost['backwards']:g} backwards; "
+        f"{cost['forwards'] * config.global_batch_size:,.0f} and {cost['backwards'] * config.global_batch_size:,.0f} an "
+        "update",
+        f"memory     per worker: weights {weights / _MEBIBYTE:.1f} MiB, gradients and optimizer up to "
+        f"{state / _MEBIBYTE:.1f} MiB (ZeRO-{config.scaling.zero_stage} over {workers}), latents kept "
+        f"{latents / _MEBIBYTE:.2f} MiB, plus the activations of one denoising step",
+        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
+        f"{config.rewards.num_actors} reward actors",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""The stages of a run, on the driver: step 1, fine-tuning, evaluation, report. `ctrl_ray.train` puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrl_ray.classifiers.fitting import SamplePipeline, fit_classifier
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.preflight import Preflight
+from ctrl_ray.distributed.progress import RunProgress
+from ctrl_ray.distributed.run_folder import RunFolder
+from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
+from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.evaluation.fidelity import choose_fidelity
+from ctrl_ray.evaluation.judging import evaluation_row, judge
+from ctrl_ray.evaluation.report import Evaluation, write_report
+from ctrl_ray.evaluation.tracking import RunTracker, read_metrics
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.rewards.pool import start_reward_pool
+
+ADAPTER, REPORT, CLASSIFIER = "adapter", "report", "classifier"
+Scorer = PooledRewards | RewardModelSpec
+
+
+def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> Preflight:
+    """Step 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
+    controls: dict[str, ControlConfig] = {}
+    for name, control in plan.config.controls.items():
+        target = folder / CLASSIFIER / name
+        if not (target / "classifier.json").is_file():
+            if control.classifier is not None:
+                shutil.copytree(control.classifier, target, dirs_exist_ok=True)
+            else:
+                wants_samples = plan.config.classifier.num_pipeline_samples > 0
+                fitted = fit_classifier(
+                    plan.config, name, output_dir=target, sample_pipeline=sample_pipeline if wants_samples else None
+                )
+                print(
+                    f"classifier of {name}: accuracy {fitted.after['accuracy']:.3f}, ECE {fitted.after['ece']:.3f} on "
+                    "held-out images",
+                    flush=True,
+                )
+        controls[name] = dataclasses.replace(control, classifier=str(target))
+    config = dataclasses.replace(plan.config, controls=controls)
+    return dataclasses.replace(plan, config=config)
+
+
+@contextmanager
+def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
+    """The pool's client, or (with rewards.num_actors = 0) what every worker loads for itself."""
+    classifiers = {name: str(control.classifier) for name, control in config.controls.items()}
+    spec = RewardModelSpec(
+        base_model=config.base_model,
+        revision=config.base_revision,
+        classifiers=classifiers,
+        decode_chunk_size=config.rewards.decode_chunk_size,
+    )
+    if config.rewards.num_actors == 0:
+        yield spec
+        return
+    with start_reward_pool(spec, config.rewards) as pool:
+        yield pool.client()
+
+
+def fine_tune(plan: Preflight, folder: RunFolder, rewards: Scorer, *, resume: bool) -> Trained:
+    """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter."""
+    log = _RunLog(plan.config, folder, resume=resume)
+    job = TrainJob(
+        config=plan.config,
+        controls=plan.controls,
+        prompts=plan.prompts,
+        rewards=rewards,
+        info=plan.info,
+        channel=new_channel(),
+    )
+    try:
+        trained = run_training(job, folder.storage_path, log)
+    finally:
+        log.close()
+    export_adapter(trained, folder / ADAPTER)
+    folder.upload()
+    return trained
+
+
+def evaluate_and_report(
+    plan: Preflight, folder: RunFolder, rewards: Scorer, trained: Trained, facts: Mapping[str, str]
+) -> dict[str, Any]:
+    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements.
+
+    facts: what else the report should tell, such as times.
+    """
+    updates_done = trained.updates_done
+    config = plan.config
+    job = SamplingJob(
+        adapter=str(folder / ADAPTER),
+        base_model=config.base_model,
+        revision=config.base_revision,
+        controls=config.controls,
+        sampler=config.sampler,
+        prompts=plan.evaluation_prompts,
+        sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
+        seed=config.evaluation.seed,
+        batch_size=config.evaluation.batch_size,
+        reference=False,
+        precision=config.scaling.precision,
+    )
+    evaluations = {}
+    for name, reference in (("before", True), ("after", False)):
+        samples = sample_policy(dataclasses.replace(job, reference=reference), rewards, config.scaling)
+        height, width = samples.images.shape[1:3]
+        fidelity = choose_fidelity(plan.evaluation_prompts, (height, width))
+        judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
+        evaluations[name] = Evaluation(judged, samples)
+    with RunTracker(
+        folder.local, run_name=folder.local.name, config=config, aim=config.aim, resume_from_update=updates_done
+    ) as tracker:
+        tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
+        _log_images(tracker, updates_done, config, evaluations)
+    page = write_report(
+        folder / REPORT,
+        controls=config.controls,
+        before=evaluations["before"],
+        after=evaluations["after"],
+        config=config,
+        metrics_rows=read_metrics(folder.local),
+        classifier_figures=_reliability(config),
+        facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
+        adapter=str(folder / ADAPTER),
+        images_per_class=config.export_images,
+    )
+    folder.upload()
+    return {"report": str(page), **{name: e.judged for name, e in evaluations.items()}}
+
+
+def _reliability(config: TrainConfig) -> dict[str, Path]:
+    figures = {
+        f"Calibration of the classifier of {name}": Path(str(control.classifier)) / "reliability.png"
+        for name, control in config.controls.items()
+    }
+    return {title: path for title, path in figures.items() if path.is_file()}
+
+
+def _log_images(tracker: RunTracker, update: int, config: TrainConfig, evaluations: Mapping[str, Evaluation]) -> None:
+    for name, evaluation in evaluations.items():
+        count = min(config.export_images * 4, len(evaluation.samples))
+        samples = evaluation.samples.select(np.arange(count))
+        captions = [
+            f"{prompt} · "
+            + ", ".join(f"{control}={label}" for control, label in zip(config.controls, row, strict=True))
+            for prompt, row in zip(samples.prompts, samples.labels.tolist(), strict=True)
+        ]
+        tracker.log_images(update, name, list(samples.images), captions)
+
+
+class _RunLog:
+    """Rows from the workers: to the progress display, metrics.jsonl and Aim; this process is their only writer."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+        self._config, self._folder, self._resume = config, folder, resume
+        self._tracker: RunTracker | None = None
+        self._progress: RunProgress | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        getattr(self, f"_on_{row['kind']}")(row)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def _on_started(self, row: Mapping[str, Any]) -> None:
+        """Also after a lost worker: rows of updates that will be done again are dropped."""
+        again = self._tracker is not None or self._resume
+        self.close()
+        self._tracker = RunTracker(
+            self._folder.local,
+            run_name=self._folder.local.name,
+            config=self._config,
+            aim=self._config.aim,
+            resume_from_update=row["update"] if again else None,
+        )
+        self._progress = RunProgress(self._config.num_updates, row["update"])
+        if again:
+            self._progress.note(f"resumed after update {row['update']}")
+
+    def _on_update(self, row: Mapping[str, Any]) -> None:
+        assert self._tracker is not None and self._progress is not None
+        self._tracker.log("update", row["update"], row["metrics"])
+        self._progress.update(row["update"], row["metrics"])
+
+    def _on_evaluation(self, row: Mapping[str, Any]) -> None:
+        assert self._tracker is not None and self._progress is not None
+        self._tracker.log("evaluation", row["update"], row["metrics"])
+        accuracy = row["metrics"].get("accuracy")
+        text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
+        self._progress.note(f"evaluation after update {row['update']}: {text}KL {row['metrics']['kl']:.2f} nats")
+
+    def _on_stopping(self, row: Mapping[str, Any]) -> None:
+        text = f"{row['reason']}: leaving a checkpoint after this update (once more to stop at once)"
+        self._progress.note(text) if self._progress is not None else print(text, flush=True)
+
+    def _on_stopped(self, row: Mapping[str, Any]) -> None:
+        assert self._progress is not None
+        self._progress.note(f"stopped after update {row['update']}: {row['reason']}")

@@ -1,0 +1,123 @@
+"""The folder of a run: local, or local with a copy on any filesystem that pyarrow opens (s3://, gs://, …)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from ctrl_ray.config import TrainConfig, to_json, train_config_from_json
+from ctrl_ray.errors import ConfigError, RunFolderError
+
+CONFIG_FILE = "config.json"
+_MAY_CHANGE = ("output_dir", "num_updates", "scaling", "rewards", "evaluation", "num_checkpoints_to_keep", "aim",
+               "checkpoint_every_updates", "target_kl", "export_images")  # fmt: skip
+
+
+class RunFolder:
+    """Where a run writes. `local` is always a local folder; `upload` copies it to the remote place, if there is one."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+        self._filesystem: pyarrow.fs.FileSystem | None = None
+        self._remote_path = ""
+        if "://" in output_dir and not output_dir.startswith("file://"):
+            try:
+                self._filesystem, self._remote_path = pyarrow.fs.FileSystem.from_uri(output_dir)
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise ConfigError(
+                    f"output_dir {output_dir!r} cannot be opened: {error}; give a local path or a URI that pyarrow.fs "
+                    "knows (s3://, gs://, hdfs://)"
+                ) from error
+            key = hashlib.sha256(output_dir.encode()).hexdigest()[:12]
+            self.local = Path(tempfile.gettempdir()) / f"ctrl_ray_{key}"
+        else:
+            self.local = Path(output_dir.removeprefix("file://")).expanduser().resolve()
+
+    @property
+    def storage_path(self) -> str:
+        """What Ray Train stores checkpoints under."""
+        return self.output_dir if self._filesystem is not None else str(self.local)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.local / name
+
+    def prepare(self, config: TrainConfig, *, resume: bool) -> None:
+        """Make the folder and write config.json; RunFolderError / ConfigError when it does not fit `resume`."""
+        if self._filesystem is not None and resume:
+            self._download()
+        stored = self.local / CONFIG_FILE
+        if not resume:
+            if (self.local.exists() and any(self.local.iterdir())) or self._remote_exists():
+                raise RunFolderError(
+                    f"output folder {self.output_dir} already holds {'a run' if stored.exists() else 'files'}; give "
+                    "another --output-dir, or go on with that run by --resume"
+                )
+        elif not stored.is_file():
+            raise RunFolderError(
+                f"output folder {self.output_dir} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume"
+            )
+        else:
+            old = train_config_from_json(stored.read_text(encoding="utf-8"), source=str(stored))
+            changed = changed_settings(old, config)
+            if changed:
+                raise ConfigError(
+                    f"cannot resume {self.output_dir} with other settings: {'; '.join(changed)}. Give the old values, or "
+                    "start a new run with another --output-dir"
+                )
+        self.local.mkdir(parents=True, exist_ok=True)
+        stored.write_text(to_json(config) + "\n", encoding="utf-8")
+
+    def upload(self) -> None:
+        """Copy everything but the checkpoints (Ray Train puts them there itself) to the remote place."""
+        if self._filesystem is None:
+            return
+        for path in sorted(self.local.rglob("*")):
+            relative = path.relative_to(self.local)
+            if path.is_file() and relative.parts[0] != "checkpoints":
+                target = f"{self._remote_path}/{relative.as_posix()}"
+                self._filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
+                with path.open("rb") as source, self._filesystem.open_output_stream(target) as sink:
+                    sink.write(source.read())
+
+    def _remote_exists(self) -> bool:
+        if self._filesystem is None:
+            return False
+        info = self._filesystem.get_file_info(f"{self._remote_path}/{CONFIG_FILE}")
+        return info.type != pyarrow.fs.FileType.NotFound
+
+    def _download(self) -> None:
+        assert self._filesystem is not None
+        self.local.mkdir(parents=True, exist_ok=True)
+        selector = pyarrow.fs.FileSelector(self._remote_path, recursive=True, allow_not_found=True)
+        for info in self._filesystem.get_file_info(selector):
+            relative = Path(info.path).relative_to(self._remote_path)
+            if info.type == pyarrow.fs.FileType.File and relative.parts[0] != "checkpoints":
+                target = self.local / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with self._filesystem.open_input_stream(info.path) as source:
+                    target.write_bytes(source.read())
+
+
+def changed_settings(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """'name: old → new' of every setting that a resumed run must not change."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return [
+        f"{name}: {before.get(name)!r} → {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and name.split(".")[0] not in _MAY_CHANGE
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,148 @@
+"""Samples of a policy and of the pre-trained model, on Ray, with the same prompts and noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.distributed.batches import Batch, evaluation_batch
+from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
+from ctrl_ray.gradients.rollout import keyed_noise, rollout
+from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.backbone import ddim_scheduler, load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.local import LocalRewards
+from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingJob:
+    """What to sample."""
+
+    adapter: str | None
+    """Adapter folder; None: the pre-trained model."""
+    base_model: str
+    revision: str | None
+    controls: Mapping[str, ControlConfig]
+    """In column order of the labels that come back; the policy's own controls beyond them are null."""
+    sampler: SamplerConfig
+    prompts: tuple[str, ...]
+    sample_ids: tuple[int, ...]
+    seed: int
+    batch_size: int
+    reference: bool
+    """Sample the pre-trained model instead of the adapter's policy (labels are still recorded)."""
+    with_kl: bool = True
+    precision: str = "fp32"
+
+
+def sample_policy(
+    job: SamplingJob, rewards: PooledRewards | RewardModelSpec, scaling: ScalingConfig
+) -> EvaluationSamples:
+    """Sample `job` on `scaling.num_workers` Ray actors and return the decoded, believed samples in id order.
+
+    Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
+    """
+    count = min(scaling.num_workers, len(job.sample_ids))
+    threads = scaling.threads_per_worker or max(1, math.ceil(scaling.cpus_per_worker))
+    remote = ray.remote(_sample_part).options(
+        num_cpus=scaling.cpus_per_worker,
+        num_gpus=1 if scaling.use_gpu else 0,
+        max_retries=scaling.max_failures,
+        runtime_env={"env_vars": {} if scaling.use_gpu else {"OMP_NUM_THREADS": str(threads)}},
+    )
+    parts = [
+        remote.remote(
+            dataclasses.replace(job, sample_ids=job.sample_ids[rank::count]),
+            rewards.for_worker(rank) if isinstance(rewards, PooledRewards) else rewards,
+            "cuda" if scaling.use_gpu else "cpu",
+        )
+        for rank in range(count)
+    ]
+    samples = concatenate(ray.get(parts))
+    return samples.select(np.argsort(samples.sample_ids, kind="stable"))
+
+
+def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> EvaluationSamples:
+    if isinstance(rewards, RewardModelSpec):
+        scorer: Any = LocalRewards(load_reward_model(dataclasses.replace(rewards, device=device)))
+    else:
+        scorer = rewards
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    policy, controls, scheduler = load_policy(job)
+    policy.to(device)
+    encoder = load_prompt_encoder(job.base_model, job.revision, device=device)
+    kernel = make_kernel(scheduler, job.sampler.num_steps, job.sampler.eta, job.sampler.reference_steps)
+    guidance = Guidance(job.sampler.guidance_scale, job.sampler.control_scale)
+    parts = []
+    for start in range(0, len(job.sample_ids), job.batch_size):
+        ids = job.sample_ids[start : start + job.batch_size]
+        batch = evaluation_batch(ids, job.prompts, controls, tuple(job.controls))
+        trajectory = rollout(
+            policy,
+            kernel,
+            encoder.encode(batch.prompts),
+            batch.labels.to(device),
+            guidance,
+            keyed_noise(job.seed, 0, ids, policy.latent_shape, device),
+            reference=job.reference,
+            with_kl=job.with_kl,
+        )
+        parts.append(_judged(job, batch, trajectory.clean_latents, trajectory.kl_per_step, scorer))
+    return concatenate(parts)
+
+
+def _judged(
+    job: SamplingJob, batch: Batch, latents: torch.Tensor, kl: torch.Tensor | None, scorer: Any
+) -> EvaluationSamples:
+    believed = scorer.class_log_probs(latents, batch.prompts)
+    per_step = None if kl is None else kl.double().cpu().numpy()
+    return EvaluationSamples(
+        images=scorer.decode(latents).cpu().numpy(),
+        prompts=batch.prompts,
+        labels=batch.labels[:, : len(job.controls)].numpy(),
+        kl=np.full(len(batch), np.nan) if per_step is None else per_step.sum(1),
+        class_log_probs={name: believed[name].float().cpu().numpy() for name in job.controls},
+        sample_ids=np.array(batch.sample_ids, dtype=np.int64),
+        kl_per_step=per_step,
+    )
+
+
+def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], Any]:
+    """(policy, its controls in column order, scheduler): from the adapter, or untouched when there is none."""
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    unet = load_unet(job.base_model, job.revision, dtype=dtype)
+    scheduler = load_scheduler(job.base_model, job.revision)
+    controls = dict(job.controls)
+    if job.adapter is None:
+        counts = {name: control.num_classes for name, control in controls.items()}
+        policy = ControlledPolicy(unet, counts, lora=None, prediction_type=scheduler.config.prediction_type)
+        return policy.eval(), controls, scheduler
+    info = read_adapter_info(job.adapter)
+    check_base_model(info, resolve_base_model(job.base_model, job.revision))
+    for name, control in info.controls.items():
+        controls.setdefault(name, control)
+    controls = {name: info.controls.get(name, control) for name, control in controls.items()}
+    counts = {name: control.num_classes for name, control in controls.items()}
+    scheduler = ddim_scheduler(dict(info.scheduler))
+    policy = ControlledPolicy(unet, counts, lora=info.lora, prediction_type=scheduler.config.prediction_type)
+    load_into_policy(job.adapter, policy)
+    return policy.eval(), controls, scheduler
+
+
+def evaluation_ids(num_samples: int) -> Sequence[int]:
+    """Ids of the final evaluation; they start where the evaluations during training never reach."""
+    first = 1 << 20
+    return tuple(range(first, first + num_samples))

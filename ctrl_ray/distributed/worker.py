@@ -1,0 +1,148 @@
+"""The function that every Ray Train worker runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.distributed.checkpoints import read_checkpoint, report_checkpoint
+from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
+from ctrl_ray.distributed.training import Learner, Rank, evaluate_policy, evaluation_score, kl_noise_floor, train_update
+from ctrl_ray.gradients.estimators import FullEstimator
+from ctrl_ray.policy.adapter import AdapterInfo
+from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.build import build_policy
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.local import LocalRewards
+from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+from ctrl_ray.rewards.protocol import Rewards
+
+UNSCORED = -1e6
+"""Score of a checkpoint that was not evaluated: worse than any that was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What the driver gives to the workers."""
+
+    config: TrainConfig
+    controls: Mapping[str, ControlConfig]
+    """The policy's, in column order."""
+    prompts: tuple[str, ...]
+    rewards: PooledRewards | RewardModelSpec
+    """The pool's client, or what each worker loads for itself."""
+    info: AdapterInfo
+    channel: Any
+    """MetricsChannel handle."""
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """Stages 2 and 3 on one worker: build the policy, resume if there is a checkpoint, update, evaluate, checkpoint."""
+    job: TrainJob = arguments["job"]
+    config = job.config
+    rank = _set_up_process(config)
+    learner, first_update = _build_learner(job, rank)
+    progress: dict[str, Any] = {"updates_done": first_update}
+    if first_update == 0 and config.evaluation.every_updates:
+        _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
+    for update in range(first_update, config.num_updates):
+        metrics = train_update(learner, update)
+        progress["updates_done"] = update + 1
+        stop = _tell(job, rank, {"kind": "update", "update": update + 1, "metrics": metrics})
+        stop = _finish_update(job, learner, progress, stop)
+        if stop:
+            _tell(job, rank, {"kind": "stopped", "update": update + 1, "reason": stop})
+            return
+
+
+def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], stop: str) -> str:
+    """Evaluate and checkpoint when it is time; returns the reason for stopping, '' to go on."""
+    config, done = job.config, progress["updates_done"]
+    every, last = config.evaluation.every_updates, progress["updates_done"] == config.num_updates
+    score = UNSCORED
+    evaluate = (last or (every and done % every == 0)) and not stop
+    if evaluate:
+        metrics = _evaluate(job, learner, progress)
+        score = evaluation_score(metrics, config)
+        if config.target_kl is not None and metrics["kl"] > config.target_kl:
+            stop = f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
+    if evaluate or stop or done % config.checkpoint_every_updates == 0:
+        info = dataclasses.replace(job.info, training={**job.info.training, **progress})
+        report_checkpoint(learner.engine, info, progress, score)
+    return stop
+
+
+def _evaluate(
+    job: TrainJob, learner: Learner, progress: dict[str, Any], more: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
+    progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
+    _tell(job, learner.rank, {"kind": "evaluation", "update": progress["updates_done"], "metrics": metrics})
+    return metrics
+
+
+def _tell(job: TrainJob, rank: Rank, row: dict[str, Any]) -> str:
+    """Rank 0 sends a row to the driver; every rank learns the driver's wish to stop (collective)."""
+    answer = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else ""]
+    if rank.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _set_up_process(config: TrainConfig) -> Rank:
+    context = ray.train.get_context()
+    if not config.scaling.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(config.scaling.threads_per_worker or max(1, math.ceil(config.scaling.cpus_per_worker)))
+    return Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+
+def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
+    config = job.config
+    policy = build_policy(config, job.controls).to(rank.device)
+    checkpoint = ray.train.get_checkpoint()
+    state: dict[str, torch.Tensor] = {}
+    first_update = 0
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state, progress = read_checkpoint(folder)
+        first_update = int(progress["updates_done"])
+        load_parameters(policy, state)
+    engine = PolicyEngine(policy, config)
+    if state:
+        engine.load_state(state)
+    _tell(job, rank, {"kind": "started", "update": first_update})
+    learner = Learner(
+        config=config,
+        engine=engine,
+        kernel=make_kernel(
+            load_scheduler(config.base_model, config.base_revision),
+            config.sampler.num_steps,
+            config.sampler.eta,
+            config.sampler.reference_steps,
+        ),
+        encoder=load_prompt_encoder(config.base_model, config.base_revision, device=rank.device),
+        rewards=_rewards(job, rank),
+        estimator=FullEstimator(),
+        controls=job.controls,
+        prompts=job.prompts,
+        rank=rank,
+    )
+    return learner, first_update
+
+
+def _rewards(job: TrainJob, rank: Rank) -> Rewards:
+    if isinstance(job.rewards, RewardModelSpec):
+        return LocalRewards(load_reward_model(dataclasses.replace(job.rewards, device=str(rank.device))))
+    return job.rewards.for_worker(rank.index)

@@ -1,0 +1,80 @@
+"""Writing one run into an Aim repository of its own; the only module that imports aim."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+_RUN_FILE = "run_hash"
+
+
+class AimSink:
+    """One Aim run in the repository at `folder`.
+
+    Aim 3.28 sends nothing over the network by itself. Its system metrics, terminal capture, and record of environment
+    variables and git state are off, so that a repository can be given away. On resume, steps that are done again take
+    the place of the earlier ones.
+
+    Args:
+        folder: Where the repository is or shall be.
+        run_name: Name shown by `aim up`.
+        config: Settings; any value that JSON can hold.
+        resume: Go on with the run that this folder holds, when it holds one.
+    """
+
+    def __init__(self, folder: Path, *, run_name: str, config: Mapping[str, Any], resume: bool) -> None:
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every table it creates
+        import aim
+
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / _RUN_FILE
+        run_hash = known.read_text().strip() if resume and known.is_file() else None
+        if run_hash:
+            logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # a killed run's lock is expected here
+        self._aim = aim
+        self._repo = aim.Repo.from_path(str(folder), init=True)
+        self._run = aim.Run(
+            run_hash=run_hash,
+            repo=self._repo,
+            force_resume=run_hash is not None,
+            system_tracking_interval=None,
+            log_system_params=False,
+            capture_terminal_logs=False,
+        )
+        known.write_text(f"{self._run.hash}\n")
+        self._run.name = run_name
+        self._run["config"] = _plain(config)
+
+    @property
+    def run_hash(self) -> str:
+        """The run's key in the repository."""
+        return str(self._run.hash)
+
+    def log_metrics(self, kind: str, update: int, metrics: Mapping[str, float]) -> None:
+        """Track every metric at step `update`; `accuracy/jpeg_size` becomes `accuracy` with the control as context."""
+        for name, value in metrics.items():
+            family, _, control = name.partition("/")
+            context = {"kind": kind, "control": control} if control else {"kind": kind}
+            self._run.track(value, name=family, step=update, context=context)
+
+    def log_images(self, update: int, name: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        """Track a list of images at step `update`."""
+        pairs = zip(images, captions, strict=True)
+        self._run.track([self._aim.Image(image, caption=text) for image, text in pairs], name=name, step=update)
+
+    def close(self) -> None:
+        """Finish the run, so that `aim up` shows it as done."""
+        self._run.close()
+
+
+def _plain(value: Any) -> Any:
+    """`value` with tuples as lists and anything that Aim cannot hold as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

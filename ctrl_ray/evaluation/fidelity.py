@@ -1,0 +1,135 @@
+"""How well samples show their prompt, by a judge that had no part in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctrl_ray.errors import ModelError
+from ctrl_ray.evaluation.recogniser import SHIPPED, Recogniser
+from ctrl_ray.offline.shapes import PROMPTS
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_RECOGNISER_SIZE = 64
+
+
+def _to_tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+class RecogniserFidelity:
+    """1 where the shapes recogniser sees both the colour and the shape of the prompt, else 0."""
+
+    name = "shapes recogniser"
+
+    def __init__(self, recogniser: Recogniser | None = None, batch_size: int = 128) -> None:
+        self.recogniser = Recogniser.from_pretrained() if recogniser is None else recogniser
+        self.batch_size = batch_size
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Scores (N,) in {0, 1} of images (N, 64, 64, 3) uint8; ValueError for another size or another grammar."""
+        scores = [
+            self.recogniser.is_right(
+                _to_tensor(images[start : start + self.batch_size]), prompts[start : start + self.batch_size]
+            ).numpy()
+            for start in range(0, len(images), self.batch_size)
+        ]
+        return np.concatenate(scores).astype(np.float64)
+
+
+class ClipFidelity:
+    """Cosine similarity of a CLIP model's image and text embeddings (the CLIP score of Hessel et al., 2021, unscaled).
+
+    Images are resized bicubically so that the shorter side fits, and cut to the centre square. Prompts longer than the
+    model's context are cut.
+
+    Args:
+        name_or_folder: A `transformers` CLIP model with its tokenizer: a folder or a hub id.
+
+    Raises:
+        ModelError: The model cannot be loaded (safetensors only).
+    """
+
+    def __init__(
+        self,
+        name_or_folder: str,
+        *,
+        revision: str | None = None,
+        batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        self.name = f"CLIP score of {name_or_folder}"
+        self.batch_size, self.device = batch_size, torch.device(device)
+        if name_or_folder.startswith((".", "/")) and not Path(name_or_folder).is_dir():
+            raise ModelError(
+                f"CLIP folder {name_or_folder} does not exist; give a transformers CLIP folder or a hub id"
+            )
+        try:
+            model = CLIPModel.from_pretrained(name_or_folder, revision=revision or "main", use_safetensors=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision or "main")
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"CLIP model {name_or_folder!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id "
+                "that holds a CLIPModel in safetensors and its tokenizer"
+            ) from error
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Scores (N,) in [-1, 1] of images (N, H, W, 3) uint8."""
+        text_of = self._embed_prompts(sorted(set(prompts)))
+        scores = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = self._pixels(_to_tensor(images[start : start + self.batch_size]).to(self.device))
+            vision = self.model.vision_model(pixel_values=pixels).pooler_output
+            image_embeddings = F.normalize(self.model.visual_projection(vision), dim=-1)
+            texts = torch.stack([text_of[prompt] for prompt in prompts[start : start + self.batch_size]])
+            scores.append((image_embeddings * texts).sum(dim=-1).double().cpu().numpy())
+        return np.concatenate(scores)
+
+    def _embed_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = self.model.config.text_config.max_position_embeddings
+        embedded: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), self.batch_size):
+            batch = list(prompts[start : start + self.batch_size])
+            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            tokens = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
+            texts = self.model.text_projection(self.model.text_model(**tokens).pooler_output)
+            embedded |= dict(zip(batch, F.normalize(texts, dim=-1), strict=True))
+        return embedded
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        size = self.model.config.vision_config.image_size
+        height, width = images.shape[-2:]
+        scale = size / min(height, width)
+        resized = F.interpolate(
+            images,
+            size=(max(size, round(height * scale)), max(size, round(width * scale))),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        ).clamp(0, 1)
+        top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
+        cut = resized[..., top : top + size, left : left + size]
+        mean, std = (cut.new_tensor(values)[:, None, None] for values in (_CLIP_MEAN, _CLIP_STD))
+        return (cut - mean) / std
+
+
+def choose_fidelity(
+    prompts: Sequence[str], image_size: tuple[int, int], clip_model: str | None = None
+) -> RecogniserFidelity | ClipFidelity | None:
+    """The judge of prompts: a CLIP model when one is named, else the shapes recogniser when every prompt is of its
+    grammar and the images (height, width) are of its size, else None (`judge` then notes that nothing was measured).
+    """
+    if clip_model is not None:
+        return ClipFidelity(clip_model)
+    known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
+    return RecogniserFidelity() if known and (SHIPPED / "config.json").is_file() else None

@@ -1,0 +1,127 @@
+"""Every metric that a run may log: what it means, its unit and which way is better. An undefined name fails.
+
+Add a metric here, and nowhere else; the report, `metrics.jsonl` and Aim read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDefinition:
+    """One line of the table."""
+
+    meaning: str
+    """What the number is, with its reduction."""
+    unit: str
+    """Unit, '1' for a pure number or a share."""
+    higher_is_better: bool | None = None
+    """None: neither direction is a goal by itself."""
+
+
+METRICS: dict[str, MetricDefinition] = {
+    # One optimizer update.
+    "reward": MetricDefinition(
+        "mean over the samples with a label of Σ guidance_strength · log p(y|x,c), by the reward classifier",
+        "nats",
+        True,
+    ),
+    "log_prob/*": MetricDefinition(
+        "mean over the samples with a label of log p(y|x,c) of this control, by the reward classifier", "nats", True
+    ),
+    "loss": MetricDefinition("-Σ guidance_strength · log p(y|x,c) + kl_coef · KL, mean over samples", "nats", False),
+    "gradient_norm": MetricDefinition("global L2 norm of the gradient, before clipping", "1"),
+    "learning_rate": MetricDefinition("learning rate of the LoRA (or denoiser) weights", "1"),
+    "kl_noise_floor": MetricDefinition(
+        "KL that precision alone makes: policy and reference with identical weights, in different batches",
+        "nats",
+        False,
+    ),
+    "classifier_confidence": MetricDefinition("mean p(y|x,c) of the class asked for, by the reward classifier", "1"),
+    "samples_per_s": MetricDefinition("trajectories per second of wall-clock time, over all workers", "1/s", True),
+    "update_s": MetricDefinition("wall-clock time of one update", "s", False),
+    "rollout_s": MetricDefinition("time in sampling trajectories, per update", "s", False),
+    "reward_wait_s": MetricDefinition("time waiting for the reward's answer, per update", "s", False),
+    "sweep_s": MetricDefinition("time in the adjoint sweep, per update", "s", False),
+    # Updates and evaluations.
+    "kl": MetricDefinition(
+        "KL divergence of the policy from the pre-trained model along the trajectory, summed over steps and latent "
+        "dimensions, mean over samples",
+        "nats",
+        False,
+    ),
+    "kl_null": MetricDefinition(
+        "the same KL, mean over the samples whose labels are all null: how far the policy without a label has left the "
+        "pre-trained model",
+        "nats",
+        False,
+    ),
+    # One evaluation.
+    "accuracy": MetricDefinition(
+        "share of samples whose true class is the class asked for; the mean over controls when there are several",
+        "1",
+        True,
+    ),
+    "accuracy/*": MetricDefinition("accuracy of this control", "1", True),
+    "joint_accuracy": MetricDefinition("share of samples that have every class asked for", "1", True),
+    "macro_f1": MetricDefinition(
+        "F1 score of every class, averaged with equal weights; the mean over controls when there are several", "1", True
+    ),
+    "macro_f1/*": MetricDefinition("macro-F1 of this control", "1", True),
+    "prompt_fidelity": MetricDefinition(
+        "how well samples show what their prompt says, by a judge that had no part in training: a share for the shapes "
+        "recogniser, a cosine similarity for a CLIP model",
+        "1",
+        True,
+    ),
+    "diversity": MetricDefinition(
+        "mean RMS pixel distance (pixels in [0, 1]) between two images of the same class, averaged over classes; "
+        "classes are those asked for after training, and the true ones before",
+        "1",
+        True,
+    ),
+    "belief_gap": MetricDefinition(
+        "what the reward classifier believes, mean p(y|x,c) of the class asked for, minus the true accuracy; the mean over "
+        "controls",
+        "1",
+    ),
+    "belief_gap/*": MetricDefinition("belief gap of this control", "1"),
+    "num_samples": MetricDefinition("samples that were judged", "1"),
+}
+"""Name (or `NAME/*`, one per control) to definition."""
+
+EVALUATION_METRICS: tuple[str, ...] = (
+    "accuracy",
+    "joint_accuracy",
+    "macro_f1",
+    "prompt_fidelity",
+    "kl",
+    "diversity",
+    "belief_gap",
+    "num_samples",
+)
+"""The headline numbers of an evaluation, in the order a report shows them."""
+
+
+def definition(name: str) -> MetricDefinition:
+    """The definition of `name`; `accuracy/jpeg_size` finds `accuracy/*`.
+
+    Raises:
+        ValueError: The name is not in the table.
+    """
+    family, separator, control = name.partition("/")
+    key = f"{family}/*" if separator and control and control != "*" else name
+    if key not in METRICS or (key == name and separator):
+        raise ValueError(
+            f"metric {name!r} is not defined; known names are {sorted(METRICS)}. Define it in "
+            "ctrl_ray/evaluation/metric_names.py"
+        )
+    return METRICS[key]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError, naming the metric, unless every name is defined."""
+    for name in names:
+        definition(name)

@@ -1,0 +1,239 @@
+"""The report as one HTML file that needs nothing else: pictures are inside, no script, no address outside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ctrl_ray.config import ControlConfig
+from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, definition
+
+
+class ReportFigure(NamedTuple):
+    """One picture of the page."""
+
+    title: str
+    caption: str
+    path: Path
+    """An existing PNG."""
+    wide: bool = False
+    """On a narrow screen it is scrolled sideways rather than shrunk until nothing can be read."""
+
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_CSS = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #22272e; background: #fff;
+  max-width: 60rem; margin: 0 auto; padding: 1.2rem; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .2em 0 .6em; }
+h2 { font-size: 1.15rem; margin: 2.2em 0 .5em; border-bottom: 1px solid #d9dde3; padding-bottom: .2em; }
+h3 { font-size: 1rem; margin: 1.6em 0 .4em; }
+.lead { font-size: 1.08rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .32em .9em .32em 0; border-bottom: 1px solid #e8ebef; vertical-align: top;
+  overflow-wrap: normal; }
+td:first-child { white-space: nowrap; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+td small { color: #5a6370; white-space: nowrap; }
+figure { margin: 1.2em 0 2em; }
+img { max-width: 100%; height: auto; }
+img.wide { max-width: none; width: max(100%, 46rem); }
+figcaption, .note { color: #5a6370; font-size: .9rem; }
+pre { background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
+summary { cursor: pointer; }
+"""
+
+
+def render_page(
+    summary: Mapping[str, Any],
+    figures: Sequence[ReportFigure],
+    *,
+    controls: Mapping[str, ControlConfig],
+    prompt: str,
+    adapter: str,
+    facts: Mapping[str, str],
+    config_json: str | None,
+) -> str:
+    """The page's text (UTF-8). `summary` is that of `make_summary`; every text from outside is escaped."""
+    sections = [
+        _headline(summary, controls),
+        "<h2>Before and after</h2>",
+        _metrics_table(summary),
+        *(_control_section(name, summary) for name in controls),
+        _notes(summary),
+        "<h2>Pictures</h2>",
+        *(_picture(figure) for figure in figures),
+        "<h2>Sample from it</h2>",
+        _sampling(controls, prompt, adapter),
+        "<h2>What the numbers mean</h2>",
+        _definitions(),
+        "<h2>Made with</h2>",
+        _table([(_text(key), _text(value)) for key, value in facts.items()]),
+    ]
+    if config_json is not None:
+        sections.append(f"<details><summary>All settings of the run</summary><pre>{_text(config_json)}</pre></details>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>ctrl_ray: {_text(', '.join(controls))}</title><style>{_CSS}</style></head><body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body></html>\n"
+    )
+
+
+def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig]) -> str:
+    after, before = summary["after"], summary.get("before")
+    names = ", ".join(controls)
+    if after["accuracy"] is None:
+        sentence = f"{after['num_samples']} samples; their accuracy could not be measured (see the notes)."
+    else:
+        was = "" if before is None or before["accuracy"] is None else f", {before['accuracy']:.1%} before training"
+        sentence = f"Of {after['num_samples']} samples, {after['accuracy']:.1%} are truly of the class that was asked for{was}."
+        if after["kl"] is not None:
+            sentence += f" The policy is {after['kl']:.2f} nats from the pre-trained model."
+    return f"<h1>One more control: {_text(names)}</h1><p class='lead'>{_text(sentence)}</p>"
+
+
+def _metrics_table(summary: Mapping[str, Any]) -> str:
+    sides = [side for side in ("before", "after") if side in summary]
+    head = ["<th></th>", *(f"<th class='n'>{side}</th>" for side in sides)]
+    if "changes" in summary:
+        head.append("<th class='n'>change</th>")
+    rows = []
+    for name in EVALUATION_METRICS:
+        if all(summary[side][name] is None for side in sides):
+            continue
+        if name == "joint_accuracy" and len(summary["after"]["controls"]) == 1:
+            continue
+        cells = [f"<td>{_text(_label(name))}</td>"]
+        cells += [_cell(name, summary[side][name], summary[side]["standard_errors"][name]) for side in sides]
+        if "changes" in summary:
+            cells.append(_change(name, summary))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>"
+    return table + (
+        "<p class='note'>± is one standard error. The truth is measured on the decoded samples, never by the classifier "
+        "that was the reward. Before and after share prompts and noise; where a change has a ±, it comes from the "
+        "paired differences.</p>"
+        if "before" in summary
+        else "<p class='note'>± is one standard error. The truth is measured on the images themselves.</p>"
+    )
+
+
+def _label(name: str) -> str:
+    unit = definition(name).unit
+    return name.replace("_", " ").replace("kl", "KL").replace("f1", "F1") + (f" / {unit}" if unit != "1" else "")
+
+
+def _cell(name: str, value: float | None, error: float | None) -> str:
+    if value is None:
+        return "<td class='n'>not measured</td>"
+    if name == "num_samples":
+        return f"<td class='n'>{value:.0f}</td>"
+    return f"<td class='n'>{value:.3f}{_plus_minus(error)}</td>"
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" <small>± {error:.3f}</small>"
+
+
+def _change(name: str, summary: Mapping[str, Any]) -> str:
+    changes, before, after = summary["changes"], summary["before"][name], summary["after"][name]
+    if name == "diversity" and changes["diversity_ratio"] is not None:
+        return f"<td class='n'>× {changes['diversity_ratio']:.2f}</td>"
+    if name in changes and changes[name]["mean"] is not None:
+        paired = changes[name]
+        return f"<td class='n'>{paired['mean']:+.3f}{_plus_minus(paired['standard_error'])}</td>"
+    if name == "num_samples" or before is None or after is None:
+        return "<td></td>"
+    return f"<td class='n'>{after - before:+.3f}</td>"
+
+
+def _control_section(name: str, summary: Mapping[str, Any]) -> str:
+    control = summary["after"]["controls"][name]
+    title = f"<h3>{_text(name)}</h3>"
+    if control["judged_by"] is None:
+        return title + "<p>Not measured; see the notes.</p>"
+    low, high = control["accuracy_interval"] or (None, None)
+    interval = "" if low is None else f", 95 % interval {low:.1%} to {high:.1%}"
+    text = f"Judged by {control['judged_by']} on {control['num_samples']} samples that ask for a class{interval}."
+    if control["belief_gap"] is not None:
+        text += f" The reward classifier believes {control['believed_accuracy']:.1%}; the truth is {control['accuracy']:.1%}."
+    table = ""
+    if control["values"] is not None:
+        unit = f" / {control['unit']}" if control["unit"] else ""
+        head = ["class asked for" + unit, "samples", "lower quartile", "median", "upper quartile", "accuracy"]
+        rows = []
+        for row, counts in zip(control["values"], control["confusion"], strict=True):
+            quartiles = [_number(row[key]) for key in ("lower_quartile", "median", "upper_quartile")]
+            share = f"{counts[row['class']] / row['count']:.1%}" if row["count"] else ""
+            rows.append((_text(control["classes"][row["class"]]), str(row["count"]), *quartiles, share))
+        table = _table(rows, head)
+    return f"{title}<p>{_text(text)}</p>{table}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}")
+
+
+def _notes(summary: Mapping[str, Any]) -> str:
+    notes = [f"{side}: {note}" for side in ("before", "after") for note in summary.get(side, {}).get("notes", ())]
+    return "<ul class='note'>" + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def _picture(figure: ReportFigure) -> str:
+    data = base64.b64encode(figure.path.read_bytes()).decode("ascii")
+    title, caption, kind = _text(figure.title), _text(figure.caption), "wide" if figure.wide else "fit"
+    return (
+        f'<figure><h3>{title}</h3><div class="scroll"><img class="{kind}" alt="{title}" '
+        f'src="data:image/png;base64,{data}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _sampling(controls: Mapping[str, ControlConfig], prompt: str, adapter: str) -> str:
+    asked = {name: control.num_classes - 1 for name, control in controls.items()}
+    flags = " ".join(f"--control {shlex.quote(f'{name}={index}')}" for name, index in asked.items())
+    command = (
+        f"python -m ctrl_ray.sample --adapter {shlex.quote(adapter)} --prompt {shlex.quote(prompt)} {flags} "
+        "--num-images 16 --seed 7 --output-dir samples"
+    )
+    code = (
+        "import ctrl_ray\n\n"
+        f"pipeline = ctrl_ray.ControlledPipeline.from_pretrained({adapter!r})\n"
+        f"images = pipeline({prompt!r}, controls={asked!r}).images"
+    )
+    classes = "; ".join(
+        f"{name}: " + ", ".join(f"{index} = {label}" for index, label in enumerate(control.class_names))
+        for name, control in controls.items()
+    )
+    return (
+        f"<pre>{_text(command)}</pre><p>or in Python:</p><pre>{_text(code)}</pre><p class='note'>{_text(classes)}</p>"
+    )
+
+
+def _definitions() -> str:
+    ways = {True: "higher", False: "lower", None: ""}
+    rows = [
+        (_text(name), _text(m.meaning), _text("" if m.unit == "1" else m.unit), ways[m.higher_is_better])
+        for name, m in METRICS.items()
+    ]
+    table = _table(rows, ["name", "meaning", "unit", "better"])
+    return f"<details><summary>All {len(rows)} metrics of metrics.jsonl</summary>{table}</details>"
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """Cells are HTML already."""
+    header = "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>" if head else ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table>{header}{body}</table></div>"
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value), quote=True)

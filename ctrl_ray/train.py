@@ -1,0 +1,160 @@
+"""`python -m ctrl_ray.train`: from labelled images to a controlled model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ctrl_ray.config import ControlConfig, TrainConfig, train_config_from_json
+from ctrl_ray.errors import ConfigError, CtrlRayError, InterruptedRunError
+from ctrl_ray.presets import PRESETS, preset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a finished run gives back."""
+
+    folder: Path
+    """Where it was written."""
+    adapter: Path | None
+    """The exported adapter; None after a dry run."""
+    summary: dict[str, Any]
+    """before / after, as in report/summary.json; empty after a dry run."""
+
+
+def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, refit_classifier: bool = False) -> Run:
+    """Do the whole of CTRL: classifier, fine-tuning, evaluation, export, report; the same as the command line.
+
+    resume: go on from the last checkpoint under `config.output_dir`. dry_run: check and print the plan only.
+    Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C left a checkpoint.
+    """
+    from ctrl_ray.distributed.cluster import check_cluster, connected
+    from ctrl_ray.distributed.preflight import preflight
+    from ctrl_ray.distributed.progress import duration
+    from ctrl_ray.distributed.run import (
+        ADAPTER,
+        evaluate_and_report,
+        fine_tune,
+        prepare_classifiers,
+        rewards_of,
+    )
+    from ctrl_ray.distributed.run_folder import RunFolder
+    from ctrl_ray.policy.pretrained import PipelineSampler
+
+    started = time.monotonic()
+    folder = RunFolder(config.output_dir)
+    plan = preflight(config, refit_classifier=refit_classifier)
+    print(plan.summary, flush=True)
+    if dry_run:
+        return Run(folder=folder.local, adapter=None, summary={})
+    folder.prepare(plan.config, resume=resume)
+    with connected():
+        check_cluster(plan.config)
+        plan = prepare_classifiers(plan, folder, PipelineSampler(plan.config, plan.prompts))
+        with rewards_of(plan.config) as rewards:
+            trained = fine_tune(plan, folder, rewards, resume=resume)
+            if trained.stopped.endswith("received"):
+                raise InterruptedRunError(
+                    f"stopped after update {trained.updates_done} of {plan.config.num_updates}; a checkpoint is in "
+                    f"{folder.output_dir}/checkpoints. Go on with the same command and --resume"
+                )
+            facts = {"time until the evaluation": duration(time.monotonic() - started)}
+            summary = evaluate_and_report(plan, folder, rewards, trained, facts)
+    _print_end(folder.local, summary, time.monotonic() - started)
+    return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
+
+
+def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
+    print(f"\n{'':18}{'before':>10}{'after':>10}")
+    for name in ("accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity"):
+        cells = [summary[when][name] for when in ("before", "after")]
+        print(f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells))
+    print(f"\nreport   {summary['report']}\nadapter  {folder / 'adapter'}\ntime     {seconds / 60:.1f} minutes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """CTRL: teach a pre-trained diffusion model one more control."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The run."""
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir."""
+    dry_run: bool = False
+    """Check everything that needs no cluster, print the plan, stop."""
+    refit_classifier: bool = False
+    """Fit the classifiers from data even where one is given."""
+
+
+_FRONT = """Also: --preset {presets} (default shapes); --config FILE.json (a run's config.json instead of a preset);
+--control NAME=CLASSIFIER_FOLDER (repeatable: take these controls instead of the preset's)."""
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Flags → Arguments. The base of the config (--preset, --config, --control) is read first, then typed overrides."""
+    rest, name, file, controls = [], "shapes", None, []
+    flags = iter(argv)
+    for flag in flags:
+        key, has_value, value = flag.partition("=")
+        if key in ("--preset", "--config", "--control"):
+            value = value if has_value else next(flags, "")
+            if not value:
+                raise ConfigError(f"{key} needs a value")
+            if key == "--preset":
+                name = value
+            elif key == "--config":
+                file = Path(value)
+            else:
+                controls.append(value)
+        else:
+            rest.append(flag)
+    default = preset(name)
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"--config {file} does not exist; give a config.json that a run wrote")
+        default = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
+    if controls:
+        default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))
+    description = f"{Arguments.__doc__}\n\n{_FRONT.format(presets='|'.join(PRESETS))}"
+    return tyro.cli(
+        Arguments, args=rest, default=Arguments(config=default), description=description, prog="ctrl_ray.train"
+    )
+
+
+def _parse_control(text: str) -> tuple[str, ControlConfig]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise ConfigError(f"--control {text!r} is not NAME=CLASSIFIER_FOLDER; e.g. --control jpeg_size=runs/classifier")
+    return name, ControlConfig(classifier=folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 done, 1 stopped by a failure of the run, 2 a mistake in the settings, 130 interrupted."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        fit(
+            arguments.config,
+            resume=arguments.resume,
+            dry_run=arguments.dry_run,
+            refit_classifier=arguments.refit_classifier,
+        )
+    except InterruptedRunError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 130
+    except CtrlRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("CTRL_RAY_VERBOSE"):
+            raise
+        return 2 if isinstance(error, ValueError | FileExistsError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

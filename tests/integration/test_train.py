@@ -1,0 +1,205 @@
+"""The main job on the tiny pipeline: real classifier, pool, DeepSpeed engine, checkpoints, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ctrl_ray
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    EvaluationConfig,
+    LoraConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.errors import InterruptedRunError
+from ctrl_ray.evaluation.tracking import read_metrics
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="session")
+def base_config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> TrainConfig:
+    """Six updates of eight trajectories, with a classifier fitted once for all tests."""
+    from ctrl_ray.classifiers.fitting import fit_classifier
+
+    config = TrainConfig(
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        num_drawn_images=160,
+        num_updates=6,
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+        checkpoint_every_updates=3,
+        controls={
+            "jpeg_size": ControlConfig(
+                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
+            )
+        },
+        classifier=ClassifierConfig(epochs=1, batch_size=32),
+        sampler=SamplerConfig(num_steps=3),
+        lora=LoraConfig(rank=2, alpha=2.0),
+        scaling=ScalingConfig(max_failures=0),
+        evaluation=EvaluationConfig(every_updates=3, num_samples=8, final_num_samples=8, batch_size=8),
+        aim=False,
+    )
+    folder = tmp_path_factory.mktemp("classifier") / "jpeg_size"
+    fit_classifier(config, "jpeg_size", output_dir=folder, quiet=True)
+    control = dataclasses.replace(config.controls["jpeg_size"], classifier=str(folder))
+    return dataclasses.replace(config, controls={"jpeg_size": control})
+
+
+def _adapter(run: ctrl_ray.Run) -> dict[str, torch.Tensor]:
+    assert run.adapter is not None
+    return load_file(run.adapter / "pytorch_lora_weights.safetensors") | load_file(
+        run.adapter / "control_embeddings.safetensors"
+    )
+
+
+def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
+    checkpoints = sorted((run_folder / "checkpoints").glob("checkpoint_*"))
+    return load_file(checkpoints[-1] / "training_state.safetensors")
+
+
+def test_the_whole_run_and_its_files(base_config: TrainConfig, tmp_path: Path) -> None:
+    """config → fine-tuning → adapter → report, with metrics for every update and Aim beside them."""
+    run = ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(tmp_path / "run"), aim=True))
+    assert {p.name for p in run.folder.iterdir()} >= {
+        "config.json",
+        "classifier",
+        "checkpoints",
+        "adapter",
+        "metrics.jsonl",
+        "report",
+        "aim",
+    }
+    summary = json.loads((run.folder / "report" / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert {"accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity", "num_samples"} <= summary[when].keys()
+        assert summary[when]["num_samples"] == 8
+    assert summary["before"]["kl"] == 0
+    assert summary["after"]["kl"] > 0
+    rows = read_metrics(run.folder)
+    assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    assert [row["update"] for row in evaluations] == [0, 3, 6, 6]
+    assert evaluations[0]["kl"] == 0  # policy = reference before the first update
+    moved = _adapter(run)["jpeg_size"]
+    assert moved[:-1].abs().max() > 0
+    assert moved[-1].abs().max() == 0  # the null row
+
+
+def test_six_updates_equal_three_a_stop_and_three_more_bitwise(base_config: TrainConfig, tmp_path: Path) -> None:
+    """Parameters, moments and step count, with the pool in deterministic mode."""
+    whole = ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(tmp_path / "whole")))
+    parts = dataclasses.replace(base_config, output_dir=str(tmp_path / "parts"))
+    _interrupt_after(tmp_path / "parts", update=2)
+    with pytest.raises(InterruptedRunError, match=r"after update \d of 6.*--resume"):
+        ctrl_ray.fit(parts)
+    done = sorted(row["update"] for row in read_metrics(tmp_path / "parts") if row["kind"] == "update")
+    assert done[-1] < 6
+    resumed = ctrl_ray.fit(parts, resume=True)
+    first, second = _latest_state(whole.folder), _latest_state(resumed.folder)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert [row["update"] for row in read_metrics(tmp_path / "parts") if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
+
+
+def _interrupt_after(folder: Path, update: int) -> None:
+    """Send this process SIGINT, as Ctrl-C does, once the run has logged an update."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and f'"update", "update": {update},' in metrics.read_text():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_two_workers_see_the_samples_of_one(base_config: TrainConfig, tmp_path: Path) -> None:
+    """The same six updates on 1 × 8 and 2 × 4 (gloo, ZeRO-1): parameters agree to 1e-3 of what they moved."""
+    short = dataclasses.replace(
+        base_config,
+        num_updates=3,
+        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
+        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
+    )
+    states = []
+    for workers, name in ((1, "one"), (2, "two")):
+        config = dataclasses.replace(
+            short,
+            output_dir=str(tmp_path / name),
+            scaling=dataclasses.replace(short.scaling, num_workers=workers),
+        )
+        states.append(_latest_state(ctrl_ray.fit(config).folder))
+    for name in states[0]:
+        if name.startswith("exp_avg/"):  # the mean gradient; Adam's normalisation would blow rounding up
+            scale = states[0][name].norm().clamp_min(1e-9)
+            assert float((states[0][name] - states[1][name]).norm() / scale) < 1e-3, name
+
+
+def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: Path) -> None:
+    """The first control's table is where the adapter left it; the new control's rows have moved."""
+    from ctrl_ray.classifiers.fitting import fit_classifier
+
+    short = dataclasses.replace(
+        base_config,
+        num_updates=1,
+        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
+        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
+    )
+    first = ctrl_ray.fit(dataclasses.replace(short, output_dir=str(tmp_path / "first")))
+    second_control = ControlConfig(oracle="colourfulness", thresholds=(30.0,), guidance_strength=1.0)
+    config = dataclasses.replace(
+        short,
+        output_dir=str(tmp_path / "second"),
+        init_adapter=str(first.adapter),
+        controls={"colourfulness": second_control},
+    )
+    fit_classifier(config, "colourfulness", output_dir=tmp_path / "colour", quiet=True)
+    config = dataclasses.replace(
+        config, controls={"colourfulness": dataclasses.replace(second_control, classifier=str(tmp_path / "colour"))}
+    )
+    second = ctrl_ray.fit(config)
+    before, after = _adapter(first), _adapter(second)
+    assert torch.equal(before["jpeg_size"], after["jpeg_size"])
+    assert after["colourfulness"][:-1].abs().max() > 0
+    assert json.loads((tmp_path / "second" / "adapter" / "adapter.json").read_text())["controls"].keys() == {
+        "jpeg_size",
+        "colourfulness",
+    }
+
+
+def test_full_finetuning_exports_a_denoiser_that_loads(base_config: TrainConfig, tmp_path: Path) -> None:
+    """Every weight trained; the adapter holds a whole UNet in the diffusers format."""
+    config = dataclasses.replace(
+        base_config,
+        output_dir=str(tmp_path / "full"),
+        full_finetune=True,
+        num_updates=1,
+        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
+        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
+    )
+    run = ctrl_ray.fit(config)
+    pipe = ctrl_ray.ControlledPipeline.from_pretrained(str(run.adapter))
+    images = pipe(
+        "a red circle", controls={"jpeg_size": 1}, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    assert images.shape == (1, 32, 32, 3)

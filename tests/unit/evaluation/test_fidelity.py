@@ -1,0 +1,77 @@
+"""Judges of prompts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ctrl_ray.errors import ModelError
+from ctrl_ray.evaluation import fidelity
+from ctrl_ray.evaluation.fidelity import ClipFidelity, RecogniserFidelity, choose_fidelity
+from ctrl_ray.evaluation.recogniser import Recogniser
+from ctrl_ray.offline.shapes import PROMPTS
+
+
+def test_recogniser_scores_are_its_answers_in_batches():
+    torch.manual_seed(0)
+    recogniser = Recogniser(width=4).eval()
+    images = np.random.default_rng(0).integers(0, 256, size=(7, 64, 64, 3), dtype=np.uint8)
+    pixels = torch.tensor(images / 255.0, dtype=torch.float32).permute(0, 3, 1, 2)
+    colours, shapes = recogniser.recognise(pixels)
+    prompts = [f"a {colour} {shape}" for colour, shape in zip(colours, shapes)]
+    prompts[2] = next(prompt for prompt in PROMPTS if prompt != prompts[2])
+    scores = RecogniserFidelity(recogniser, batch_size=3)(images, prompts)
+    assert scores.tolist() == [1, 1, 0, 1, 1, 1, 1]
+
+
+def test_no_judge_for_other_prompts_or_sizes(tmp_path, monkeypatch):
+    assert choose_fidelity(["a cat"], (64, 64)) is None
+    assert choose_fidelity(["a red circle"], (32, 32)) is None
+    monkeypatch.setattr(fidelity, "SHIPPED", tmp_path)
+    assert choose_fidelity(["a red circle"], (64, 64)) is None
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A tiny random CLIP model with a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(tokens), "max_position_embeddings": 12}
+    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config={**text, **ends}, vision_config=vision, projection_dim=6)
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_the_models_own_similarity(clip_folder):
+    judge = ClipFidelity(str(clip_folder), batch_size=2)
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, size=(3, 8, 8, 3), dtype=np.uint8)  # the model's size: no resizing
+    prompts = ["red", "a blue box", "red"]  # within the context of 12 tokens
+    mean, std = np.array(fidelity._CLIP_MEAN), np.array(fidelity._CLIP_STD)
+    pixels = torch.tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2), dtype=torch.float32)
+    tokens = judge.tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = judge.model(
+            pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).logits_per_image
+        expected = (logits / judge.model.logit_scale.exp()).diagonal()
+    assert judge(images, prompts) == pytest.approx(expected.numpy(), abs=1e-5)
+    assert judge(np.zeros((1, 20, 32, 3), np.uint8), ["a very long prompt indeed"]).shape == (1,)
+
+
+def test_a_clip_model_that_is_not_there(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        ClipFidelity(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        ClipFidelity(str(tmp_path))

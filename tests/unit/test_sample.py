@@ -1,0 +1,109 @@
+"""The sampling command: seeds, manifest, folders, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctrl_ray.config import SamplerConfig
+from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.policy.pipeline import load_base_pipeline
+from ctrl_ray.sample import SampleConfig, image_seed, main, sample
+from tests.unit.policy.test_pipeline import _export
+
+PROMPTS = ("a red circle", "a blue cross")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    _export(tiny_pipeline, folder, SamplerConfig(num_steps=2))
+    return folder
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return rows, np.stack([np.asarray(Image.open(folder / row["file"])).astype(int) for row in rows])
+
+
+def test_seeds_are_as_documented() -> None:
+    digest = blake2b(b"7/0/3/sample", digest_size=8).hexdigest()
+    assert image_seed(7, 3) == int(digest, 16) // 2
+    assert len({image_seed(seed, index) for seed in range(20) for index in range(50)}) == 1000
+
+
+def test_images_do_not_depend_on_batch_size_or_number(adapter: Path, tmp_path: Path) -> None:
+    common = {"adapter": str(adapter), "prompt": PROMPTS, "control": ("size=high", "hue=1"), "seed": 7}
+    sample(SampleConfig(**common, num_images=5, batch_size=2, output_dir=str(tmp_path / "five")))
+    sample(SampleConfig(**common, num_images=3, batch_size=3, output_dir=str(tmp_path / "three")))
+    rows, images = _read(tmp_path / "five")
+    assert rows[4] == {
+        "file": "00004.png",
+        "prompt": "a red circle",
+        "control": {"size": 2, "hue": 1},
+        "seed": image_seed(7, 4),
+    }
+    assert [row["prompt"] for row in rows] == [PROMPTS[index % 2] for index in range(5)]
+    fewer_rows, fewer = _read(tmp_path / "three")
+    assert fewer_rows == rows[:3]
+    assert np.abs(fewer - images[:3]).max() <= 1  # rounding of other batch sizes
+    assert np.abs(images[0] - images[2]).max() > 1  # same prompt, another seed
+
+
+def test_base_draws_the_same_noise_without_adapter(adapter: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    arguments = {"prompt": PROMPTS, "num_images": 3, "seed": 7, "base": True}
+    sample(SampleConfig(**arguments, adapter=str(adapter), control=("size=2",), output_dir=str(tmp_path / "base")))
+    rows, images = _read(tmp_path / "base")
+    assert [row["control"] for row in rows] == [{}, {}, {}]
+    pipeline = load_base_pipeline(str(tiny_pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        [row["prompt"] for row in rows],
+        num_inference_steps=2,
+        eta=1.0,
+        guidance_scale=1.0,
+        generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+    ).images
+    assert np.abs(images - np.stack([np.asarray(image).astype(int) for image in expected])).max() <= 1
+    alone = SampleConfig(**arguments, base_model=str(tiny_pipeline), num_steps=2, output_dir=str(tmp_path / "alone"))
+    sample(alone)
+    again_rows, again = _read(tmp_path / "alone")
+    assert again_rows == rows and np.abs(again - images).max() <= 1
+
+
+def test_folders_are_not_overwritten_unasked(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--adapter", str(adapter), "--prompt", *PROMPTS, "--output-dir", str(tmp_path / "out")]
+    assert main([*argv, "--num-images", "3", "--control", "size=0"]) == 0
+    (tmp_path / "out" / "mine.png").write_bytes(b"not ours")
+    assert main([*argv, "--num-images", "1"]) == 2
+    assert "already holds manifest.jsonl" in capsys.readouterr().err
+    with pytest.raises(RunFolderError):
+        sample(SampleConfig(adapter=str(adapter), prompt=PROMPTS, output_dir=str(tmp_path / "out")))
+    assert main([*argv, "--num-images", "1", "--overwrite"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "manifest.jsonl", "mine.png"]
+
+
+def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        arguments = {"adapter": str(adapter), "prompt": PROMPTS, "output_dir": str(tmp_path / "none"), **changes}
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            sample(SampleConfig(**arguments))
+
+    refused("unknown control 'sise'; this adapter has ['size', 'hue']", control=("sise=1",))
+    refused("class '3' of control 'size' does not exist; expected one of 0 = 'low'", control=("size=3",))
+    refused("is not NAME=CLASS", control=("size",))
+    refused("once for each control", control=("size=1", "size=2"))
+    refused("expected either --prompt or --prompts-file; got neither", prompt=())
+    refused("no adapter is given", adapter=None)
+    refused("no adapter is given", adapter=None, base_model="shapes")
+    refused("the pre-trained model has no control", adapter=None, base=True, base_model="shapes", control=("size=1",))
+    refused("num_images is 0", num_images=0)
+    assert not (tmp_path / "none").exists()

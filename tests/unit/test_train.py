@@ -1,0 +1,119 @@
+"""Everything that a user can get wrong and that is said before Ray starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+import ctrl_ray
+from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.distributed.preflight import preflight
+from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
+from ctrl_ray.train import main, parse
+
+
+@pytest.fixture
+def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
+    """A run on the tiny pipeline whose classifier would be fitted."""
+    return TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(900.0, 1000.0))},
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+    )
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batch arithmetic, trainable parameters, UNet calls; the numbers are right."""
+    run = ctrl_ray.fit(config, dry_run=True)
+    text = capsys.readouterr().out
+    assert "8 trajectories per update = 1 workers × 2 micro-batches × 4; 24 prompts" in text
+    assert "30 forwards and 20 backwards; 240 and 160 an update" in text
+    assert "3 classes, guidance_strength 1 / kl_coef 1" in text
+    assert not run.folder.exists()
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"controls": {}}, ConfigError, "no control"),
+        ({"data": None}, ConfigError, "no classifier and there is no data"),
+        ({"data": "missing.parquet"}, CtrlRayError, "missing.parquet"),
+        ({"prompts_file": "missing.txt"}, ConfigError, r"missing\.txt does not exist"),
+        ({"base_model": "/nowhere/model"}, ModelError, "does not exist"),
+        ({"init_adapter": "/nowhere/adapter"}, ModelError, r"adapter\.json does not exist"),
+        ({"scaling": ScalingConfig(num_workers=2, cpus_per_worker=4000)}, ResourceError, r"needs 8001 CPUs.*has \d+"),
+        (
+            {"scaling": ScalingConfig(use_gpu=True, num_workers=64, cpus_per_worker=0.01), "global_batch_size": 256},
+            ResourceError,
+            r"needs 64 GPUs .*has \d+",
+        ),
+        ({"controls": {"x": ControlConfig(oracle="jpeg_sise", thresholds=(1.0,))}}, CtrlRayError, "jpeg_size"),
+        ({"controls": {"x": ControlConfig(classifier="/nowhere")}}, ModelError, "nowhere"),
+        ({"controls": {"x": ControlConfig(oracle="jpeg_size")}}, ConfigError, "0 classes"),
+    ],
+)
+def test_mistakes_are_named_before_ray_starts(
+    config: TrainConfig, changes: dict, error: type[Exception], message: str
+) -> None:
+    """One clear message each."""
+    with pytest.raises(error, match=message):
+        preflight(dataclasses.replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sampler.eta", "0"], "eta is 0.0: a deterministic step has no density"),
+        (["--global-batch-size", "96", "--scaling.num-workers", "8", "--micro-batch-size-per-worker", "5"],
+         "global_batch_size (96) must be divisible by num_workers (8) × micro_batch_size_per_worker (5)"),
+        (["--preset", "nope"], "preset 'nope' is unknown; expected one of shapes"),
+        (["--config", "nope.json"], "nope.json does not exist"),
+        (["--control", "jpeg_size"], "is not NAME=CLASSIFIER_FOLDER"),
+        (["--control", "x=/nowhere"], "/nowhere"),
+        (["--controls.jpeg-size.guidance-strength", "-1"], "guidance_strength is -1.0"),
+    ],
+)  # fmt: skip
+def test_command_line_mistakes_exit_with_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The message on standard error, no traceback."""
+    try:
+        status = main([*argv, "--dry-run", "--output-dir", str(tmp_path / "run")])
+    except SystemExit as stop:  # how the parser ends the process after a value it could not take
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_flags_override_the_preset_and_a_config_file(tmp_path: Path) -> None:
+    """--config FILE is a run's config.json; flags go over it; --control takes the place of the preset's controls."""
+    arguments = parse(["--kl-coef", "0.5", "--sampler.num-steps", "7", "--resume"])
+    assert (arguments.config.kl_coef, arguments.config.sampler.num_steps, arguments.resume) == (0.5, 7, True)
+    file = tmp_path / "config.json"
+    file.write_text(ctrl_ray.config.to_json(dataclasses.replace(arguments.config, num_updates=3)))
+    again = parse(["--config", str(file), "--seed", "9"])
+    assert again.config == dataclasses.replace(arguments.config, num_updates=3, seed=9)
+    chosen = parse(["--control", "a=/x", "--control=b=/y"]).config.controls
+    assert {name: control.classifier for name, control in chosen.items()} == {"a": "/x", "b": "/y"}
+
+
+def test_pool_and_evaluation_settings_are_checked() -> None:
+    """Values that could never work."""
+    for build in (
+        lambda: RewardPoolConfig(num_actors=-1),
+        lambda: EvaluationConfig(num_samples=0),
+        lambda: SamplerConfig(num_steps=0),
+    ):
+        with pytest.raises(ConfigError):
+            build()
