@@ -8,6 +8,7 @@ from pathlib import Path
 from ctrl_ray.config import (
     ClassifierConfig,
     ControlConfig,
+    EvaluationConfig,
     LoraConfig,
     OptimizerConfig,
     RewardPoolConfig,
@@ -26,6 +27,13 @@ COLOURFULNESS_THRESHOLDS = (68.0,)
 """Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
 
 
+_EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
+)
+"""A small denoiser has few attention layers; LoRA on its convolutions and time projections too learns far faster."""
+
+
 def shapes() -> TrainConfig:
     """The embedded default: a small pipeline of ours, controlled by the JPEG-size class; minutes on two CPU cores."""
     return TrainConfig(
@@ -34,7 +42,7 @@ def shapes() -> TrainConfig:
         data="shapes",
         controls={
             "jpeg_size": ControlConfig(
-                guidance_strength=4.0,
+                guidance_strength=3.0,
                 oracle="jpeg_size",
                 thresholds=JPEG_SIZE_THRESHOLDS,
                 unit="bytes",
@@ -43,6 +51,11 @@ def shapes() -> TrainConfig:
         },
         classifier=ClassifierConfig(num_pipeline_samples=2000),
         sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
+        num_updates=70,
+        lora=LoraConfig(rank=8, alpha=8.0, target_modules=_EVERY_LAYER),
+        optimizer=OptimizerConfig(learning_rate=5e-3, embedding_learning_rate=0.2),
+        evaluation=EvaluationConfig(every_updates=14),
+        checkpoint_every_updates=14,
         scaling=ScalingConfig(num_workers=1, threads_per_worker=2),
     )
 

@@ -122,6 +122,15 @@ def _prepare(job: FitJob, rank: int, num_workers: int, device: torch.device) -> 
     return examples
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, peak: float, num_updates: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One-cycle learning rate (Smith & Topin 2019) for `num_updates` >= 1 updates, stepped after each."""
+    total_steps = num_updates + 1
+    # torch divides by (warm-up steps - 1): in a run of a few updates the warm-up must not round to one step.
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=total_steps, pct_start=max(_WARM_UP, 1.5 / total_steps)
+    )
+
+
 class _Fitter:
     def __init__(
         self, job: FitJob, examples: Examples, network: nn.Module, rank: int, num_workers: int, device: torch.device
@@ -136,9 +145,7 @@ class _Fitter:
         rows = self.examples.rows["fitting"]
         num_batches = max(1, len(rows) // settings.batch_size)
         optimizer = torch.optim.AdamW(self.trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.learning_rate, total_steps=settings.epochs * num_batches + 1, pct_start=_WARM_UP
-        )
+        schedule = one_cycle(optimizer, settings.learning_rate, settings.epochs * num_batches)
         best, start = Best(0, math.inf, {}), time.monotonic()
         for epoch in range(1, settings.epochs + 1):
             self.network.train()

@@ -16,6 +16,7 @@ from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, load_unet
 from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.presets import shapes
 
 RANK_2 = LoraConfig(rank=2)
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
@@ -113,9 +114,11 @@ def test_adapter_round_trip(tiny_pipeline: str, tmp_path: Path, lora: LoraConfig
     assert torch.equal(*pair)
 
 
-def test_lora_loads_with_diffusers_alone(tiny_pipeline: str, tmp_path: Path) -> None:
-    """`load_lora_weights` on the plain pipeline gives our prediction with null labels, also when alpha is not rank."""
-    lora = LoraConfig(rank=2, alpha=6.0)
+@pytest.mark.parametrize("modules", [LoraConfig().target_modules, shapes().lora.target_modules])
+def test_lora_loads_with_diffusers_alone(tiny_pipeline: str, tmp_path: Path, modules: tuple[str, ...]) -> None:
+    """`load_lora_weights` on the plain pipeline gives our prediction with null labels: alpha is not rank, and
+    convolutions have LoRA too."""
+    lora = LoraConfig(rank=2, alpha=6.0, target_modules=modules)
     policy = _policy(tiny_pipeline, lora)
     _perturb(policy)
     save_adapter(tmp_path, policy, _info(tiny_pipeline, lora))
