@@ -198,7 +198,9 @@ class RewardPoolConfig:
     num_actors: int = 1
     """Actors in the pool; 0 computes rewards inside each training worker."""
     cpus_per_actor: float = 1.0
-    """CPUs that Ray reserves for an actor, and (rounded up) its torch threads."""
+    """CPUs that Ray reserves for an actor."""
+    threads_per_actor: int | None = None
+    """torch threads of an actor on the CPU; None: cpus_per_actor, rounded up."""
     gpus_per_actor: float = 0.0
     """GPUs (fractions allowed) that Ray reserves for an actor."""
     deterministic: bool = True

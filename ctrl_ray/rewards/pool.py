@@ -123,7 +123,7 @@ def start_reward_pool(
     spec = dataclasses.replace(
         spec,
         device="cuda" if config.gpus_per_actor > 0 else "cpu",
-        threads=max(1, math.ceil(config.cpus_per_actor)),
+        threads=config.threads_per_actor or max(1, math.ceil(config.cpus_per_actor)),
         decode_chunk_size=config.decode_chunk_size,
     )
     options = {

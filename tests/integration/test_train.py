@@ -69,7 +69,7 @@ def _adapter(run: ctrl_ray.Run) -> dict[str, torch.Tensor]:
 
 
 def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
-    checkpoints = sorted((run_folder / "checkpoints").glob("checkpoint_*"))
+    checkpoints = sorted(path for path in (run_folder / "checkpoints").glob("checkpoint_*") if path.is_dir())
     return load_file(checkpoints[-1] / "training_state.safetensors")
 
 
