@@ -76,8 +76,12 @@ def check_resources(config: TrainConfig, available: Mapping[str, float], where: 
 
 
 def check_local_machine(config: TrainConfig) -> None:
-    """`check_resources` against this machine, when no cluster is named; nothing has to be started for it."""
-    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+    """`check_resources` against the Ray that is connected, else against this machine when no cluster is named; nothing
+    is started for it."""
+    if ray.is_initialized():
+        check_cluster(config)
+        return
+    if os.environ.get("RAY_ADDRESS"):
         return
     import torch
 

@@ -134,10 +134,13 @@ def _interrupt_after(folder: Path, update: int) -> None:
 
 
 def test_two_workers_see_the_samples_of_one(base_config: TrainConfig, tmp_path: Path) -> None:
-    """The same six updates on 1 × 8 and 2 × 4 (gloo, ZeRO-1): parameters agree to 1e-3 of what they moved."""
+    """One update on 1 × 8 and on 2 × 4 (gloo, ZeRO-1): the same gradient, 1e-4 relative L2 over all parameters.
+
+    One update, because Adam makes the rounding of tiny gradients into steps of full size.
+    """
     short = dataclasses.replace(
         base_config,
-        num_updates=3,
+        num_updates=1,
         evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
         rewards=dataclasses.replace(base_config.rewards, num_actors=0),
     )
@@ -149,10 +152,13 @@ def test_two_workers_see_the_samples_of_one(base_config: TrainConfig, tmp_path: 
             scaling=dataclasses.replace(short.scaling, num_workers=workers),
         )
         states.append(_latest_state(ctrl_ray.fit(config).folder))
-    for name in states[0]:
-        if name.startswith("exp_avg/"):  # the mean gradient; Adam's normalisation would blow rounding up
-            scale = states[0][name].norm().clamp_min(1e-9)
-            assert float((states[0][name] - states[1][name]).norm() / scale) < 1e-3, name
+    # after one update the first moment is (1 - beta1) times the gradient
+    names = [name for name in states[0] if name.startswith("exp_avg/")]
+    one, two = (torch.cat([state[name].flatten() for name in names]) for state in states)
+    assert float((one - two).norm() / one.norm()) < 1e-4
+    for name in names:
+        difference = float((states[0][name] - states[1][name]).norm())
+        assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
 
 
 def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: Path) -> None:
