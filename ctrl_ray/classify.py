@@ -17,12 +17,10 @@ from ctrl_ray.config import (
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
-    read_prompts,
 )
 from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.errors import CtrlRayError
-from ctrl_ray.offline.reading import read_prompts_column
-from ctrl_ray.offline.shapes import PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +90,7 @@ def run(settings: ClassifyConfig) -> FitResult:
     if config.classifier.num_pipeline_samples:
         from ctrl_ray.policy.pretrained import PipelineSampler
 
-        sampler = PipelineSampler(config, prompts_of(config))
+        sampler = PipelineSampler(config, training_prompts(config))
     with connected():
         result = fit_classifier(
             config,
@@ -128,15 +126,6 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
         sampler=settings.sampler,
         scaling=replace(settings.scaling, num_workers=1),
     )
-
-
-def prompts_of(config: TrainConfig) -> tuple[str, ...]:
-    """The prompts to sample the pipeline with: those of the file, else the data set's, else the built-in example's."""
-    if config.prompts_file is not None:
-        return read_prompts(config.prompts_file)
-    if config.data not in (None, "shapes"):
-        return read_prompts_column(str(config.data))
-    return PROMPTS
 
 
 def describe(result: FitResult) -> str:

@@ -170,6 +170,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EstimatorConfig:
+    """How the gradient of the objective is estimated (`ctrl_ray.gradients.estimators`)."""
+
+    name: Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"] = "full"
+    """'full': exact. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the same
+    optimum with less variance, nothing goes back through the policy. 'last_k': cheap and biased. 'reinforce': for
+    rewards without a gradient; needs group_size >= 2 and large batches."""
+    steps: int = 0
+    """last_k: how many steps are swept (0: 1). adjoint_matching: how many are matched (0: all); fewer are cheaper."""
+    full_probability: float = 0.3
+    """random_suffix: probability of sweeping the whole trajectory; higher: less variance, more denoiser calls."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
+        _require(
+            0 < self.full_probability <= 1,
+            f"estimator.full_probability is {self.full_probability}; expected a probability in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
 
@@ -291,6 +312,8 @@ class TrainConfig:
     """Trajectories per update, over all workers."""
     micro_batch_size_per_worker: int = 32
     """Trajectories a worker holds at a time; the reward of one is scored while the next is rolled out."""
+    group_size: int = 1
+    """So many consecutive samples share prompt and label; the estimator 'reinforce' compares them with each other."""
     kl_coef: float = 1.0
     """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
     latent_reduction: Literal["sum", "mean"] = "sum"
@@ -314,6 +337,8 @@ class TrainConfig:
     """Write the metrics and images to an Aim repository under output_dir as well."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Reverse process."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """Gradient estimator."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -340,6 +365,16 @@ class TrainConfig:
             f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
             f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
             f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
+        )
+        _require(
+            self.group_size >= 1 and self.micro_batch_size_per_worker % self.group_size == 0,
+            f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker "
+            f"({self.micro_batch_size_per_worker})",
+        )
+        _require(
+            self.estimator.name != "reinforce" or self.group_size >= 2,
+            "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
+            "more",
         )
         _require(
             math.isfinite(self.kl_coef) and self.kl_coef >= 0,
@@ -380,6 +415,7 @@ def train_config_from_json(text: str, *, source: str = "config.json") -> TrainCo
 
 _NESTED: dict[str, type] = {
     "sampler": SamplerConfig,
+    "estimator": EstimatorConfig,
     "lora": LoraConfig,
     "optimizer": OptimizerConfig,
     "rewards": RewardPoolConfig,

@@ -1,4 +1,4 @@
-"""`python -m ctrl_ray.evaluate`: judge an adapter, or a folder of images that were sampled from it."""
+"""`python -m ctrl_ray.evaluate`: judge an adapter, or a folder of images sampled from it; compare finished runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrl_ray.config import ControlConfig, ScalingConfig, read_prompts, train_config_from_json
+from ctrl_ray.config import ControlConfig, ScalingConfig, read_prompts
 from ctrl_ray.errors import ConfigError, CtrlRayError, own_error
+from ctrl_ray.evaluation.comparison import compare_runs, format_runs
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
 from ctrl_ray.evaluation.report import SUMMARY_FILE, Evaluation, write_report
 from ctrl_ray.evaluation.sample_folder import read_sample_folder
 from ctrl_ray.evaluation.samples import EvaluationSamples
-from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.policy.adapter import read_adapter_info
 
 
@@ -26,8 +26,10 @@ from ctrl_ray.policy.adapter import read_adapter_info
 class EvaluateOptions:
     """Judge an adapter by the true measure of its controls: before and after on the same prompts and noise."""
 
-    adapter: str
+    adapter: str | None = None
     """Adapter folder, such as RUN/adapter: its controls, classes and thresholds are what is judged."""
+    runs: tuple[str, ...] = ()
+    """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a picture."""
     images: str | None = None
     """Judge the PNGs of this folder (written by ctrl_ray.sample, with its manifest.jsonl) instead of sampling."""
     before_images: str | None = None
@@ -48,6 +50,8 @@ class EvaluateOptions:
     """Where the report is written. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
 
     def __post_init__(self) -> None:
+        if (self.adapter is None) == (not self.runs):
+            raise ConfigError("give either --adapter RUN/adapter, to judge it, or --runs RUN RUN …, to compare them")
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
         for name in ("num_samples", "batch_size"):
@@ -118,6 +122,7 @@ def sample_before_and_after(
     import torch
 
     from ctrl_ray.distributed.cluster import connected
+    from ctrl_ray.distributed.finished_run import run_classifiers, run_prompts
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
     from ctrl_ray.rewards.model import RewardModelSpec
 
@@ -152,41 +157,6 @@ def sample_before_and_after(
     return before, after
 
 
-def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
-    """Evaluation prompts of the run that holds the adapter (RUN/config.json), else those of the shapes.
-
-    ConfigError when there is no such run and the base model is not the shapes pipeline.
-    """
-    from ctrl_ray.distributed.preflight import training_prompts
-
-    file = Path(adapter).resolve().parent / "config.json"
-    if file.is_file():
-        config = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
-        own = config.evaluation.prompts_file
-        return read_prompts(own) if own else training_prompts(config)
-    if base_model != "shapes":
-        raise ConfigError(f"{file} does not exist, so the prompts to evaluate on are unknown; give --prompts-file")
-    return PROMPTS
-
-
-def run_classifiers(adapter: str | Path, controls: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Classifier folder of every control: the given one, else RUN/classifier/NAME beside the adapter.
-
-    ConfigError when one is missing, or one is given for a control that the adapter does not have.
-    """
-    folders = {name: Path(given.get(name, Path(adapter).parent / "classifier" / name)).resolve() for name in controls}
-    unknown = sorted(set(given) - set(controls))
-    if unknown:
-        raise ConfigError(f"--classifier names {unknown}; the adapter has the controls {list(controls)}")
-    missing = [name for name, folder in folders.items() if not folder.is_dir()]
-    if missing:
-        raise ConfigError(
-            f"no classifier of control {missing[0]!r} at {folders[missing[0]]}; its belief is compared with the truth. "
-            f"Give --classifier {missing[0]}=FOLDER, or judge images alone: python -m ctrl_ray.sample, then --images"
-        )
-    return {name: str(folder) for name, folder in folders.items()}
-
-
 def report_on(
     after: EvaluationSamples,
     controls: Mapping[str, ControlConfig],
@@ -215,7 +185,8 @@ def report_on(
 
 
 def run(options: EvaluateOptions) -> Path:
-    """What the command does; returns the report's page."""
+    """Judge an adapter or a folder of its images; returns the report's page."""
+    assert options.adapter is not None
     controls = read_adapter_info(options.adapter).controls
     if options.images is not None:
         return evaluate_images(
@@ -264,7 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     try:
-        page = run(tyro.cli(EvaluateOptions, args=argv, prog="python -m ctrl_ray.evaluate"))
+        options = tyro.cli(EvaluateOptions, args=argv, prog="python -m ctrl_ray.evaluate")
+        if options.runs:
+            figures, picture = compare_runs(options.runs, options.output_dir or "runs/comparison")
+            print(f"{format_runs(figures)}\npicture: {picture}")
+            return 0
+        page = run(options)
     except CtrlRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

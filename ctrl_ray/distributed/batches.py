@@ -40,23 +40,25 @@ def training_batch(
     controls: Mapping[str, ControlConfig],
     active: Sequence[str],
     control_dropout: float,
+    group_size: int = 1,
 ) -> Batch:
     """Prompt uniform, each active control's label from its law, null with probability `control_dropout`.
 
     controls: the policy's, in column order; those not in `active` (kept from an initial adapter) are always null.
+    group_size: samples whose ids have the same quotient by it share prompt and labels.
     """
     rows = []
-    for sample_id in sample_ids:
+    groups = [sample_id // group_size for sample_id in sample_ids]
+    for group in groups:
         row = []
         for name, control in controls.items():
             weights = control.label_weights or (1.0,) * control.num_classes
-            dropped = draw_uniform(seed, update, sample_id, f"dropout {name}") < control_dropout
-            label = draw_index(seed, update, sample_id, f"label {name}", weights)
+            dropped = draw_uniform(seed, update, group, f"dropout {name}") < control_dropout
+            label = draw_index(seed, update, group, f"label {name}", weights)
             row.append(control.num_classes if dropped or name not in active else label)
         rows.append(row)
-    chosen = tuple(
-        prompts[draw_index(seed, update, sample_id, "prompt", (1.0,) * len(prompts))] for sample_id in sample_ids
-    )
+    uniform = (1.0,) * len(prompts)
+    chosen = tuple(prompts[draw_index(seed, update, group, "prompt", uniform)] for group in groups)
     return make_batch(sample_ids, chosen, torch.tensor(rows), controls)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.adapter import AdapterInfo, save_adapter
+from ctrl_ray.policy.policy import ControlledPolicy
 
 STATE_FILE = "training_state.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -37,6 +38,7 @@ def report_checkpoint(engine: PolicyEngine, info: AdapterInfo, progress: dict[st
     with engine.gathered() as policy:
         if rank == 0:
             folder = Path(tempfile.mkdtemp(prefix="ctrl_ray_checkpoint_"))
+            assert isinstance(policy, ControlledPolicy)
             save_adapter(folder / ADAPTER_FOLDER, policy, info)
     metrics = {"score": score, **progress}
     if folder is None:

@@ -20,8 +20,7 @@ from torch import Tensor
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.distributed.deepspeed_config import deepspeed_config
-from ctrl_ray.policy.condition import Condition
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.condition import Condition, TrainablePolicy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,15 +38,16 @@ def learning_rate_factor(config: TrainConfig, update: int) -> float:
 class PolicyEngine:
     """A `Policy` whose parameters are sharded by DeepSpeed; every rank must make the same calls."""
 
-    def __init__(self, policy: ControlledPolicy, config: TrainConfig) -> None:
+    def __init__(self, policy: TrainablePolicy, config: TrainConfig) -> None:
         """`torch.distributed` must be initialised (Ray Train does it). ZeRO gives every rank a shard of the state."""
         self.policy = policy
         self.latent_shape = policy.latent_shape
         self.prediction_type = policy.prediction_type
         self._config = config
-        self._rates = (config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
+        groups = policy.parameter_groups(config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
+        self._rates = tuple(float(group["lr"]) for group in groups)
         optimizer = torch.optim.AdamW(
-            policy.parameter_groups(*self._rates),
+            groups,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
             weight_decay=config.optimizer.weight_decay,
         )
@@ -92,7 +92,7 @@ class PolicyEngine:
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
     @contextmanager
-    def gathered(self) -> Iterator[ControlledPolicy]:
+    def gathered(self) -> Iterator[TrainablePolicy]:
         """The policy with whole parameters (ZeRO-3 shards them); collective."""
         parameters = list(self.policy.parameters()) if self._config.scaling.zero_stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
@@ -171,7 +171,7 @@ class PolicyEngine:
             safe_set_full_optimizer_state(parameter, value, moment)
 
 
-def load_parameters(policy: ControlledPolicy, state: Mapping[str, Tensor]) -> None:
+def load_parameters(policy: TrainablePolicy, state: Mapping[str, Tensor]) -> None:
     """Copy a consolidated state's parameters into a policy, before an engine shards it."""
     for name, parameter in policy.trainable_parameters().items():
         parameter.data.copy_(state[name].to(parameter.device))

@@ -47,8 +47,32 @@ def run_training(job: TrainJob, storage_path: str, on_row: RowHandler) -> Traine
     workers to leave a checkpoint and return; the second interrupts at once. `on_row` gets every row of the channel.
     Raises the error that a worker raised on purpose, else Ray's.
     """
+    config = job.config
+    keep = CheckpointConfig(
+        num_to_keep=config.num_checkpoints_to_keep, checkpoint_score_attribute="score", checkpoint_score_order="max"
+    )
+    follower = _Follower(job.channel, on_row)
+    result = run_workers(train_worker, {"job": job}, config, storage_path, job.channel, follower.poll, on_row, keep)
+    return _trained(result, follower)
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    config: TrainConfig,
+    storage_path: str,
+    channel: Any,
+    poll: Callable[[], None],
+    on_row: RowHandler,
+    keep: CheckpointConfig | None = None,
+) -> Result:
+    """Run a worker group of `config.scaling` to its end; `poll` is called while it runs and once after.
+
+    The first signal goes to the workers through the channel, the second interrupts. Raises the error that a worker
+    raised on purpose, else Ray's.
+    """
     _shorten_polling()
-    trainer = _trainer(job, storage_path)
+    trainer = _trainer(function, arguments, config, storage_path, keep)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -58,16 +82,16 @@ def run_training(job: TrainJob, storage_path: str, on_row: RowHandler) -> Traine
             outcome["error"] = error
 
     thread = threading.Thread(target=fit, name="ctrl_ray-fit", daemon=True)
-    follower = _Follower(job.channel, on_row)
-    with _stop_on_signal(job.channel, on_row):
+    with _stop_on_signal(channel, on_row):
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-            follower.poll()
-    follower.poll()
+            poll()
+    poll()
     if "error" in outcome:
         raise own_error(outcome["error"]) or outcome["error"]
-    return _trained(outcome["result"], follower)
+    result: Result = outcome["result"]
+    return result
 
 
 def export_adapter(trained: Trained, folder: Path) -> Path:
@@ -85,12 +109,17 @@ def new_channel() -> Any:
     return actor.remote()
 
 
-def _trainer(job: TrainJob, storage_path: str) -> TorchTrainer:
-    config = job.config
+def _trainer(
+    function: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    config: TrainConfig,
+    storage_path: str,
+    keep: CheckpointConfig | None,
+) -> TorchTrainer:
     resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
     return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
+        function,
+        train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
@@ -100,11 +129,7 @@ def _trainer(job: TrainJob, storage_path: str) -> TorchTrainer:
             name=CHECKPOINTS,
             storage_path=storage_path,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.num_checkpoints_to_keep,
-                checkpoint_score_attribute="score",
-                checkpoint_score_order="max",
-            ),
+            checkpoint_config=keep,
             worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]
         ),
     )

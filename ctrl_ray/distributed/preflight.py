@@ -12,7 +12,7 @@ from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.cluster import check_local_machine, needed_resources
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.gradients.estimators import FullEstimator
+from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.offline.reading import read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.oracles import load_oracle
@@ -174,7 +174,7 @@ def _summary(config: TrainConfig, controls: dict[str, ControlConfig], prompts: t
     for size in policy.latent_shape:
         latents *= size
     branches = Guidance(config.sampler.guidance_scale, config.sampler.control_scale).num_branches
-    cost = FullEstimator().cost(config.sampler.num_steps, branches > 1)
+    cost = make_estimator(config.estimator, config.sampler.num_steps).cost(config.sampler.num_steps, branches > 1)
     workers = config.scaling.num_workers
     needed = needed_resources(config)
     kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}"

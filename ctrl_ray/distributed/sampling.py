@@ -96,7 +96,7 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             encoder.encode(batch.prompts),
             batch.labels.to(device),
             guidance,
-            keyed_noise(job.seed, 0, ids, policy.latent_shape, device),
+            keyed_noise(job.seed, 0, ids, policy.latent_shape, kernel.num_steps, device),
             reference=job.reference,
             with_kl=job.with_kl,
         )

@@ -19,9 +19,9 @@ from ctrl_ray.distributed.engine import PolicyEngine, all_reduce_sum
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.gradients.estimators import Estimator
 from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, policy_step, rollout
-from ctrl_ray.gradients.sweep import adjoint_sweep
+from ctrl_ray.gradients.sweep import TerminalReward, adjoint_sweep
 from ctrl_ray.oracles import load_oracle, measure
-from ctrl_ray.policy.backbone import PromptEncoder
+from ctrl_ray.policy.condition import Encoder
 from ctrl_ray.rewards.protocol import PendingRewards, Rewards
 
 
@@ -41,7 +41,7 @@ class Learner:
     config: TrainConfig
     engine: PolicyEngine
     kernel: StepKernel
-    encoder: PromptEncoder
+    encoder: Encoder
     rewards: Rewards
     estimator: Estimator
     controls: Mapping[str, ControlConfig]
@@ -67,7 +67,9 @@ class Learner:
             self.encoder.encode(batch.prompts),
             batch.labels.to(self.rank.device),
             self.guidance,
-            keyed_noise(seed, update, batch.sample_ids, self.engine.latent_shape, self.rank.device),
+            keyed_noise(
+                seed, update, batch.sample_ids, self.engine.latent_shape, self.kernel.num_steps, self.rank.device
+            ),
             with_kl=with_kl,
             latent_reduction=self.config.latent_reduction,
         )
@@ -98,6 +100,7 @@ def train_update(learner: Learner, update: int) -> dict[str, float]:
         learner.controls,
         tuple(config.controls),
         config.control_dropout,
+        config.group_size,
     )
     totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
     size = config.micro_batch_size_per_worker
@@ -129,34 +132,42 @@ def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Ten
     with clock("reward_wait_s"):
         rewarded = scored.pending.result(config.rewards.timeout_s)
     log_probs = rewarded.log_probs.double().cpu()
-    if rewarded.cotangent is None or not bool(torch.isfinite(log_probs).all()):
+    missing = learner.estimator.needs_cotangent and rewarded.cotangent is None
+    if missing or not bool(torch.isfinite(log_probs).all()):
         raise NonFiniteError(
             f"update {update}, micro-batch {scored.index} on rank {rank.index}: rewards are missing or not finite "
             f"(log-probabilities {log_probs.min():.3g} … {log_probs.max():.3g}); look at the classifier"
         )
-    num_steps = learner.kernel.num_steps
+    columns = learner.num_rewarded
+    strengths = batch.strengths[:, :columns].double()
+    reward = TerminalReward(
+        (strengths * log_probs).sum(1).to(rank.device),
+        None if rewarded.cotangent is None else rewarded.cotangent.to(rank.device),
+    )
+    plan = learner.estimator.plan(learner.kernel.num_steps, config.seed, update, scored.index)
+    groups = torch.tensor(batch.sample_ids, device=rank.device) // config.group_size
     with clock("sweep_s"):
         try:
             stats = adjoint_sweep(
                 learner.engine,
                 learner.kernel,
                 scored.trajectory,
-                rewarded.cotangent.to(rank.device),
-                learner.estimator.plan(num_steps, config.seed, update, scored.index),
+                reward,
+                plan,
                 kl_coef=config.kl_coef,
                 # the engine averages over ranks, so that Σ over all ranks and micro-batches is 1
                 sample_weights=torch.full((len(batch),), rank.size / config.global_batch_size, device=rank.device),
                 backward=learner.engine.backward,
                 latent_reduction=config.latent_reduction,
+                groups=groups,
             )
         except NonFiniteError as error:
             message = f"update {update}, micro-batch {scored.index} on rank {rank.index}: {error}"
             raise NonFiniteError(message) from error
-    columns = learner.num_rewarded
-    strengths = batch.strengths[:, :columns].double()
     counted = (batch.labels[:, :columns] != _null(learner)[:columns]).double()
     labelled = (counted.sum(1) > 0).double()
-    kl = stats.kl_per_step.double().nansum(1).cpu()
+    # weighted like the gradient: an unbiased estimate where the plan leaves steps out at random
+    kl = (stats.kl_per_step.double().cpu() * torch.tensor(plan.weights, dtype=torch.float64)).nansum(1)
     return torch.cat(
         [
             torch.stack(

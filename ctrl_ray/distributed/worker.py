@@ -19,7 +19,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import read_checkpoint, report_checkpoint
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
 from ctrl_ray.distributed.training import Learner, Rank, evaluate_policy, evaluation_score, kl_noise_floor, train_update
-from ctrl_ray.gradients.estimators import FullEstimator
+from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
@@ -51,7 +51,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Stages 2 and 3 on one worker: build the policy, resume if there is a checkpoint, update, evaluate, checkpoint."""
     job: TrainJob = arguments["job"]
     config = job.config
-    rank = _set_up_process(config)
+    rank = set_up_process(config)
     learner, first_update = _build_learner(job, rank)
     progress: dict[str, Any] = {"updates_done": first_update}
     if first_update == 0 and config.evaluation.every_updates:
@@ -100,7 +100,8 @@ def _tell(job: TrainJob, rank: Rank, row: dict[str, Any]) -> str:
     return answer[0]
 
 
-def _set_up_process(config: TrainConfig) -> Rank:
+def set_up_process(config: TrainConfig) -> Rank:
+    """Threads and accelerator of this worker's process; who it is in the group."""
     context = ray.train.get_context()
     if not config.scaling.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -134,7 +135,7 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
         ),
         encoder=load_prompt_encoder(config.base_model, config.base_revision, device=rank.device),
         rewards=_rewards(job, rank),
-        estimator=FullEstimator(),
+        estimator=make_estimator(config.estimator, config.sampler.num_steps),
         controls=job.controls,
         prompts=job.prompts,
         rank=rank,

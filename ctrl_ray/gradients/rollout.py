@@ -12,7 +12,8 @@ from ctrl_ray.diffusion.noise import draw_noise
 from ctrl_ray.diffusion.steps import GaussianStep, Guidance, LatentReduction, StepKernel, gaussian_sample, step_kl
 from ctrl_ray.policy.condition import Condition, Policy
 
-NoiseSource = Callable[[str], Tensor]
+NoiseSource = Callable[[int], Tensor]
+"""0: the initial noise; k + 1: the noise of step k; each (B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class Trajectory:
 
 
 def keyed_noise(
-    seed: int, update: int, sample_ids: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu"
+    seed: int,
+    update: int,
+    sample_ids: Sequence[int],
+    shape: Sequence[int],
+    num_steps: int,
+    device: str | torch.device = "cpu",
 ) -> NoiseSource:
-    """Noise of a micro-batch by purpose ('initial', 'step 3'), the same for a sample on whatever rank it lands."""
-    return lambda purpose: draw_noise(seed, update, sample_ids, purpose, shape, device=device)
+    """All noise of a micro-batch's trajectories, the same for a sample on whatever rank it lands."""
+    whole = draw_noise(seed, update, sample_ids, "trajectory", (num_steps + 1, *shape), device=device)
+    return lambda index: whole[:, index]
 
 
 @torch.no_grad()
@@ -60,7 +67,7 @@ def rollout(
     reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
     in nats.
     """
-    latents = noise("initial")
+    latents = noise(0)
     kept = [latents]
     kls = []
     for step_index in range(kernel.num_steps):
@@ -71,7 +78,7 @@ def rollout(
             if not by_reference:
                 ref = policy_step(policy, kernel, step_index, latents, condition, labels, guidance, reference=True)
                 kls[-1] = step_kl(step, ref, latent_reduction)
-        latents = gaussian_sample(step, noise(f"step {step_index}")) if kernel.std(step_index) > 0 else step.mean
+        latents = gaussian_sample(step, noise(step_index + 1)) if kernel.std(step_index) > 0 else step.mean
         kept.append(latents)
     return Trajectory(torch.stack(kept), condition, labels, guidance, torch.stack(kls, dim=1) if with_kl else None)
 

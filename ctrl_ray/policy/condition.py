@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 
@@ -50,3 +50,26 @@ class Policy(Protocol):
     ) -> ModelOutput:
         """Prediction for latents (B, ...) under labels (B, C), null allowed; `reference=True`: the pre-trained model."""
         ...
+
+
+class Encoder(Protocol):
+    """Prompts to conditions."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of each prompt, cached where it costs something."""
+        ...
+
+
+class TrainablePolicy(nn.Module):
+    """A `Policy` that an engine can train."""
+
+    latent_shape: tuple[int, ...]
+    prediction_type: str
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by its name in this module."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
+        """Optimizer groups with their peak learning rates."""
+        raise NotImplementedError

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ctrl_ray.config import LoraConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.condition import Condition
+from ctrl_ray.policy.condition import Condition, TrainablePolicy
 from ctrl_ray.policy.controls import ControlEmbeddings
 
 
-class ControlledPolicy(nn.Module):
+class ControlledPolicy(TrainablePolicy):
     """Policy and reference over one frozen backbone; owns every trainable parameter, so that one engine shards them.
 
     `reference` is an argument of the forward, never a global toggle: with gradient checkpointing the recomputation
@@ -45,7 +45,7 @@ class ControlledPolicy(nn.Module):
         self.prediction_type = prediction_type
         size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        self.latent_shape: tuple[int, ...] = (unet.config.in_channels, height, width)
+        self.latent_shape = (unet.config.in_channels, height, width)
         self._autocast_dtype = autocast_dtype
         self.unet = unet.eval()
         self.reference_unet: UNet2DConditionModel | None = None
@@ -109,10 +109,6 @@ class ControlledPolicy(nn.Module):
         for unet in (self.unet, self.reference_unet):
             if unet is not None:
                 unet.enable_gradient_checkpointing(gradient_checkpointing_func=run)
-
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by its name in this module."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
         """Optimizer groups: LoRA (or the whole denoiser), and the control embeddings without weight decay."""

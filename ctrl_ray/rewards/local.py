@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.model import RewardModel
 from ctrl_ray.rewards.protocol import Rewarded
 
@@ -26,7 +27,7 @@ class LocalRewards:
 
     differentiable = True
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel | AnalyticRewardModel) -> None:
         self.model = model
 
     @property

@@ -67,6 +67,15 @@ class RewardModel(nn.Module):
         return {classifier.control: classifier.spec.num_classes for classifier in self._classifiers()}
 
     @property
+    def chunk_size(self) -> int:
+        """Images decoded at a time."""
+        return self.decoder.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, size: int) -> None:
+        self.decoder.chunk_size = size
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes; inputs are moved there and answers moved back."""
         return self.decoder.vae.device

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ctrl_ray.config import RewardPoolConfig
 from ctrl_ray.errors import ConfigError, CtrlRayError, ResourceError, RewardError
+from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
 
@@ -27,11 +28,11 @@ logger = logging.getLogger(__name__)
 class RewardActor:
     """One process of the pool. Every call is one forward (and backward) of its own, independent of other calls."""
 
-    def __init__(self, spec: RewardModelSpec, model: RewardModel | None = None) -> None:
+    def __init__(self, spec: RewardModelSpec, model: RewardModel | AnalyticRewardModel | None = None) -> None:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         if model is not None:
-            model.decoder.chunk_size = spec.decode_chunk_size
+            model.chunk_size = spec.decode_chunk_size
         self._spec = spec
         self._model = model
 
@@ -65,7 +66,7 @@ class RewardActor:
         answers = self._loaded().class_log_probs(_tensor(inputs), prompts)
         return {name: values.numpy() for name, values in answers.items()}
 
-    def _loaded(self) -> RewardModel:
+    def _loaded(self) -> RewardModel | AnalyticRewardModel:
         self.load()
         assert self._model is not None
         return self._model
@@ -103,7 +104,7 @@ def start_reward_pool(
     spec: RewardModelSpec,
     config: RewardPoolConfig,
     *,
-    model: RewardModel | None = None,
+    model: RewardModel | AnalyticRewardModel | None = None,
     placement_timeout_s: float = 300.0,
     max_restarts: int = -1,
     actor_options: Mapping[str, Any] | None = None,

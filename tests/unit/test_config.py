@@ -18,6 +18,7 @@ from ctrl_ray import config
 from ctrl_ray.config import (
     ClassifierConfig,
     ControlConfig,
+    EstimatorConfig,
     EvaluationConfig,
     LoraConfig,
     OptimizerConfig,
@@ -40,6 +41,7 @@ CLASSES = [
     OptimizerConfig,
     RewardPoolConfig,
     ScalingConfig,
+    EstimatorConfig,
     EvaluationConfig,
 ]
 
@@ -164,6 +166,8 @@ def _unusual() -> TrainConfig:
         latent_reduction="mean",
         target_kl=4.5,
         sampler=SamplerConfig(num_steps=5, eta=0.5, guidance_scale=1.5, control_scale=2.0),
+        estimator=EstimatorConfig(name="random_suffix", full_probability=0.5),
+        group_size=2,
         lora=LoraConfig(rank=2, target_modules=("to_q", "to_v")),
         optimizer=OptimizerConfig(learning_rate=3e-4, gradient_clipping=0.0),
         rewards=RewardPoolConfig(num_actors=0),

@@ -12,9 +12,9 @@ from ctrl_ray.config import LoraConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.estimators import FullEstimator
+from ctrl_ray.gradients.estimators import full
 from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
-from ctrl_ray.gradients.sweep import adjoint_sweep
+from ctrl_ray.gradients.sweep import TerminalReward, adjoint_sweep
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, load_unet, make_kernel
 from ctrl_ray.policy.policy import ControlledPolicy
 
@@ -54,14 +54,14 @@ def _whole_graph_gradient(
     weights: Tensor,
     kl_coef: float,
 ) -> dict[str, Tensor]:
-    noise = keyed_noise(0, 0, ids, policy.latent_shape)
-    latents = noise("initial").double()
+    noise = keyed_noise(0, 0, ids, policy.latent_shape, kernel.num_steps)
+    latents = noise(0).double()
     loss = torch.zeros((), dtype=torch.float64)
     for k in range(kernel.num_steps):
         step = policy_step(policy, kernel, k, latents, condition, labels, guidance, reference=False)
         ref = policy_step(policy, kernel, k, latents, condition, labels, guidance, reference=True)
         loss = loss + kl_coef * (weights * step_kl(step, ref)).sum()
-        latents = step.mean + step.std * noise(f"step {k}").double()
+        latents = step.mean + step.std * noise(k + 1).double()
     loss = loss - (weights * _reward(latents)).sum()
     names, parameters = zip(*policy.trainable_parameters().items(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -78,7 +78,7 @@ def test_sweep_equals_autograd_through_the_whole_graph(
     expected = _whole_graph_gradient(policy, kernel, condition, labels, guidance, [0, 1, 2], weights, 0.7)
     batches = [[0, 1, 2]] if num_micro_batches == 1 else [[0], [1], [2]]
     for rows in batches:
-        noise = keyed_noise(0, 0, rows, policy.latent_shape)
+        noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(
             policy, kernel, condition.select(rows), labels[rows], guidance, lambda p, n=noise: n(p).double()
         )
@@ -88,8 +88,8 @@ def test_sweep_equals_autograd_through_the_whole_graph(
             policy,
             kernel,
             trajectory,
-            cotangent,
-            FullEstimator().plan(4, 0, 0, 0),
+            TerminalReward(None, cotangent),
+            full().plan(4, 0, 0, 0),
             kl_coef=0.7,
             sample_weights=weights[rows],
             backward=lambda loss: loss.backward(),
@@ -106,7 +106,7 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
 
     def gradients(rows: list[int], weights: list[float]) -> dict[str, Tensor]:
         policy.zero_grad()
-        noise = keyed_noise(0, 0, rows, policy.latent_shape)
+        noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(
             policy, kernel, condition.select(rows), labels[rows], Guidance(), lambda p: noise(p).double()
         )
@@ -114,8 +114,8 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
             policy,
             kernel,
             trajectory,
-            torch.ones_like(trajectory.clean_latents),
-            FullEstimator().plan(3, 0, 0, 0),
+            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+            full().plan(3, 0, 0, 0),
             kl_coef=1.0,
             sample_weights=torch.tensor(weights, dtype=torch.float64),
             backward=lambda loss: loss.backward(),
@@ -136,14 +136,14 @@ def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
         policy, kernel, condition, labels = _setup(tiny_pipeline, 3, Guidance(1.5))
         if checkpointed:
             policy.enable_gradient_checkpointing()
-        noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape)
+        noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, condition, labels, Guidance(1.5), lambda p, n=noise: n(p).double())
         adjoint_sweep(
             policy,
             kernel,
             trajectory,
-            torch.ones_like(trajectory.clean_latents),
-            FullEstimator().plan(3, 0, 0, 0),
+            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+            full().plan(3, 0, 0, 0),
             kl_coef=1.0,
             sample_weights=torch.ones(3, dtype=torch.float64),
             backward=lambda loss: loss.backward(),
@@ -168,7 +168,7 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
     )
     assert kernel.std(2) == 0 < kernel.std(1)
     assert [kernel.controlled(k) for k in range(3)] == [True, True, False]
-    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape)
+    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
     trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double(), with_kl=True)
     assert trajectory.kl_per_step is not None and trajectory.kl_per_step[:, 2].abs().max() == 0
     last = policy_step(policy, kernel, 2, trajectory.latents[2], condition, labels, Guidance(), reference=True)
@@ -177,8 +177,8 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
         policy,
         kernel,
         trajectory,
-        torch.ones_like(trajectory.clean_latents),
-        FullEstimator().plan(3, 0, 0, 0),
+        TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+        full().plan(3, 0, 0, 0),
         kl_coef=1.0,
         sample_weights=torch.ones(3, dtype=torch.float64),
         backward=lambda loss: loss.backward(),
@@ -189,7 +189,7 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
 def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> None:
     """A NaN reward gradient is an error that names the step."""
     policy, kernel, condition, labels = _setup(tiny_pipeline, 2, Guidance())
-    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape)
+    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
     trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double())
     bad = torch.full_like(trajectory.clean_latents, float("nan"))
     with pytest.raises(NonFiniteError, match="denoising step 1"):
@@ -197,8 +197,8 @@ def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> Non
             policy,
             kernel,
             trajectory,
-            bad,
-            FullEstimator().plan(2, 0, 0, 0),
+            TerminalReward(None, bad),
+            full().plan(2, 0, 0, 0),
             kl_coef=1.0,
             sample_weights=torch.ones(3, dtype=torch.float64),
             backward=lambda loss: loss.backward(),

@@ -1,0 +1,194 @@
+"""Training on problems whose answer is known: one worker group and one reward actor serve all cases.
+
+A case goes through the code of an image pipeline (`Learner`, `train_update`, the DeepSpeed engine, the reward pool);
+only the denoiser and the reward are closed forms. What comes back is the policy's mean at every bin of the exact
+solver's grid, from which its law is computed without sampling.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from ctrl_ray.config import (
+    ControlConfig,
+    EstimatorConfig,
+    OptimizerConfig,
+    RewardPoolConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.distributed.engine import PolicyEngine
+from ctrl_ray.distributed.launch import new_channel, run_workers
+from ctrl_ray.distributed.training import Learner, train_update
+from ctrl_ray.distributed.worker import set_up_process
+from ctrl_ray.exact.grid import make_grid
+from ctrl_ray.exact.suite import Case
+from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.gradients.rollout import policy_step
+from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
+from ctrl_ray.policy.backbone import make_kernel
+from ctrl_ray.rewards.analytic import CONTROLS, AnalyticRewardModel
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.rewards.pool import start_reward_pool
+
+SNAPSHOTS = (0.85, 0.9, 0.95, 1.0)
+"""Shares of the updates after which the policy is looked at; their scatter is the optimisation's noise."""
+
+GROUP_SIZE = 64
+"""Samples that the score function compares with each other."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The policy that training left."""
+
+    means: Mapping[int, np.ndarray]
+    """By coordinate, (T, bins): mean of each step at the centres of the solver's grid."""
+    earlier: tuple[Mapping[int, np.ndarray], ...]
+    """The same at the snapshots before."""
+
+
+def train_cases(
+    cases: Sequence[Case], *, use_gpu: bool = False, threads: int = 1, on_progress: Callable[[str, int, int], None]
+) -> Iterator[tuple[Case, Reached]]:
+    """Train each case on one worker group, in order; yields each with its policy once all are done.
+
+    on_progress(title, update, num_updates) is called while they run. Ray must be connected.
+    """
+    reached: dict[str, Reached] = {}
+    model = AnalyticRewardModel({case.title: case.problem.rewards for case in cases})
+    pool_config = RewardPoolConfig(cpus_per_actor=0.5, threads_per_actor=1)
+    scaling = ScalingConfig(use_gpu=use_gpu, cpus_per_worker=0.5 if use_gpu else 1.0, threads_per_worker=threads)
+    channel = new_channel()
+
+    def on_row(row: Mapping[str, Any]) -> None:
+        if row["kind"] == "progress":
+            on_progress(row["title"], row["update"], row["num_updates"])
+        elif row["kind"] == "reached":
+            reached[row["title"]] = Reached(row["means"], row["earlier"])
+
+    def poll() -> None:
+        for row in ray.get(channel.drain.remote()):
+            on_row(row)
+
+    spec = RewardModelSpec(base_model="analytic", classifiers={})
+    with (
+        tempfile.TemporaryDirectory(prefix="ctrl_ray_verify_") as storage,
+        start_reward_pool(spec, pool_config, model=model) as pool,
+    ):
+        arguments = {"cases": list(cases), "scaling": scaling, "rewards": pool.client(), "channel": channel}
+        run_workers(_verify_worker, arguments, TrainConfig(scaling=scaling), storage, channel, poll, on_row)
+    for case in cases:
+        if case.title in reached:
+            yield case, reached[case.title]
+
+
+def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
+    """The configuration that a run of this case has; the prompt is the case's title."""
+    problem, effort = case.problem, case.effort
+    return TrainConfig(
+        base_model="analytic",
+        controls={
+            name: ControlConfig(guidance_strength=strength, classes=("asked",))
+            for name, strength in zip(CONTROLS, problem.guidance_strengths, strict=False)
+        },
+        seed=case.seed,
+        num_updates=effort.num_updates,
+        global_batch_size=effort.batch_size,
+        micro_batch_size_per_worker=effort.batch_size // scaling.num_workers,
+        group_size=GROUP_SIZE if case.estimator == "reinforce" else 1,
+        kl_coef=problem.kl_coef,
+        latent_reduction=case.latent_reduction,
+        control_dropout=0.0,
+        sampler=SamplerConfig(num_steps=problem.sampler.num_steps, eta=problem.sampler.eta),
+        estimator=EstimatorConfig(name=case.estimator, steps=case.estimator_steps),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(
+            learning_rate=effort.learning_rate,
+            beta2=0.999,
+            gradient_clipping=0.0,
+            warmup_updates=0,
+            final_learning_rate_fraction=0.01,
+        ),
+        scaling=scaling,
+    )
+
+
+def _verify_worker(arguments: dict[str, Any]) -> None:
+    scaling: ScalingConfig = arguments["scaling"]
+    for case in arguments["cases"]:
+        _train_case(case, case_config(case, scaling), arguments["rewards"], arguments["channel"])
+
+
+def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel: Any) -> None:
+    rank = set_up_process(config)
+    scheduler = analytic_scheduler()
+    kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta)
+    mixture = case.problem.mixture
+    denoiser = MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod)
+    policy = AnalyticPolicy(
+        denoiser,
+        kernel,
+        dict.fromkeys(config.controls, 1),
+        dimension=case.problem.dimension,
+        num_nodes=case.effort.num_nodes,
+        shared_steps=case.effort.shared_steps,
+    ).to(rank.device)
+    encoder = MixtureEncoder({case.title: mixture.weights}, rank.device)
+    learner = Learner(
+        config=config,
+        engine=PolicyEngine(policy, config),
+        kernel=kernel,
+        encoder=encoder,
+        rewards=rewards.for_worker(rank.index),
+        estimator=make_estimator(config.estimator, config.sampler.num_steps),
+        controls=config.controls,
+        prompts=(case.title,),
+        rank=rank,
+    )
+    looks = {max(1, round(share * config.num_updates)) for share in SNAPSHOTS}
+    taken = []
+    for update in range(config.num_updates):
+        train_update(learner, update)
+        done = update + 1
+        if done in looks:
+            taken.append(_means_on_grid(case, policy, kernel, encoder))
+        if rank.index == 0 and (done % 10 == 0 or done == config.num_updates):
+            row = {"kind": "progress", "title": case.title, "update": done, "num_updates": config.num_updates}
+            ray.get(channel.put.remote(row))
+    if rank.index == 0:
+        row = {"kind": "reached", "title": case.title, "means": taken[-1], "earlier": tuple(taken[:-1])}
+        ray.get(channel.put.remote(row))
+
+
+@torch.no_grad()
+def _means_on_grid(
+    case: Case, policy: AnalyticPolicy, kernel: DDIMKernel, encoder: MixtureEncoder
+) -> dict[int, np.ndarray]:
+    """Mean of every step at the bins' centres, (T, bins) by coordinate; coordinates do not see each other."""
+    device = policy.denoiser.means.device
+    centres = torch.tensor(make_grid(case.problem).centres, dtype=torch.float32, device=device)
+    latents = centres[:, None].expand(-1, case.problem.dimension).contiguous()
+    condition = encoder.encode([case.title] * len(latents))
+    labels = torch.zeros(len(latents), len(policy.num_classes), dtype=torch.long, device=device)
+    means = [
+        policy_step(policy, kernel, k, latents, condition, labels, Guidance(), reference=False).mean
+        for k in range(kernel.num_steps)
+    ]
+    return {c: torch.stack([mean[:, c] for mean in means]).double().cpu().numpy() for c in case.coordinates}
+
+
+def available_threads() -> int:
+    """torch threads for the one worker: one core is the driver's and the pool's."""
+    return max(1, (os.cpu_count() or 2) - 1)

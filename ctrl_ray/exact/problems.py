@@ -1,0 +1,154 @@
+"""One-dimensional problems with a known answer: a mixture as the data, a reward, a sampler (method of CTRL, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from scipy.special import log_expit, logsumexp
+
+from ctrl_ray.errors import ConfigError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Σ_i w_i N(m_i, s_i²), the law of the data."""
+
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+    weights: tuple[float, ...]
+    """Positive; they are normalised to sum to 1."""
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.means), len(self.stds), len(self.weights)}
+        if len(sizes) != 1 or not self.means:
+            raise ConfigError(
+                f"a mixture needs as many means ({len(self.means)}) as stds ({len(self.stds)}) and weights "
+                f"({len(self.weights)}), at least one"
+            )
+        if min(self.stds) <= 0 or min(self.weights) <= 0:
+            raise ConfigError(f"stds {self.stds} and weights {self.weights} of a mixture must be positive")
+        if not np.isfinite([*self.means, *self.stds, *self.weights]).all():
+            raise ConfigError(f"means {self.means}, stds {self.stds} and weights {self.weights} must be finite")
+
+    @property
+    def probabilities(self) -> Array:
+        """The weights, normalised."""
+        weights = np.asarray(self.weights, dtype=np.float64)
+        return weights / weights.sum()
+
+    def component_log_densities(self, x: Array, alpha_prod: float = 1.0) -> Array:
+        """log(w_i N(x; √ᾱ m_i, ᾱ s_i² + 1 − ᾱ)), (..., K): the mixture diffused to ᾱ."""
+        means = alpha_prod**0.5 * np.asarray(self.means)
+        variances = alpha_prod * np.asarray(self.stds) ** 2 + 1 - alpha_prod
+        z = np.asarray(x)[..., None] - means
+        return np.log(self.probabilities) - 0.5 * z**2 / variances - 0.5 * np.log(2 * np.pi * variances)
+
+    def noise(self, x: Array, alpha_prod: float) -> Array:
+        """The exact ε(x) = −√(1 − ᾱ) ∇ log p_ᾱ(x)."""
+        log_densities = self.component_log_densities(x, alpha_prod)
+        shares = np.exp(log_densities - logsumexp(log_densities, axis=-1, keepdims=True))
+        means = alpha_prod**0.5 * np.asarray(self.means)
+        variances = alpha_prod * np.asarray(self.stds) ** 2 + 1 - alpha_prod
+        scores = -(np.asarray(x)[..., None] - means) / variances
+        return -((1 - alpha_prod) ** 0.5) * (shares * scores).sum(-1)
+
+
+class Reward(Protocol):
+    """log p(y | x) of one coordinate x for the y that is asked for."""
+
+    def log_prob(self, x: Array) -> Array:
+        """Like x."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianReward:
+    """log N(target; x, std²)."""
+
+    target: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ConfigError(f"reward std is {self.std}; expected a positive number")
+
+    def log_prob(self, x: Array) -> Array:
+        """Log density in nats."""
+        z = (self.target - np.asarray(x)) / self.std
+        return np.asarray(-0.5 * z**2 - np.log(self.std) - 0.5 * np.log(2 * np.pi))
+
+
+@dataclass(frozen=True)
+class LogisticReward:
+    """log sigmoid(slope · x + offset): y = 1 of two classes."""
+
+    slope: float = 1.0
+    offset: float = 0.0
+
+    def log_prob(self, x: Array) -> Array:
+        """Log-probability in nats."""
+        return np.asarray(log_expit(self.slope * np.asarray(x) + self.offset))
+
+
+@dataclass(frozen=True)
+class ComponentReward:
+    """log p(component = index | x), the posterior of a mixture's component."""
+
+    mixture: Mixture
+    index: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.mixture.means):
+            raise ConfigError(f"component {self.index} does not exist; expected 0 to {len(self.mixture.means) - 1}")
+
+    def log_prob(self, x: Array) -> Array:
+        """Log-probability in nats."""
+        log_densities = self.mixture.component_log_densities(x)
+        return np.asarray(log_densities[..., self.index] - logsumexp(log_densities, axis=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """DDIM on the noise schedule of Stable Diffusion: 1000 training steps, scaled-linear betas, leading timesteps."""
+
+    num_steps: int = 50
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_steps <= 1000:
+            raise ConfigError(f"num_steps is {self.num_steps}; expected 1 to 1000")
+        if not 0 < self.eta <= 1:
+            raise ConfigError(f"eta is {self.eta}; expected a number in (0, 1]: a step without noise has no KL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Maximise E[guidance_strength · log p(y | x_0)] − kl_coef · KL over policies of a sampler of the mixture."""
+
+    name: str
+    mixture: Mixture
+    rewards: tuple[Reward, ...]
+    """The reward of coordinate 0, and of coordinate 1 when there are two controls."""
+    guidance_strengths: tuple[float, ...] = (1.0,)
+    kl_coef: float = 1.0
+    sampler: Sampler = dataclasses.field(default_factory=Sampler)
+    dimension: int = 1
+    """Independent coordinates, each with the mixture as its law; those without a reward are along for the ride."""
+
+    def __post_init__(self) -> None:
+        if self.dimension < len(self.rewards):
+            raise ConfigError(f"dimension is {self.dimension}, but {len(self.rewards)} coordinates have a reward")
+        if len(self.rewards) != len(self.guidance_strengths):
+            raise ConfigError(
+                f"{len(self.rewards)} controls need as many guidance strengths, got {self.guidance_strengths}"
+            )
+        if self.kl_coef <= 0 or min(self.guidance_strengths) < 0:
+            raise ConfigError(
+                f"kl_coef is {self.kl_coef} and guidance strengths are {self.guidance_strengths}; expected a positive "
+                "number and numbers >= 0"
+            )

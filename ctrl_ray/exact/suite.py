@@ -1,0 +1,181 @@
+"""The cases that `python -m ctrl_ray.verify` runs: a problem, an estimator, how long to train, what must be reached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ctrl_ray.exact.problems import (
+    ComponentReward,
+    GaussianReward,
+    LogisticReward,
+    Mixture,
+    Problem,
+    Sampler,
+)
+
+GAUSSIAN = Mixture((0.0,), (1.0,), (1.0,))
+TWO_MODES = Mixture((-2.0, 2.0), (0.5, 0.5), (0.5, 0.5))
+THREE_MODES = Mixture((-2.5, 0.3, 2.0), (0.3, 0.6, 0.4), (0.5, 0.2, 0.3))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How far a quantity may be from its exact value."""
+
+    quantity: Literal["mean", "std", "p_positive", "kl", "objective", "tv_to_optimum"]
+    tolerance: float
+    """Absolute; of the objective: relative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long a case is trained."""
+
+    num_updates: int = 300
+    batch_size: int = 2048
+    learning_rate: float = 0.05
+    num_nodes: int = 25
+    """Nodes of a step's push."""
+    shared_steps: bool = False
+    """One push for all steps; then no exact answer is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row group of the table."""
+
+    problem: Problem
+    estimator: str = "full"
+    estimator_steps: int = 0
+    bars: tuple[Bar, ...] = ()
+    coordinates: tuple[int, ...] = (0,)
+    """Coordinates that are compared."""
+    controlled_from: int = 0
+    """First step that the exact optimum controls: last_k reaches the optimum of its last steps."""
+    latent_reduction: Literal["sum", "mean"] = "sum"
+    effort: Effort = dataclasses.field(default_factory=Effort)
+    seed: int = 0
+
+    @property
+    def title(self) -> str:
+        """Unique within a set of cases."""
+        return f"{self.problem.name} · {self.estimator}"
+
+
+GAUSSIAN_BARS = (Bar("mean", 0.01), Bar("std", 0.01), Bar("objective", 0.005))
+MIXTURE_BARS = (
+    *(Bar("mean", 0.02), Bar("std", 0.02), Bar("p_positive", 0.005)),
+    *(Bar("tv_to_optimum", 0.01), Bar("objective", 0.005)),
+)
+REINFORCE_BARS = (Bar("mean", 0.05), Bar("std", 0.05))
+
+
+def gaussian(estimator: str = "full", **changes: object) -> Case:
+    """T1: N(0, 1) as the data, a Gaussian reward."""
+    problem = Problem(name="T1 gaussian", mixture=GAUSSIAN, rewards=(GaussianReward(2.0, 0.5),))
+    return _case(problem, estimator, GAUSSIAN_BARS, **changes)
+
+
+def component(**changes: object) -> Case:
+    """T3: two modes, the reward is the posterior of one of them."""
+    problem = Problem(name="T3 component", mixture=TWO_MODES, rewards=(ComponentReward(TWO_MODES, 1),))
+    return _case(problem, "full", (Bar("mean", 0.01), Bar("std", 0.01)), **changes)
+
+
+def logistic(strength: float = 1.0, num_steps: int = 50, estimator: str = "full", **changes: object) -> Case:
+    """T4: two modes, a logistic reward that prefers one of them."""
+    problem = Problem(
+        name=f"T4 logistic, gamma {strength:g}, {num_steps} steps",
+        mixture=TWO_MODES,
+        rewards=(LogisticReward(1.0),),
+        guidance_strengths=(strength,),
+        sampler=Sampler(num_steps=num_steps),
+    )
+    return _case(problem, estimator, MIXTURE_BARS, **changes)
+
+
+def three_modes(slope: float, num_steps: int, **changes: object) -> Case:
+    """Three components of unequal weights and widths, a steeper logistic reward."""
+    problem = Problem(
+        name=f"mixture of 3, slope {slope:g}, {num_steps} steps",
+        mixture=THREE_MODES,
+        rewards=(LogisticReward(slope),),
+        sampler=Sampler(num_steps=num_steps),
+    )
+    return _case(problem, "full", MIXTURE_BARS, **changes)
+
+
+def two_controls(**changes: object) -> Case:
+    """T5: two coordinates, each with its own reward and strength."""
+    problem = Problem(
+        name="T5 two controls",
+        mixture=GAUSSIAN,
+        rewards=(GaussianReward(2.0, 0.5), LogisticReward(2.0)),
+        guidance_strengths=(1.0, 2.0),
+        dimension=2,
+    )
+    return _case(problem, "full", (Bar("mean", 0.01), Bar("std", 0.01)), coordinates=(0, 1), **changes)
+
+
+def dimension(size: int, **changes: object) -> Case:
+    """T6: T1 on one of `size` independent coordinates."""
+    problem = Problem(
+        name=f"T6 dimension {size}", mixture=GAUSSIAN, rewards=(GaussianReward(2.0, 0.5),), dimension=size
+    )
+    return _case(problem, "full", (Bar("mean", 0.01), Bar("std", 0.01)), **changes)
+
+
+def last_steps(steps: int = 10) -> Case:
+    """T1 with last_k: it lands on the optimum of its last steps, far from that of all."""
+    case = gaussian("last_k", estimator_steps=steps)
+    return dataclasses.replace(case, controlled_from=case.problem.sampler.num_steps - steps)
+
+
+def default_cases() -> list[Case]:
+    """T1, T4 and T5 at 50 steps."""
+    return [gaussian(), logistic(effort=MIXTURE_EFFORT), two_controls()]
+
+
+def all_cases() -> list[Case]:
+    """Every estimator on T1, and every problem."""
+    return [
+        *(gaussian(name) for name in ("full", "random_suffix", "adjoint_matching")),
+        last_steps(),
+        dataclasses.replace(gaussian("reinforce", effort=REINFORCE_EFFORT), bars=REINFORCE_BARS),
+        component(),
+        *(logistic(strength, effort=MIXTURE_EFFORT) for strength in (1.0, 4.0)),
+        logistic(1.0, 200, effort=dataclasses.replace(MIXTURE_EFFORT, num_updates=250)),
+        *(three_modes(slope, steps, effort=MIXTURE_EFFORT) for slope, steps in ((1.0, 50), (2.5, 50), (2.5, 100))),
+        two_controls(),
+        *(dimension(size, effort=Effort(batch_size=512)) for size in (1, 16, 256)),
+    ]
+
+
+MIXTURE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.02)
+"""Which mode to go to is decided in the first steps, by a small push under much noise."""
+
+REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, num_nodes=13)
+
+_PROBLEMS: dict[str, Callable[[], Case]] = {
+    "gaussian": gaussian,
+    "mixture": lambda: three_modes(1.0, 50, effort=MIXTURE_EFFORT),
+    "component": component,
+    "logistic": lambda: logistic(effort=MIXTURE_EFFORT),
+    "two-controls": two_controls,
+    "dimension": lambda: dimension(256, effort=Effort(batch_size=512)),
+}
+
+PROBLEMS: tuple[str, ...] = tuple(_PROBLEMS)
+"""Names that `--problem` takes."""
+
+
+def named_case(name: str) -> Case:
+    """The case behind a name of `PROBLEMS`."""
+    return _PROBLEMS[name]()
+
+
+def _case(problem: Problem, estimator: str, bars: tuple[Bar, ...], **changes: object) -> Case:
+    return dataclasses.replace(Case(problem=problem, estimator=estimator, bars=bars), **changes)  # type: ignore[arg-type]

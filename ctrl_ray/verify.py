@@ -1,0 +1,268 @@
+"""`python -m ctrl_ray.verify`: does training reach the distribution that CTRL promises? On problems with a known answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from ctrl_ray.errors import ConfigError, CtrlRayError
+from ctrl_ray.exact.problems import (
+    ComponentReward,
+    GaussianReward,
+    LogisticReward,
+    Mixture,
+    Reward,
+    Sampler,
+)
+from ctrl_ray.exact.suite import PROBLEMS, Case, all_cases, default_cases, named_case
+
+if TYPE_CHECKING:
+    from ctrl_ray.evaluation.verification import Verified
+
+EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
+DENSITIES = "densities.png"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Train on problems whose answer is known, through the installed stack, and compare what is reached with it."""
+
+    problem: Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension"] | None = None
+    """One problem, with the flags below. Default: the Gaussian, the logistic and the two-controls problem."""
+    all: bool = False
+    """Every problem and every estimator (about half an hour on two cores)."""
+    means: tuple[float, ...] | None = None
+    """Means of the mixture's components."""
+    stds: tuple[float, ...] | None = None
+    """Their standard deviations."""
+    weights: tuple[float, ...] | None = None
+    """Their weights; normalised."""
+    reward_slope: float | None = None
+    """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x)."""
+    reward_target: float | None = None
+    """gaussian, dimension, two-controls: the reward is log N(target; x, reward_std²)."""
+    reward_std: float | None = None
+    """See reward_target."""
+    guidance_strength: tuple[float, ...] | None = None
+    """gamma, one for each control."""
+    kl_coef: float | None = None
+    """beta; the target's exponent is gamma / beta."""
+    num_steps: int | None = None
+    """Denoising steps."""
+    eta: float | None = None
+    """DDIM stochasticity; below 1 the sampler remembers its initial noise, and the target is missed."""
+    dimension: int | None = None
+    """Independent coordinates, the first of them with the reward (two-controls: the first two)."""
+    estimator: EstimatorName | None = None
+    """Gradient estimator."""
+    estimator_steps: int = 0
+    """last_k: steps that are swept; adjoint_matching: steps that are matched (0: all)."""
+    latent_reduction: Literal["sum", "mean"] | None = None
+    """'mean' shows what dividing the KL by the dimension does."""
+    num_updates: int | None = None
+    """Optimizer updates."""
+    batch_size: int | None = None
+    """Trajectories per update."""
+    seed: int = 0
+    """Keys every random draw."""
+    error_budget: bool = False
+    """Split the distance to the true conditional into its causes, on the logistic problem with a fitted classifier."""
+    labels: int = 300
+    """--error-budget: labelled samples that the classifier is fitted on."""
+    pipeline: Literal["shapes"] | None = None
+    """Compare a fine-tuned image pipeline with rejection samples, class by class, instead of solving problems."""
+    adapter: str | None = None
+    """--pipeline: adapter to judge, trained with guidance_strength = kl_coef. None: train one (about an hour)."""
+    num_samples: int = 2048
+    """--pipeline: samples of each class, on each side."""
+    json: bool = False
+    """Print the numbers of each case's coordinate 0 as JSON and nothing else."""
+    output_dir: str = "runs/verify"
+    """Where the pictures and results.json are written."""
+    use_gpu: bool = False
+    """Train on one GPU."""
+
+    def __post_init__(self) -> None:
+        if self.pipeline and (self.problem or self.all or self.error_budget):
+            raise ConfigError("--pipeline is a comparison of its own; leave out --problem, --all and --error-budget")
+        if self.adapter and not self.pipeline:
+            raise ConfigError("--adapter is judged by --pipeline; give it too")
+        if self.error_budget and (self.problem or self.all):
+            raise ConfigError("--error-budget is about one problem, the logistic; leave out --problem and --all")
+        if self.all and (self.problem or self._changes()):
+            raise ConfigError("--all runs every problem as it is; leave out --problem and its flags")
+        if self._changes() and not self.problem:
+            raise ConfigError(
+                f"{', '.join('--' + name.replace('_', '-') for name in self._changes())} belong to one problem; give "
+                f"--problem, one of {', '.join(PROBLEMS)}"
+            )
+
+    def cases(self) -> list[Case]:
+        """What is to be run."""
+        if self.problem:
+            return [self._changed(named_case(self.problem))]
+        return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
+
+    def _changes(self) -> list[str]:
+        names = [
+            *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength"),
+            *("kl_coef", "num_steps", "eta", "dimension", "estimator", "latent_reduction", "num_updates", "batch_size"),
+        ]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def _changed(self, case: Case) -> Case:
+        problem = case.problem
+        sampler = Sampler(
+            num_steps=_first(self.num_steps, problem.sampler.num_steps), eta=_first(self.eta, problem.sampler.eta)
+        )
+        mixture = Mixture(
+            _first(self.means, problem.mixture.means),
+            _first(self.stds, problem.mixture.stds),
+            _first(self.weights, problem.mixture.weights),
+        )
+        problem = dataclasses.replace(
+            problem,
+            name=str(self.problem),
+            mixture=mixture,
+            rewards=tuple(self._reward(reward, mixture) for reward in problem.rewards),
+            guidance_strengths=_first(self.guidance_strength, problem.guidance_strengths),
+            kl_coef=_first(self.kl_coef, problem.kl_coef),
+            sampler=sampler,
+            dimension=_first(self.dimension, problem.dimension),
+        )
+        effort = dataclasses.replace(
+            case.effort,
+            num_updates=_first(self.num_updates, case.effort.num_updates),
+            batch_size=_first(self.batch_size, case.effort.batch_size),
+        )
+        estimator = _first(self.estimator, case.estimator)
+        steps = self.estimator_steps or (1 if estimator == "last_k" else 0)
+        return dataclasses.replace(
+            case,
+            problem=problem,
+            effort=effort,
+            estimator=estimator,
+            estimator_steps=steps,
+            controlled_from=sampler.num_steps - steps if estimator == "last_k" else 0,
+            latent_reduction=_first(self.latent_reduction, case.latent_reduction),
+            seed=self.seed,
+        )
+
+    def _reward(self, reward: Reward, mixture: Mixture) -> Reward:
+        if isinstance(reward, GaussianReward):
+            return GaussianReward(_first(self.reward_target, reward.target), _first(self.reward_std, reward.std))
+        if isinstance(reward, LogisticReward):
+            return LogisticReward(_first(self.reward_slope, reward.slope))
+        assert isinstance(reward, ComponentReward)
+        return ComponentReward(mixture, min(reward.index, len(mixture.means) - 1))
+
+
+def verify(options: VerifyOptions) -> bool:
+    """Run what the options ask for, print and write what was reached; returns whether every bar is met."""
+    if options.pipeline:
+        from ctrl_ray.distributed.rejection import verify_pipeline
+
+        folder = Path(options.output_dir)
+        adapter = options.adapter or str(train_exact(folder / "run", options.seed))
+        return verify_pipeline(folder, adapter=adapter, num_samples=options.num_samples, seed=options.seed)
+    if options.error_budget:
+        return verify_error_budget(options)
+    return verify_problems(options)
+
+
+def train_exact(folder: Path, seed: int) -> Path:
+    """Train the preset shapes-exact in `folder`, or go on with it; returns the adapter."""
+    from ctrl_ray.presets import preset
+    from ctrl_ray.train import fit
+
+    config = dataclasses.replace(preset("shapes-exact"), output_dir=str(folder), seed=seed)
+    run = fit(config, resume=(folder / "config.json").is_file())
+    assert run.adapter is not None
+    return run.adapter
+
+
+def verify_problems(options: VerifyOptions) -> bool:
+    """Train on the cases, compare with their exact answers."""
+    from ctrl_ray.evaluation.verification import format_table, machine_summary, plot_densities
+
+    folder = Path(options.output_dir)
+    started = time.monotonic()
+    verified = _train_and_compare(options.cases(), options)
+    summaries = {item.case.title: machine_summary(item) for item in verified if item.coordinate == 0}
+    picture = plot_densities(folder / DENSITIES, verified)
+    (folder / "results.json").write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(next(iter(summaries.values())) if len(summaries) == 1 else summaries))
+    else:
+        missed = sum(not row.passed for item in verified for row in item.rows)
+        print(format_table(verified))
+        print(f"\ndensities {picture}\nresults   {folder / 'results.json'}")
+        print(f"{'every bar is met' if not missed else f'{missed} bars missed'}, {time.monotonic() - started:.0f} s")
+    return all(item.passed for item in verified)
+
+
+def verify_error_budget(options: VerifyOptions) -> bool:
+    """Split the distance to the true conditional into its causes; returns whether all links were measured."""
+    from ctrl_ray.evaluation.error_budget import budget_cases, error_budget, format_budget, plot_budget
+
+    folder = Path(options.output_dir)
+    true_case = dataclasses.replace(named_case("logistic"), seed=options.seed)
+    fitted_case, _ = budget_cases(true_case, options.labels, options.seed)
+    fitted, exact = _train_and_compare([fitted_case, true_case], options)
+    budget = error_budget(true_case.problem, fitted.solution, fitted.reached, exact.reached)
+    picture = plot_budget(folder / "error_budget.png", budget)
+    answer = {"links": budget.links, "switched_off": budget.switched_off}
+    (folder / "error_budget.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(answer) if options.json else f"{format_budget(budget)}\n\npicture {picture}")
+    return True
+
+
+def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Verified]:
+    from ctrl_ray.distributed.cluster import connected
+    from ctrl_ray.distributed.verification import available_threads, train_cases
+    from ctrl_ray.evaluation.verification import verify_case
+
+    progress = _Progress(quiet=options.json)
+    with connected():
+        trained = train_cases(cases, use_gpu=options.use_gpu, threads=available_threads(), on_progress=progress)
+        return [item for case, reached in trained for item in verify_case(case, reached.means, reached.earlier)]
+
+
+class _Progress:
+    """A line each ten seconds, on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._last = quiet, time.monotonic()
+
+    def __call__(self, title: str, update: int, num_updates: int) -> None:
+        now = time.monotonic()
+        if not self._quiet and (now - self._last > 10 or update == num_updates):
+            self._last = now
+            print(f"{title}: update {update}/{num_updates}", file=sys.stderr, flush=True)
+
+
+def _first(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 every bar met, 1 a bar missed or the run failed, 2 a mistake in the flags."""
+    try:
+        options = tyro.cli(
+            Annotated[VerifyOptions, tyro.conf.arg(name="")], args=argv, prog="python -m ctrl_ray.verify"
+        )
+        return 0 if verify(options) else 1
+    except CtrlRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

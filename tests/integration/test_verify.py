@@ -1,0 +1,118 @@
+"""`python -m ctrl_ray.verify` through Ray Train, DeepSpeed and the reward pool; and that wrong gradients miss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctrl_ray import verify
+from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.exact.problems import Sampler
+from ctrl_ray.exact.suite import Case, Effort, gaussian
+from ctrl_ray.gradients import estimators
+from ctrl_ray.gradients.estimators import Estimator, SweepPlan
+from tests.analytic import PlainEngine, train
+
+EFFORT = Effort(num_updates=120, batch_size=512)
+
+
+def test_command_reaches_the_optimum_and_says_so(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Gaussian problem of 10 steps: machine-readable numbers of coordinate 0, the picture, exit 0."""
+    arguments = ["--problem", "gaussian", "--num-steps", "10", "--num-updates", "200", "--batch-size", "1024"]
+    status = verify.main([*arguments, "--json", "--output-dir", str(tmp_path)])
+    answer = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert status == 0
+    assert (answer["mean"], answer["std"]) == pytest.approx((1.434, 0.474), abs=0.01)
+    assert answer["objective"] == pytest.approx(answer["objective_optimum"], rel=0.005)
+    assert answer["objective"] <= answer["objective_optimum"] <= answer["objective_free"] <= answer["log_z"]
+    assert set(answer) >= {"mean", "std", "p_positive", "kl", "objective", "tv_to_optimum", "tv_to_target"}
+    assert (tmp_path / verify.DENSITIES).stat().st_size > 10_000
+
+
+def test_command_misses_its_bars_with_too_little_training(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two controls, five updates: exit 1, and the table names what was missed on both coordinates."""
+    arguments = ["--problem", "two-controls", "--num-steps", "5", "--num-updates", "5", "--batch-size", "64"]
+    assert verify.main([*arguments, "--output-dir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "two-controls [0]" in printed and "two-controls [1]" in printed and "MISSED" in printed
+
+
+def _trained(case: Case, estimator: Estimator | None = None, engine: type[PlainEngine] = PlainEngine) -> Any:
+    return train(dataclasses.replace(case, effort=EFFORT), estimator, engine)
+
+
+@pytest.mark.parametrize("name", ["full", "random_suffix", "adjoint_matching"])
+def test_estimators_reach_the_fixed_variance_optimum(name: str) -> None:
+    """T1 at 50 steps in this process, far less training than the command takes: 0.02."""
+    reached, solution = _trained(gaussian(name))
+    assert (reached.mean, reached.std) == pytest.approx((solution.optimum.mean, solution.optimum.std), abs=0.02)
+
+
+def test_last_k_lands_where_it_must() -> None:
+    """K = 10 of 50 steps: mean 0.760, std 0.621, the optimum of the last ten steps."""
+    case = dataclasses.replace(gaussian("last_k", estimator_steps=10), controlled_from=40)
+    reached, solution = _trained(case)
+    assert (solution.optimum.mean, solution.optimum.std) == pytest.approx((0.760, 0.621), abs=0.002)
+    assert (reached.mean, reached.std) == pytest.approx((0.760, 0.621), abs=0.02)
+
+
+def test_eta_below_one_misses_the_target_though_not_its_own_optimum() -> None:
+    """eta 0.3 remembers the initial noise: mean 1.131 where the target has 1.581."""
+    case = gaussian()
+    problem = dataclasses.replace(case.problem, sampler=Sampler(eta=0.3))
+    reached, solution = _trained(dataclasses.replace(case, problem=problem))
+    assert solution.tilt.mean == pytest.approx(1.581, abs=0.005)
+    assert reached.mean == pytest.approx(1.131, abs=0.03)
+    assert abs(reached.mean - solution.tilt.mean) > 0.4
+
+
+class _RedrawnEngine(PlainEngine):
+    """The public code's truncation: at every step anew, the denoiser's output is cut off with probability 1 − (k+1)/T."""
+
+    def __call__(self, latents: Any, time: Any, *args: Any, **kwargs: Any) -> ModelOutput:
+        output = super().__call__(latents, time, *args, **kwargs)
+        num_steps = self.config.sampler.num_steps
+        step_index = self.policy._step_of_time[int(time)]
+        if torch.is_grad_enabled() and torch.rand(()) > (step_index + 1) / num_steps:
+            return ModelOutput(output.prediction.detach() + 0.0 * output.prediction)
+        return output
+
+
+def test_truncation_that_is_drawn_anew_at_every_step_misses() -> None:
+    """It reaches another fixed point: the mean overshoots, the KL and the objective are far worse."""
+    torch.manual_seed(0)
+    reached, solution = _trained(gaussian(), engine=_RedrawnEngine)
+    assert reached.mean - solution.optimum.mean > 0.1
+    assert reached.objective < solution.optimum.objective - 0.5
+    assert reached.kl > solution.optimum.kl + 0.5
+
+
+def test_a_suffix_without_weights_misses_where_weights_are_shared() -> None:
+    """With one push for all steps, 1 / P(kept) decides: weighted is as good as full, unweighted far worse."""
+
+    def unweighted() -> Estimator:
+        weighted = estimators.random_suffix()
+
+        def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> SweepPlan:
+            drawn = weighted.plan(num_steps, seed, update, micro_batch)
+            return dataclasses.replace(drawn, weights=tuple(float(w > 0) for w in drawn.weights))
+
+        return dataclasses.replace(weighted, plan=plan)
+
+    effort = dataclasses.replace(EFFORT, shared_steps=True, num_updates=200, learning_rate=0.02)
+    case = dataclasses.replace(gaussian(), effort=effort)
+    full, weighted, biased = (
+        train(case, estimator)[0].objective
+        for estimator in (estimators.full(), estimators.random_suffix(), unweighted())
+    )
+    assert weighted == pytest.approx(full, abs=0.15)
+    assert biased < full - 0.3

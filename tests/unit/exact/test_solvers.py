@@ -1,0 +1,121 @@
+"""The exact answers against those that were computed for the project by other code, and against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.exact.chain import reference_chain
+from ctrl_ray.exact.gaussian import solve_gaussian
+from ctrl_ray.exact.grid import make_grid, make_kernel, policy_answer, solve_on_grid, total_variation
+from ctrl_ray.exact.problems import ComponentReward, GaussianReward, Mixture, Problem, Sampler
+from ctrl_ray.exact.suite import TWO_MODES, gaussian, logistic
+
+
+def test_riccati_has_the_published_answers() -> None:
+    """T1 at 50 and at 10 steps: target and best fixed-variance policy, KL."""
+    problem = gaussian().problem
+    fifty = solve_gaussian(problem)
+    assert fifty.base.std**2 == pytest.approx(0.894, abs=5e-4)
+    assert (fifty.tilt.mean, fifty.tilt.std) == pytest.approx((1.563, 0.442), abs=5e-4)
+    assert (fifty.optimum.mean, fifty.optimum.std, fifty.optimum.kl) == pytest.approx((1.561, 0.454, 1.738), abs=5e-4)
+    ten = solve_gaussian(dataclasses.replace(problem, sampler=Sampler(num_steps=10)))
+    assert (ten.tilt.mean, ten.tilt.std) == pytest.approx((1.443, 0.425), abs=5e-4)
+    assert (ten.optimum.mean, ten.optimum.std) == pytest.approx((1.434, 0.474), abs=5e-4)
+
+
+@pytest.mark.parametrize(("strength", "kl_coef"), [(1.0, 1.0), (4.0, 2.0)])
+def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
+    """Two solvers that share nothing but the chain."""
+    problem = dataclasses.replace(
+        gaussian().problem, guidance_strengths=(strength,), kl_coef=kl_coef, sampler=Sampler(num_steps=20)
+    )
+    closed, grid = solve_gaussian(problem), solve_on_grid(problem, num_bins=1000)
+    for name in ("base", "tilt", "optimum"):
+        one, other = getattr(closed, name), getattr(grid, name)
+        assert (other.mean, other.std) == pytest.approx((one.mean, one.std), abs=1e-3), name
+        assert (other.kl, other.objective) == pytest.approx((one.kl, one.objective), abs=4e-3), name
+
+
+def test_mixture_has_the_published_answers() -> None:
+    """T4: tilt, best policy with free kernels, with fixed variances; their distance."""
+    solution = solve_on_grid(logistic().problem)
+    for answer, expected in (
+        (solution.tilt, (0.8706, 1.517, 1.358)),
+        (solution.free, (0.8665, 1.499, 1.374)),
+        (solution.optimum, (0.8544, 1.463, 1.416)),
+    ):
+        assert (answer.p_positive, answer.mean, answer.std) == pytest.approx(expected, abs=6e-4)
+    assert total_variation(solution.optimum.law, solution.tilt.law) == pytest.approx(0.0162, abs=2e-4)
+    gap = (solution.log_z - solution.optimum.objective) / abs(solution.optimum.objective)
+    assert solution.optimum.objective < solution.free.objective < solution.log_z
+    assert (solution.free.objective - solution.optimum.objective) / abs(solution.optimum.objective) == pytest.approx(
+        0.019, abs=1e-3
+    )
+    assert gap > 0.019
+
+
+def test_component_reward_has_the_published_answers() -> None:
+    """T3: the tilt of the discrete sampler's law, and the best fixed-variance policy."""
+    problem = Problem(name="T3", mixture=TWO_MODES, rewards=(ComponentReward(TWO_MODES, 1),))
+    solution = solve_on_grid(problem)
+    assert (solution.tilt.mean, solution.tilt.std) == pytest.approx((1.983, 0.461), abs=6e-4)
+    assert (solution.optimum.mean, solution.optimum.std) == pytest.approx((1.993, 0.460), abs=6e-4)
+
+
+def test_a_policy_is_no_better_than_the_optimum_and_the_reference_has_no_kl() -> None:
+    """Any other means give a smaller objective; the reference's own give KL 0 and the base law."""
+    problem = logistic(num_steps=10).problem
+    solution = solve_on_grid(problem, num_bins=500)
+    chain = reference_chain(problem.mixture, problem.sampler)
+    means = [step.mean(solution.grid.centres) for step in chain]
+    reference = policy_answer(problem, solution.grid, means)
+    assert reference.kl == 0
+    assert total_variation(reference.law, solution.base.law) < 1e-12
+    for scale in (0.8, 1.2):
+        moved = [r + scale * (best - r) for r, best in zip(means, solution.policy_means, strict=True)]
+        assert policy_answer(problem, solution.grid, moved).objective < solution.optimum.objective
+
+
+def test_propagated_law_is_that_of_simulated_trajectories() -> None:
+    """200,000 trajectories of the base chain: mean, std and share above zero within their standard errors."""
+    problem = dataclasses.replace(logistic(num_steps=10).problem, mixture=Mixture((-2.0, 1.0), (0.5, 0.4), (1.0, 2.0)))
+    answer = solve_on_grid(problem, num_bins=600).base
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200_000)
+    for step in reference_chain(problem.mixture, problem.sampler):
+        x = step.mean(x) + step.std * rng.normal(size=len(x))
+    assert answer.mean == pytest.approx(x.mean(), abs=4 * x.std() / len(x) ** 0.5)
+    assert answer.std == pytest.approx(x.std(), abs=0.01)
+    assert answer.p_positive == pytest.approx((x > 0).mean(), abs=0.005)
+
+
+def test_kernel_rows_are_probabilities_and_keep_the_mean() -> None:
+    """Also for a step far narrower than the grid, and for means outside it."""
+    grid = make_grid(gaussian().problem, 400)
+    for std in (0.9, 0.05, 0.003):
+        means = np.linspace(-4, 4, 400)
+        kernel = make_kernel(grid, means, std)
+        np.testing.assert_allclose(kernel.mass.sum(1), 1, atol=1e-12)
+        np.testing.assert_allclose(kernel.expect(grid.centres), means, atol=grid.width)
+    outside = make_kernel(grid, np.array([-100.0, 100.0]), 0.1)
+    assert np.isfinite(outside.mass).all()
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    """One clear message each."""
+    with pytest.raises(ConfigError, match="as many means"):
+        Mixture((0.0, 1.0), (1.0,), (1.0,))
+    with pytest.raises(ConfigError, match="positive"):
+        Mixture((0.0,), (-1.0,), (1.0,))
+    with pytest.raises(ConfigError, match="component 2"):
+        ComponentReward(TWO_MODES, 2)
+    with pytest.raises(ConfigError, match="eta"):
+        Sampler(eta=0.0)
+    with pytest.raises(ConfigError, match="dimension is 1"):
+        Problem(name="x", mixture=TWO_MODES, rewards=(GaussianReward(0, 1),) * 2, guidance_strengths=(1.0, 1.0))
+    with pytest.raises(ConfigError, match="not Gaussian"):
+        solve_gaussian(logistic().problem)

@@ -1,0 +1,205 @@
+"""Every estimator: what it costs, what it is unbiased for, where it comes to rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import EstimatorConfig, TrainConfig
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.exact.grid import solve_on_grid
+from ctrl_ray.exact.problems import Sampler
+from ctrl_ray.exact.suite import Case, Effort, gaussian, logistic
+from ctrl_ray.gradients import estimators
+from ctrl_ray.gradients.estimators import Estimator, SweepPlan, make_estimator
+from ctrl_ray.gradients.rollout import keyed_noise, rollout
+from ctrl_ray.gradients.sweep import TerminalReward, adjoint_sweep
+from tests.analytic import make_learner, means_on
+
+ALL: dict[str, Callable[[], Estimator]] = {
+    "full": estimators.full,
+    "last_k": lambda: estimators.last_k(2),
+    "random_suffix": estimators.random_suffix,
+    "adjoint_matching": estimators.adjoint_matching,
+    "adjoint_matching of 3": lambda: estimators.adjoint_matching(3),
+    "reinforce": estimators.reinforce,
+}
+
+
+def _short(case: Case, num_steps: int, **effort: Any) -> Case:
+    problem = dataclasses.replace(case.problem, sampler=Sampler(num_steps=num_steps))
+    return dataclasses.replace(case, problem=problem, effort=Effort(**effort))
+
+
+def _gradient(
+    case: Case,
+    plan: SweepPlan,
+    batch_size: int,
+    pushes: Tensor | None = None,
+    policy_of: Callable[[Any], Any] = lambda policy: policy,
+    double: bool = True,
+) -> Tensor:
+    """Gradient at the pushes of one sweep over `batch_size` trajectories."""
+    learner, policy = make_learner(case)
+    if double:
+        policy.double()
+    if pushes is not None:
+        policy.pushes["first"].data.copy_(pushes)
+    dtype = policy.pushes["first"].dtype
+    condition = learner.encoder.encode(learner.prompts * batch_size)
+    labels = torch.zeros(batch_size, 1, dtype=torch.long)
+    noise = keyed_noise(0, 0, range(batch_size), (1,), learner.kernel.num_steps)
+    called = policy_of(policy)
+    trajectory = rollout(called, learner.kernel, condition, labels, learner.guidance, lambda k: noise(k).to(dtype))
+    strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
+    rewarded = learner.rewards.submit(trajectory.clean_latents, condition.prompts, labels, strengths).result()
+    assert rewarded.cotangent is not None
+    adjoint_sweep(
+        called,
+        learner.kernel,
+        trajectory,
+        TerminalReward((rewarded.log_probs * strengths).sum(1), rewarded.cotangent.to(dtype)),
+        plan,
+        kl_coef=case.problem.kl_coef,
+        sample_weights=torch.full((batch_size,), 1 / batch_size, dtype=dtype),
+        backward=lambda loss: loss.backward(),
+        groups=torch.arange(batch_size) // 64,
+    )
+    gradient = policy.pushes["first"].grad
+    assert gradient is not None
+    return gradient
+
+
+class _Counted:
+    """A policy that counts how often it is called, and how often a gradient comes back through it."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.latent_shape, self.prediction_type = policy, policy.latent_shape, policy.prediction_type
+        self.forwards = self.backwards = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.forwards += 1
+        output = self.policy(*args, **kwargs)
+        if output.prediction.requires_grad:
+            output.prediction.register_hook(self._count)
+        return output
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backwards += 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_counted_calls_are_the_stated_cost(name: str) -> None:
+    """Forwards and backwards of the denoiser per sample, rollout included; for random plans on average."""
+    estimator, num_steps = ALL[name](), 6
+    case = _short(gaussian(), num_steps, num_nodes=3)
+    counts = torch.zeros(2)
+    repeats = 400 if name == "random_suffix" else 1
+    seen: dict[int, tuple[int, int]] = {}
+    for micro_batch in range(repeats):
+        plan = estimator.plan(num_steps, 0, 0, micro_batch)
+        if plan.stop_below not in seen:
+            counted: list[_Counted] = []
+
+            def wrap(policy: Any, into: list[_Counted] = counted) -> _Counted:
+                into.append(_Counted(policy))
+                return into[-1]
+
+            _gradient(case, plan, 2, policy_of=wrap)
+            seen[plan.stop_below] = (counted[0].forwards, counted[0].backwards)
+        counts += torch.tensor(seen[plan.stop_below])
+    cost = estimator.cost(num_steps, False)
+    tolerance = 0.05 if name == "random_suffix" else 0
+    assert counts[0] / repeats == pytest.approx(cost["forwards"], rel=tolerance)
+    assert counts[1] / repeats == pytest.approx(cost["backwards"], rel=tolerance)
+    assert estimator.cost(num_steps, True)["forwards"] == 2 * cost["forwards"]
+
+
+def test_random_suffix_is_unbiased_over_its_draws() -> None:
+    """Σ_K P(K) gradient(K) is the full gradient, to rounding."""
+    num_steps, p_full = 5, 0.4
+    case = _short(logistic(), num_steps, num_nodes=5)
+    pushes = 0.3 * torch.randn(1, num_steps, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    estimator = estimators.random_suffix(p_full)
+    plans = {plan.stop_below: plan for plan in (estimator.plan(num_steps, 0, 0, i) for i in range(200))}
+    assert sorted(plans) == list(range(num_steps))
+    total = torch.zeros_like(pushes)
+    for first, plan in plans.items():
+        probability = p_full if first == 0 else (1 - p_full) / (num_steps - 1)
+        total += probability * _gradient(case, plan, 16, pushes)
+    full = _gradient(case, estimators.full().plan(num_steps, 0, 0, 0), 16, pushes)
+    torch.testing.assert_close(total, full, rtol=1e-9, atol=1e-12)
+
+
+def test_random_suffix_draws_k_with_the_stated_probabilities() -> None:
+    """K = 0 with full_probability, the others alike."""
+    estimator = estimators.random_suffix(0.3)
+    draws = torch.tensor([estimator.plan(4, 0, update, 0).stop_below for update in range(4000)])
+    shares = torch.bincount(draws, minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.3, 0.7 / 3, 0.7 / 3, 0.7 / 3]), atol=0.025, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "adjoint_matching of 3"])
+def test_estimates_agree_with_what_they_estimate(name: str) -> None:
+    """The score function against the full gradient; a choice of matched steps against all of them, on average."""
+    num_steps = 4
+    case = _short(gaussian(), num_steps, num_nodes=3)
+    pushes = 0.4 * torch.randn(1, num_steps, 1, 3, generator=torch.Generator().manual_seed(1))
+    if name == "reinforce":
+        plan = estimators.reinforce().plan(num_steps, 0, 0, 0)
+        estimate = _gradient(case, plan, 32_768, pushes, double=False)
+        exact = _gradient(case, estimators.full().plan(num_steps, 0, 0, 0), 32_768, pushes, double=False)
+        assert (estimate - exact).norm() < 0.15 * exact.norm()
+        return
+    chosen = estimators.adjoint_matching(3)
+    plans = [chosen.plan(num_steps, 0, update, 0) for update in range(300)]
+    assert {sum(weight > 0 for weight in plan.weights) for plan in plans} == {3}
+    mean_weights = torch.tensor([plan.weights for plan in plans]).mean(0)
+    torch.testing.assert_close(mean_weights, torch.ones(num_steps), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["full", "adjoint_matching"])
+def test_the_fixed_variance_optimum_is_at_rest(name: str) -> None:
+    """At the exact optimum of T4 the mean gradient is small beside that at the start."""
+    num_steps, nodes = 10, 41
+    case = _short(logistic(), num_steps, num_nodes=nodes)
+    learner, policy = make_learner(case)
+    solution = solve_on_grid(case.problem, num_bins=600)
+    centres = solution.grid.centres
+    reference = means_on(centres, learner, policy)
+    pushes = torch.zeros(1, num_steps, 1, nodes)
+    for k, (best, ref) in enumerate(zip(solution.policy_means, reference, strict=True)):
+        low, high = policy._ranges[k]
+        at = torch.linspace(low, high, nodes).double().numpy()
+        wanted = (best - ref) / learner.kernel.std(k)
+        pushes[0, k, 0] = torch.tensor([float(_interpolate(x, centres, wanted)) for x in at])
+    plan = ALL[name]().plan(num_steps, 0, 0, 0)
+    rest, start = (_gradient(case, plan, 8192, at, double=False) for at in (pushes, None))
+    assert rest.sum((0, 2, 3)).norm() < 0.06 * start.sum((0, 2, 3)).norm()
+
+
+def _interpolate(x: float, grid: Any, values: Any) -> float:
+    import numpy as np
+
+    return float(np.interp(x, grid, values))
+
+
+def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
+    """By configuration; more steps than the sampler has is an error that names both."""
+    assert make_estimator(EstimatorConfig(name="last_k", steps=3), 10).plan(10, 0, 0, 0).stop_below == 7
+    assert (
+        make_estimator(EstimatorConfig(name="random_suffix", full_probability=1.0), 5).plan(5, 0, 0, 0).stop_below == 0
+    )
+    for name in ("full", "adjoint_matching", "reinforce"):
+        assert make_estimator(EstimatorConfig(name=name), 4).name == name  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"12.*10 steps"):
+        make_estimator(EstimatorConfig(name="last_k", steps=12), 10)
+    with pytest.raises(ConfigError, match="group_size is 1"):
+        TrainConfig(estimator=EstimatorConfig(name="reinforce"))
+    with pytest.raises(ConfigError, match="divisor"):
+        TrainConfig(group_size=5)
