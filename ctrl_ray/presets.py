@@ -43,7 +43,7 @@ def shapes() -> TrainConfig:
         data="shapes",
         controls={
             "jpeg_size": ControlConfig(
-                guidance_strength=3.0,
+                guidance_strength=5.0,
                 oracle="jpeg_size",
                 thresholds=JPEG_SIZE_THRESHOLDS,
                 unit="bytes",

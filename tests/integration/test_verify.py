@@ -13,7 +13,7 @@ import torch
 from ctrl_ray import verify
 from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.exact.problems import Sampler
-from ctrl_ray.exact.suite import Case, Effort, gaussian
+from ctrl_ray.exact.suite import Case, Effort, dimension, gaussian
 from ctrl_ray.gradients import estimators
 from ctrl_ray.gradients.estimators import Estimator, SweepPlan
 from tests.analytic import PlainEngine, train
@@ -73,6 +73,20 @@ def test_eta_below_one_misses_the_target_though_not_its_own_optimum() -> None:
     assert solution.tilt.mean == pytest.approx(1.581, abs=0.005)
     assert reached.mean == pytest.approx(1.131, abs=0.03)
     assert abs(reached.mean - solution.tilt.mean) > 0.4
+
+
+def test_the_answer_does_not_depend_on_the_dimension_unless_the_kl_is_a_mean() -> None:
+    """T6 at 10 steps: 1 and 16 coordinates agree; the mean over coordinates makes the exponent 16 times as large."""
+    results = {}
+    for size, reduction in ((1, "sum"), (16, "sum"), (16, "mean")):
+        case = dimension(size)
+        problem = dataclasses.replace(case.problem, sampler=Sampler(num_steps=10))
+        changed = dataclasses.replace(case, problem=problem, latent_reduction=reduction)  # type: ignore[arg-type]
+        results[size, reduction], solution = _trained(changed)
+    for key in ((1, "sum"), (16, "sum")):
+        found = results[key]
+        assert (found.mean, found.std) == pytest.approx((solution.optimum.mean, solution.optimum.std), abs=0.02)
+    assert abs(results[16, "mean"].mean - solution.optimum.mean) > 0.1
 
 
 class _RedrawnEngine(PlainEngine):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ctrl_ray.evaluation.error_budget import (
     CAUSES,
+    ErrorBudget,
     budget_cases,
     error_budget,
     fit_logistic,
@@ -20,7 +21,7 @@ from ctrl_ray.evaluation.error_budget import (
 from ctrl_ray.evaluation.verification import format_table, machine_summary, plot_densities, verify_case
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.grid import make_grid, solve_on_grid
-from ctrl_ray.exact.problems import LogisticReward, Sampler
+from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Case, all_cases, default_cases, logistic
 
 
@@ -77,8 +78,14 @@ def test_causes_can_be_switched_off(case: Case, tmp_path: Path) -> None:
         exact.links["classifier"] == 0
         and exact.switched_off["exact optimisation, free variances, free initial noise"] == 0
     )
-    more = dataclasses.replace(case.problem, sampler=Sampler(num_steps=50), rewards=(LogisticReward(1.0),))
-    finer = error_budget(more, solve_on_grid(more), solve_on_grid(more).optimum, solve_on_grid(more).optimum)
+    more = dataclasses.replace(case.problem, sampler=Sampler(num_steps=25))
+    solution = solve_on_grid(more, num_bins=800)
+    finer = ErrorBudget(
+        solution.grid,
+        solution.tilt,
+        (solution.tilt, solution.free, solution.optimum, solution.optimum),
+        solution.optimum,
+    )
     assert finer.links["fixed variances"] < exact.links["fixed variances"]
     assert "classifier" in format_budget(budget)
     assert Image.open(plot_budget(tmp_path / "b.png", budget)).width > 400

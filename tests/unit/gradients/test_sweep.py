@@ -203,3 +203,38 @@ def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> Non
             sample_weights=torch.ones(3, dtype=torch.float64),
             backward=lambda loss: loss.backward(),
         )
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 2, 2, 2), (3, 3, 2), (5, 3)])
+def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str, sizes: tuple[int, ...]) -> None:
+    """Eight samples at once, in equal parts, and with a ragged last part that is padded with weight 0."""
+
+    def gradients(parts: list[tuple[list[int], list[float]]]) -> dict[str, Tensor]:
+        policy, kernel, condition, _ = _setup(tiny_pipeline, 2, Guidance())
+        labels = torch.tensor([[i % 5, i % 3] for i in range(8)])
+        for rows, weights in parts:
+            noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
+            chosen = condition.select([row % 3 for row in rows])
+            trajectory = rollout(policy, kernel, chosen, labels[rows], Guidance(), lambda p, n=noise: n(p).double())
+            adjoint_sweep(
+                policy,
+                kernel,
+                trajectory,
+                TerminalReward(None, torch.cos(trajectory.clean_latents)),
+                full().plan(2, 0, 0, 0),
+                kl_coef=1.0,
+                sample_weights=torch.tensor(weights, dtype=torch.float64),
+                backward=lambda loss: loss.backward(),
+            )
+        return {name: p.grad.clone() for name, p in policy.trainable_parameters().items() if p.grad is not None}
+
+    parts, start = [], 0
+    for size in sizes:
+        rows = list(range(start, start + size))
+        padding = max(sizes) - size
+        parts.append((rows + rows[:1] * padding, [1 / 8] * size + [0.0] * padding))
+        start += size
+    whole, split = gradients([(list(range(8)), [1 / 8] * 8)]), gradients(parts)
+    assert whole.keys() == split.keys() and len(whole) > 4
+    for name, gradient in whole.items():
+        assert (split[name] - gradient).norm() < 1e-10 * gradient.norm().clamp_min(1e-9), name
