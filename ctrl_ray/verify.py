@@ -86,8 +86,10 @@ class VerifyOptions:
     """Print the numbers of each case's coordinate 0 as JSON and nothing else."""
     output_dir: str = "runs/verify"
     """Where the pictures and results.json are written."""
+    num_workers: int = 2
+    """Workers that share every batch."""
     use_gpu: bool = False
-    """Train on one GPU."""
+    """One GPU for each worker."""
 
     def __post_init__(self) -> None:
         if self.pipeline and (self.problem or self.all or self.error_budget):
@@ -226,12 +228,12 @@ def verify_error_budget(options: VerifyOptions) -> bool:
 
 def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Verified]:
     from ctrl_ray.distributed.cluster import connected
-    from ctrl_ray.distributed.verification import available_threads, train_cases
+    from ctrl_ray.distributed.verification import train_cases
     from ctrl_ray.evaluation.verification import verify_case
 
     progress = _Progress(quiet=options.json)
     with connected():
-        trained = train_cases(cases, use_gpu=options.use_gpu, threads=available_threads(), on_progress=progress)
+        trained = train_cases(cases, num_workers=options.num_workers, use_gpu=options.use_gpu, on_progress=progress)
         return [item for case, reached in trained for item in verify_case(case, reached.means, reached.earlier)]
 
 

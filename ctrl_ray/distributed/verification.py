@@ -7,7 +7,6 @@ solver's grid, from which its law is computed without sampling.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,16 +60,17 @@ class Reached:
 
 
 def train_cases(
-    cases: Sequence[Case], *, use_gpu: bool = False, threads: int = 1, on_progress: Callable[[str, int, int], None]
+    cases: Sequence[Case], *, num_workers: int = 1, use_gpu: bool = False, on_progress: Callable[[str, int, int], None]
 ) -> Iterator[tuple[Case, Reached]]:
     """Train each case on one worker group, in order; yields each with its policy once all are done.
 
+    num_workers: they share every batch, each on half a CPU (which Ray reserves) or a GPU.
     on_progress(title, update, num_updates) is called while they run. Ray must be connected.
     """
     reached: dict[str, Reached] = {}
     model = AnalyticRewardModel({case.title: case.problem.rewards for case in cases})
     pool_config = RewardPoolConfig(cpus_per_actor=0.5, threads_per_actor=1)
-    scaling = ScalingConfig(use_gpu=use_gpu, cpus_per_worker=0.5 if use_gpu else 1.0, threads_per_worker=threads)
+    scaling = ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, cpus_per_worker=0.5, threads_per_worker=1)
     channel = new_channel()
 
     def on_row(row: Mapping[str, Any]) -> None:
@@ -187,8 +187,3 @@ def _means_on_grid(
         for k in range(kernel.num_steps)
     ]
     return {c: torch.stack([mean[:, c] for mean in means]).double().cpu().numpy() for c in case.coordinates}
-
-
-def available_threads() -> int:
-    """torch threads for the one worker: one core is the driver's and the pool's."""
-    return max(1, (os.cpu_count() or 2) - 1)

@@ -143,14 +143,14 @@ def plot_densities(path: Path, verified: Sequence[Verified]) -> Path:
     """Densities of the base, the target, the best fixed-variance policy and the one reached, a panel for each case."""
     columns = min(3, len(verified))
     lines = -(-len(verified) // columns)
-    with new_figure(path, 3.6 * columns, 2.5 * lines + 0.5) as figure:
+    with new_figure(path, 3.6 * columns, 2.5 * lines + 0.6) as figure:
         axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
         for axis, item in zip(axes, verified, strict=False):
             _draw_densities(axis, item)
         for axis in axes[len(verified) :]:
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4 if columns > 2 else 1 if columns == 1 else 2)
     return path
 
 

@@ -34,7 +34,7 @@ class Bar:
 class Effort:
     """How long a case is trained."""
 
-    num_updates: int = 300
+    num_updates: int = 150
     batch_size: int = 2048
     learning_rate: float = 0.05
     num_nodes: int = 25
@@ -154,7 +154,7 @@ def all_cases() -> list[Case]:
     ]
 
 
-MIXTURE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.02)
+MIXTURE_EFFORT = Effort(num_updates=300, batch_size=4096, learning_rate=0.02)
 """Which mode to go to is decided in the first steps, by a small push under much noise."""
 
 REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, num_nodes=13)
