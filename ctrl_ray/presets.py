@@ -52,13 +52,13 @@ def shapes() -> TrainConfig:
         },
         classifier=ClassifierConfig(num_pipeline_samples=2000),
         sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
-        num_updates=62,
+        num_updates=55,
         micro_batch_size_per_worker=64,  # two cores serve worker and pool better in turn than at once
         rewards=RewardPoolConfig(threads_per_actor=2, decode_chunk_size=64),
         lora=LoraConfig(rank=8, alpha=8.0, target_modules=_EVERY_LAYER),
         optimizer=OptimizerConfig(learning_rate=5e-3, embedding_learning_rate=0.1),
-        evaluation=EvaluationConfig(every_updates=31),
-        checkpoint_every_updates=31,
+        evaluation=EvaluationConfig(every_updates=28),
+        checkpoint_every_updates=28,
         scaling=ScalingConfig(num_workers=1, threads_per_worker=2),
     )
 
