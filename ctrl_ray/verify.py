@@ -70,6 +70,8 @@ class VerifyOptions:
     """Optimizer updates."""
     batch_size: int | None = None
     """Trajectories per update."""
+    learning_rate: float | None = None
+    """Peak learning rate of the pushes, in standard deviations of a step; fewer steps need larger pushes."""
     seed: int = 0
     """Keys every random draw."""
     error_budget: bool = False
@@ -115,7 +117,17 @@ class VerifyOptions:
     def _changes(self) -> list[str]:
         names = [
             *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength"),
-            *("kl_coef", "num_steps", "eta", "dimension", "estimator", "latent_reduction", "num_updates", "batch_size"),
+            *(
+                "kl_coef",
+                "num_steps",
+                "eta",
+                "dimension",
+                "estimator",
+                "latent_reduction",
+                "num_updates",
+                "batch_size",
+                "learning_rate",
+            ),
         ]
         return [name for name in names if getattr(self, name) is not None]
 
@@ -143,6 +155,7 @@ class VerifyOptions:
             case.effort,
             num_updates=_first(self.num_updates, case.effort.num_updates),
             batch_size=_first(self.batch_size, case.effort.batch_size),
+            learning_rate=_first(self.learning_rate, case.effort.learning_rate),
         )
         estimator = _first(self.estimator, case.estimator)
         steps = self.estimator_steps or (1 if estimator == "last_k" else 0)

@@ -128,12 +128,15 @@ def test_random_suffix_is_unbiased_over_its_draws() -> None:
     estimator = estimators.random_suffix(p_full)
     plans = {plan.stop_below: plan for plan in (estimator.plan(num_steps, 0, 0, i) for i in range(200))}
     assert sorted(plans) == list(range(num_steps))
-    total = torch.zeros_like(pushes)
+    total, unweighted = torch.zeros_like(pushes), torch.zeros_like(pushes)
     for first, plan in plans.items():
         probability = p_full if first == 0 else (1 - p_full) / (num_steps - 1)
         total += probability * _gradient(case, plan, 16, pushes)
+        kept = dataclasses.replace(plan, weights=tuple(float(weight > 0) for weight in plan.weights))
+        unweighted += probability * _gradient(case, kept, 16, pushes)
     full = _gradient(case, estimators.full().plan(num_steps, 0, 0, 0), 16, pushes)
     torch.testing.assert_close(total, full, rtol=1e-9, atol=1e-12)
+    assert (unweighted - full).norm() > 0.1 * full.norm()  # without the weights it is biased
 
 
 def test_random_suffix_draws_k_with_the_stated_probabilities() -> None:
