@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,13 +12,11 @@ from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.distributed.engine import learning_rate_factor
 from ctrl_ray.distributed.training import Learner, Rank, train_update
-from ctrl_ray.distributed.verification import case_config
+from ctrl_ray.distributed.verification import case_config, case_learner, policy_means
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid
 from ctrl_ray.exact.suite import Case
-from ctrl_ray.gradients.estimators import Estimator, make_estimator
-from ctrl_ray.gradients.rollout import policy_step
-from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
-from ctrl_ray.policy.backbone import make_kernel
+from ctrl_ray.gradients.estimators import Estimator
+from ctrl_ray.policy.analytic import AnalyticPolicy
 from ctrl_ray.policy.condition import Condition
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.local import LocalRewards
@@ -66,30 +66,11 @@ def make_learner(
     case: Case, estimator: Estimator | None = None, engine: type[PlainEngine] = PlainEngine
 ) -> tuple[Learner, AnalyticPolicy]:
     """A learner on the case, with local rewards."""
-    config = case_config(case, ScalingConfig())
-    scheduler = analytic_scheduler()
-    kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta)
-    mixture = case.problem.mixture
-    policy = AnalyticPolicy(
-        MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod),
-        kernel,
-        dict.fromkeys(config.controls, 1),
-        dimension=case.problem.dimension,
-        num_nodes=case.effort.num_nodes,
-        shared_steps=case.effort.shared_steps,
+    rewards = LocalRewards(AnalyticRewardModel({case.title: case.problem.rewards}))
+    learner, policy = case_learner(
+        case, case_config(case, ScalingConfig()), rewards, Rank(0, 1, torch.device("cpu")), engine
     )
-    learner = Learner(
-        config=config,
-        engine=engine(policy, config),  # type: ignore[arg-type]
-        kernel=kernel,
-        encoder=MixtureEncoder({case.title: mixture.weights}),
-        rewards=LocalRewards(AnalyticRewardModel({case.title: case.problem.rewards})),
-        estimator=estimator or make_estimator(config.estimator, config.sampler.num_steps),
-        controls=config.controls,
-        prompts=(case.title,),
-        rank=Rank(0, 1, torch.device("cpu")),
-    )
-    return learner, policy
+    return (dataclasses.replace(learner, estimator=estimator) if estimator else learner), policy
 
 
 def train(
@@ -103,16 +84,6 @@ def train(
     return policy_answer(case.problem, solution.grid, means_on(solution.grid.centres, learner, policy)), solution
 
 
-@torch.no_grad()
 def means_on(centres: np.ndarray, learner: Learner, policy: AnalyticPolicy) -> list[np.ndarray]:
     """The policy's means of coordinate 0, step by step."""
-    latents = torch.tensor(centres, dtype=torch.float32)[:, None].expand(-1, policy.latent_shape[0]).contiguous()
-    condition = learner.encoder.encode([learner.prompts[0]] * len(latents))
-    labels = torch.zeros(len(latents), len(policy.num_classes), dtype=torch.long)
-    return [
-        policy_step(policy, learner.kernel, k, latents, condition, labels, Guidance(), reference=False)
-        .mean[:, 0]
-        .double()
-        .numpy()
-        for k in range(learner.kernel.num_steps)
-    ]
+    return list(policy_means(learner, policy, centres)[:, :, 0])

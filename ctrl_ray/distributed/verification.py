@@ -25,11 +25,10 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.launch import new_channel, run_workers
-from ctrl_ray.distributed.training import Learner, train_update
+from ctrl_ray.distributed.training import Learner, Rank, train_update
 from ctrl_ray.distributed.worker import set_up_process
 from ctrl_ray.exact.grid import make_grid
 from ctrl_ray.exact.suite import Case
@@ -41,6 +40,7 @@ from ctrl_ray.rewards.analytic import CONTROLS, AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.pool import start_reward_pool
+from ctrl_ray.rewards.protocol import Rewards
 
 SNAPSHOTS = (0.85, 0.9, 0.95, 1.0)
 """Shares of the updates after which the policy is looked at; their scatter is the optimisation's noise."""
@@ -131,39 +131,51 @@ def _verify_worker(arguments: dict[str, Any]) -> None:
         _train_case(case, case_config(case, scaling), arguments["rewards"], arguments["channel"])
 
 
-def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel: Any) -> None:
-    rank = set_up_process(config)
+def case_learner(
+    case: Case,
+    config: TrainConfig,
+    rewards: Rewards,
+    rank: Rank,
+    make_engine: Callable[[AnalyticPolicy, TrainConfig], Any] = PolicyEngine,
+) -> tuple[Learner, AnalyticPolicy]:
+    """What trains a case, and the policy that it trains."""
     scheduler = analytic_scheduler()
     kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta)
     mixture = case.problem.mixture
-    denoiser = MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod)
     policy = AnalyticPolicy(
-        denoiser,
+        MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod),
         kernel,
         dict.fromkeys(config.controls, 1),
         dimension=case.problem.dimension,
         num_nodes=case.effort.num_nodes,
         shared_steps=case.effort.shared_steps,
     ).to(rank.device)
-    encoder = MixtureEncoder({case.title: mixture.weights}, rank.device)
     learner = Learner(
         config=config,
-        engine=PolicyEngine(policy, config),
+        engine=make_engine(policy, config),
         kernel=kernel,
-        encoder=encoder,
-        rewards=rewards.for_worker(rank.index),
+        encoder=MixtureEncoder({case.title: mixture.weights}, rank.device),
+        rewards=rewards,
         estimator=make_estimator(config.estimator, config.sampler.num_steps),
         controls=config.controls,
         prompts=(case.title,),
         rank=rank,
     )
+    return learner, policy
+
+
+def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel: Any) -> None:
+    rank = set_up_process(config)
+    learner, policy = case_learner(case, config, rewards.for_worker(rank.index), rank)
+    centres = make_grid(case.problem).centres
     looks = {max(1, round(share * config.num_updates)) for share in SNAPSHOTS}
     taken = []
     for update in range(config.num_updates):
         train_update(learner, update)
         done = update + 1
-        if done in looks:
-            taken.append(_means_on_grid(case, policy, kernel, encoder))
+        if rank.index == 0 and done in looks:
+            means = policy_means(learner, policy, centres)
+            taken.append({coordinate: means[:, :, coordinate] for coordinate in case.coordinates})
         if rank.index == 0 and (done % 10 == 0 or done == config.num_updates):
             row = {"kind": "progress", "title": case.title, "update": done, "num_updates": config.num_updates}
             ray.get(channel.put.remote(row))
@@ -173,17 +185,15 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
 
 
 @torch.no_grad()
-def _means_on_grid(
-    case: Case, policy: AnalyticPolicy, kernel: DDIMKernel, encoder: MixtureEncoder
-) -> dict[int, np.ndarray]:
-    """Mean of every step at the bins' centres, (T, bins) by coordinate; coordinates do not see each other."""
-    device = policy.denoiser.means.device
-    centres = torch.tensor(make_grid(case.problem).centres, dtype=torch.float32, device=device)
-    latents = centres[:, None].expand(-1, case.problem.dimension).contiguous()
-    condition = encoder.encode([case.title] * len(latents))
+def policy_means(learner: Learner, policy: AnalyticPolicy, centres: np.ndarray) -> np.ndarray:
+    """Mean of every step where all coordinates are at `centres`, (T, bins, D); coordinates do not see each other."""
+    device = learner.rank.device
+    column = torch.tensor(centres, dtype=torch.float32, device=device)[:, None]
+    latents = column.expand(-1, policy.latent_shape[0]).contiguous()
+    condition = learner.encoder.encode([learner.prompts[0]] * len(latents))
     labels = torch.zeros(len(latents), len(policy.num_classes), dtype=torch.long, device=device)
     means = [
-        policy_step(policy, kernel, k, latents, condition, labels, Guidance(), reference=False).mean
-        for k in range(kernel.num_steps)
+        policy_step(policy, learner.kernel, k, latents, condition, labels, Guidance(), reference=False).mean
+        for k in range(learner.kernel.num_steps)
     ]
-    return {c: torch.stack([mean[:, c] for mean in means]).double().cpu().numpy() for c in case.coordinates}
+    return np.asarray(torch.stack(means).double().cpu().numpy())
