@@ -89,8 +89,9 @@ def shapes_exact() -> TrainConfig:
         base,
         output_dir="runs/shapes-exact",
         controls={name: dataclasses.replace(c, guidance_strength=1.0) for name, c in base.controls.items()},
-        num_updates=250,
-        evaluation=dataclasses.replace(base.evaluation, every_updates=50),
+        num_updates=400,
+        optimizer=OptimizerConfig(learning_rate=4e-3, embedding_learning_rate=0.08, final_learning_rate_fraction=0.01),
+        evaluation=dataclasses.replace(base.evaluation, every_updates=100),
         checkpoint_every_updates=25,
     )
 

@@ -32,6 +32,17 @@ class Batch:
         return Batch(self.sample_ids[part], self.prompts[part], self.labels[part], self.strengths[part])
 
 
+def rank_share(global_batch_size: int, rank: int, num_ranks: int) -> range:
+    """Sample ids of one rank: neighbouring ones, as evenly as they divide; all ranks together have each id once."""
+    return range(global_batch_size * rank // num_ranks, global_batch_size * (rank + 1) // num_ranks)
+
+
+def num_rounds(global_batch_size: int, num_ranks: int, micro_batch_size: int) -> int:
+    """Micro-batches that every rank runs; one whose share is smaller fills up with padding of no weight."""
+    largest = -(-global_batch_size // num_ranks)
+    return -(-largest // micro_batch_size)
+
+
 def training_batch(
     seed: int,
     update: int,

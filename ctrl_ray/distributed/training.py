@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
-from ctrl_ray.distributed.batches import Batch, evaluation_batch, training_batch
+from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds, rank_share, training_batch
 from ctrl_ray.distributed.engine import PolicyEngine, all_reduce_sum
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.gradients.estimators import Estimator
@@ -81,21 +81,22 @@ class _Scored:
     trajectory: Trajectory
     pending: PendingRewards
     index: int
+    padding: bool
+    """It only keeps this rank in step with the others: no weight, no figures."""
 
 
 def train_update(learner: Learner, update: int) -> dict[str, float]:
     """Roll out, score, sweep, step; returns the update's metrics, the same on every rank.
 
-    The pool scores micro-batch i while i + 1 is rolled out. Raises NonFiniteError before the optimizer step.
+    The pool scores micro-batch i while i + 1 is rolled out. A global batch that does not divide by the number of ranks
+    is shared as evenly as it can be. Raises NonFiniteError before the optimizer step.
     """
     config, rank = learner.config, learner.rank
     clock = _Clock()
-    per_rank = config.global_batch_size // rank.size
-    ids = range(rank.index * per_rank, (rank.index + 1) * per_rank)
     batch = training_batch(
         config.seed,
         update,
-        ids,
+        rank_share(config.global_batch_size, rank.index, rank.size),
         learner.prompts,
         learner.controls,
         tuple(config.controls),
@@ -105,11 +106,14 @@ def train_update(learner: Learner, update: int) -> dict[str, float]:
     totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
     size = config.micro_batch_size_per_worker
     waiting: _Scored | None = None
-    for index, start in enumerate(range(0, per_rank, size)):
-        part = batch.select(start, start + size)
+    for index in range(num_rounds(config.global_batch_size, rank.size, size)):
+        part = batch.select(index * size, (index + 1) * size)
+        padding = not len(part)
+        if padding:
+            part = batch.select(0, 1)
         with clock("rollout_s"):
             trajectory = learner.roll_out(part, config.seed, update)
-            scored = _Scored(part, trajectory, _submit(learner, part, trajectory.clean_latents), index)
+            scored = _Scored(part, trajectory, _submit(learner, part, trajectory.clean_latents), index, padding)
         if waiting is not None:
             totals += _sweep(learner, waiting, update, clock)
         waiting = scored
@@ -156,7 +160,9 @@ def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Ten
                 plan,
                 kl_coef=config.kl_coef,
                 # the engine averages over ranks, so that Σ over all ranks and micro-batches is 1
-                sample_weights=torch.full((len(batch),), rank.size / config.global_batch_size, device=rank.device),
+                sample_weights=torch.full(
+                    (len(batch),), 0.0 if scored.padding else rank.size / config.global_batch_size, device=rank.device
+                ),
                 backward=learner.engine.backward,
                 latent_reduction=config.latent_reduction,
                 groups=groups,
@@ -164,6 +170,8 @@ def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Ten
         except NonFiniteError as error:
             message = f"update {update}, micro-batch {scored.index} on rank {rank.index}: {error}"
             raise NonFiniteError(message) from error
+    if scored.padding:
+        return torch.zeros(4 + 2 * columns, dtype=torch.float64)
     counted = (batch.labels[:, :columns] != _null(learner)[:columns]).double()
     labelled = (counted.sum(1) > 0).double()
     # weighted like the gradient: an unbiased estimate where the plan leaves steps out at random
@@ -299,12 +307,11 @@ def _macro_f1(confusion: Tensor) -> float:
 
 
 def evaluation_score(metrics: Mapping[str, float], config: TrainConfig) -> float:
-    """What 'best' means: accuracy by the oracles (else mean log p̂); −inf-like when the KL is above target_kl."""
+    """What 'best' means: the objective Σ_c γ_c E[log p̂_c] − kl_coef KL in nats; −1e9 when the KL is above target_kl."""
     if config.target_kl is not None and metrics["kl"] > config.target_kl:
         return -1e9
-    if "accuracy" in metrics:
-        return metrics["accuracy"]
-    return float(np.mean([metrics[f"log_prob/{name}"] for name in config.controls]))
+    rewards = (control.guidance_strength * metrics[f"log_prob/{name}"] for name, control in config.controls.items())
+    return sum(rewards) - config.kl_coef * metrics["kl"]
 
 
 class _Clock:

@@ -116,7 +116,7 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
         estimator=EstimatorConfig(name=case.estimator, steps=case.estimator_steps),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(
             learning_rate=effort.learning_rate,
-            beta2=0.999,
+            beta2=0.99,
             gradient_clipping=0.0,
             warmup_updates=0,
             final_learning_rate_fraction=0.01,

@@ -147,14 +147,14 @@ def all_cases() -> list[Case]:
         dataclasses.replace(gaussian("reinforce", effort=REINFORCE_EFFORT), bars=REINFORCE_BARS),
         component(),
         *(logistic(strength, effort=MIXTURE_EFFORT) for strength in (1.0, 4.0)),
-        logistic(1.0, 200, effort=dataclasses.replace(MIXTURE_EFFORT, num_updates=300)),
+        logistic(1.0, 200, effort=dataclasses.replace(MIXTURE_EFFORT, num_updates=150, learning_rate=0.02)),
         *(three_modes(slope, steps, effort=MIXTURE_EFFORT) for slope, steps in ((1.0, 50), (2.5, 50), (2.5, 100))),
         two_controls(),
         *(dimension(size, effort=Effort(batch_size=512)) for size in (1, 16, 256)),
     ]
 
 
-MIXTURE_EFFORT = Effort(num_updates=550, batch_size=4096, learning_rate=0.025)
+MIXTURE_EFFORT = Effort(num_updates=300, batch_size=8192, learning_rate=0.012)
 """Which mode to go to is decided in the first steps, by a small push under much noise."""
 
 REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, num_nodes=13)

@@ -62,14 +62,14 @@ def test_resource_error_says_both_numbers() -> None:
         check_resources(gpu, {"CPU": 64.0, "GPU": 1.0}, "the cluster")
 
 
-def test_score_prefers_accuracy_and_refuses_too_much_kl() -> None:
-    """What 'best checkpoint' means."""
-    assert evaluation_score({"accuracy": 0.7, "kl": 3.0}, CONFIG) == 0.7
-    limited = dataclasses.replace(CONFIG, target_kl=2.0)
-    assert evaluation_score({"accuracy": 0.7, "kl": 3.0}, limited) < evaluation_score(
-        {"accuracy": 0.1, "kl": 1.0}, limited
-    )
-    assert evaluation_score({"log_prob/size": -0.5, "kl": 3.0}, CONFIG) == -0.5
+def test_score_is_the_objective_and_refuses_too_much_kl() -> None:
+    """What 'best checkpoint' means: γ log p − kl_coef KL, by hand."""
+    strong = dataclasses.replace(CONFIG.controls["size"], guidance_strength=4.0)
+    config = dataclasses.replace(CONFIG, controls={"size": strong}, kl_coef=0.5)
+    assert evaluation_score({"log_prob/size": -0.5, "kl": 3.0}, config) == pytest.approx(4 * -0.5 - 0.5 * 3.0)
+    limited = dataclasses.replace(config, target_kl=2.0)
+    over, under = {"log_prob/size": -0.1, "kl": 3.0}, {"log_prob/size": -9.0, "kl": 1.0}
+    assert evaluation_score(over, limited) < evaluation_score(under, limited)
 
 
 def test_own_error_is_found_behind_rays() -> None:
