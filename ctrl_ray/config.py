@@ -279,8 +279,17 @@ class EvaluationConfig:
     """Prompts to evaluate on (one a line); None: the training prompts with seeds never used in training."""
     seed: int = 1_000_003
     """Seed of the evaluation's noise; training never uses it."""
+    asynchronous: bool = False
+    """Evaluate checkpoints in a Ray task of their own while training goes on (it needs num_cpus and num_gpus more than
+    workers and pool have); False: the workers evaluate between two updates."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves for an asynchronous evaluation; also its torch threads, rounded up."""
+    num_gpus: float = 0.0
+    """GPUs (fractions allowed) of an asynchronous evaluation; 0: it runs on the CPU."""
 
     def __post_init__(self) -> None:
+        _require(self.num_cpus >= 0, f"evaluation.num_cpus is {self.num_cpus}; expected 0 or more")
+        _require(self.num_gpus >= 0, f"evaluation.num_gpus is {self.num_gpus}; expected 0 or more")
         _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
         for name in ("num_samples", "final_num_samples", "batch_size"):
             _require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; expected at least 1")

@@ -30,8 +30,13 @@ PROGRESS_FILE = "progress.json"
 ADAPTER_FOLDER = "adapter"
 
 
-def report_checkpoint(engine: PolicyEngine, info: AdapterInfo, progress: dict[str, Any], score: float) -> None:
-    """Collective: gather, write on rank 0, hand to Ray Train under the metric 'score'."""
+def report_checkpoint(
+    engine: PolicyEngine, info: AdapterInfo, progress: dict[str, Any], score: float, *, validate: bool = False
+) -> None:
+    """Collective: gather, write on rank 0, hand to Ray Train under the metric 'score'.
+
+    validate: Ray Train evaluates it in a task of its own (`ctrl_ray.distributed.validation`), which sets the score.
+    """
     state = engine.state()
     folder = None
     rank = ray.train.get_context().get_world_rank()
@@ -47,7 +52,7 @@ def report_checkpoint(engine: PolicyEngine, info: AdapterInfo, progress: dict[st
     try:
         save_file(state, folder / STATE_FILE)
         (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)))
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)), validation=validate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

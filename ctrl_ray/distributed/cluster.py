@@ -48,11 +48,15 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def needed_resources(config: TrainConfig) -> dict[str, float]:
-    """CPUs and GPUs that the training workers and the reward pool reserve together."""
-    workers, actors = config.scaling.num_workers, config.rewards.num_actors
+    """CPUs and GPUs that training workers, reward pool and asynchronous evaluation reserve together."""
+    workers, actors, beside = config.scaling.num_workers, config.rewards.num_actors, config.evaluation
     return {
-        "CPU": workers * config.scaling.cpus_per_worker + actors * config.rewards.cpus_per_actor,
-        "GPU": workers * float(config.scaling.use_gpu) + actors * config.rewards.gpus_per_actor,
+        "CPU": workers * config.scaling.cpus_per_worker
+        + actors * config.rewards.cpus_per_actor
+        + beside.asynchronous * beside.num_cpus,
+        "GPU": workers * float(config.scaling.use_gpu)
+        + actors * config.rewards.gpus_per_actor
+        + beside.asynchronous * beside.num_gpus,
     }
 
 
@@ -69,6 +73,9 @@ def check_resources(config: TrainConfig, available: Mapping[str, float], where: 
                 else f"{config.scaling.num_workers} workers + {config.rewards.num_actors} reward actors × "
                 f"{config.rewards.gpus_per_actor:g}"
             )
+            if config.evaluation.asynchronous:
+                beside = config.evaluation.num_cpus if kind == "CPU" else config.evaluation.num_gpus
+                share += f" + {beside:g} for asynchronous evaluation"
             raise ResourceError(
                 f"the run needs {amount:g} {kind}s ({share}), but {where} has {have:g}; lower scaling.num_workers or "
                 "rewards.num_actors, or use a larger cluster"

@@ -15,11 +15,13 @@ from typing import Any
 import ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
+from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
 
@@ -52,7 +54,10 @@ def run_training(job: TrainJob, storage_path: str, on_row: RowHandler) -> Traine
         num_to_keep=config.num_checkpoints_to_keep, checkpoint_score_attribute="score", checkpoint_score_order="max"
     )
     follower = _Follower(job.channel, on_row)
-    result = run_workers(train_worker, {"job": job}, config, storage_path, job.channel, follower.poll, on_row, keep)
+    validation = validation_config(job) if config.evaluation.asynchronous else None
+    result = run_workers(
+        train_worker, {"job": job}, config, storage_path, job.channel, follower.poll, on_row, keep, validation
+    )
     return _trained(result, follower)
 
 
@@ -65,6 +70,7 @@ def run_workers(
     poll: Callable[[], None],
     on_row: RowHandler,
     keep: CheckpointConfig | None = None,
+    validation: ValidationConfig | None = None,
 ) -> Result:
     """Run a worker group of `config.scaling` to its end; `poll` is called while it runs and once after.
 
@@ -72,7 +78,7 @@ def run_workers(
     raised on purpose, else Ray's.
     """
     _shorten_polling()
-    trainer = _trainer(function, arguments, config, storage_path, keep)
+    trainer = _trainer(function, arguments, config, storage_path, keep, validation)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -115,6 +121,7 @@ def _trainer(
     config: TrainConfig,
     storage_path: str,
     keep: CheckpointConfig | None,
+    validation: ValidationConfig | None,
 ) -> TorchTrainer:
     resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
     return TorchTrainer(
@@ -125,6 +132,7 @@ def _trainer(
             use_gpu=config.scaling.use_gpu,
             resources_per_worker=resources,
         ),
+        validation_config=validation,
         run_config=RunConfig(
             name=CHECKPOINTS,
             storage_path=storage_path,

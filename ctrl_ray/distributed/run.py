@@ -168,8 +168,12 @@ class _RunLog:
         self._config, self._folder, self._resume = config, folder, resume
         self._tracker: RunTracker | None = None
         self._progress: RunProgress | None = None
+        self._early: list[Mapping[str, Any]] = []
 
     def __call__(self, row: Mapping[str, Any]) -> None:
+        if self._tracker is None and row["kind"] in ("evaluation", "samples", "notice"):
+            self._early.append(row)  # an evaluation that the resumed run makes up for, before its workers have started
+            return
         getattr(self, f"_on_{row['kind']}")(row)
 
     def close(self) -> None:
@@ -192,6 +196,9 @@ class _RunLog:
         self._progress = RunProgress(self._config.num_updates, row["update"])
         if again:
             self._progress.note(f"resumed after update {row['update']}")
+        early, self._early = self._early, []
+        for waiting in early:
+            self(waiting)
 
     def _on_update(self, row: Mapping[str, Any]) -> None:
         assert self._tracker is not None and self._progress is not None
@@ -204,6 +211,14 @@ class _RunLog:
         accuracy = row["metrics"].get("accuracy")
         text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
         self._progress.note(f"evaluation after update {row['update']}: {text}KL {row['metrics']['kl']:.2f} nats")
+
+    def _on_samples(self, row: Mapping[str, Any]) -> None:
+        assert self._tracker is not None
+        self._tracker.log_images(row["update"], "during", row["images"], row["captions"])
+
+    def _on_notice(self, row: Mapping[str, Any]) -> None:
+        assert self._progress is not None
+        self._progress.note(row["text"])
 
     def _on_stopping(self, row: Mapping[str, Any]) -> None:
         text = f"{row['reason']}: leaving a checkpoint after this update (once more to stop at once)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,10 +219,13 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
     return metrics
 
 
-def evaluate_policy(learner: Learner, num_samples: int) -> dict[str, float]:
+def evaluate_policy(
+    learner: Learner, num_samples: int, on_samples: Callable[[Batch, np.ndarray], None] | None = None
+) -> dict[str, float]:
     """Accuracy by the oracles on decoded samples, and KL, over all ranks; the noise is the same every time.
 
-    A control without an oracle is judged by its classifier, under 'believed_accuracy' only.
+    A control without an oracle is judged by its classifier, under 'believed_accuracy' only. on_samples sees this
+    rank's batches with their uint8 images (B, H, W, 3).
     """
     config, rank = learner.config, learner.rank
     active = tuple(config.controls)
@@ -241,6 +244,8 @@ def evaluate_policy(learner: Learner, num_samples: int) -> dict[str, float]:
         totals[0] += len(ids)
         totals[1] += trajectory.kl_per_step.double().sum().cpu()
         images = learner.rewards.decode(trajectory.clean_latents).numpy()
+        if on_samples is not None:
+            on_samples(batch, images)
         believed = _submit(learner, batch, trajectory.clean_latents).result(config.rewards.timeout_s).log_probs
         for column, control in enumerate(config.controls.values()):
             totals[2 + column] += believed[:, column].double().sum()

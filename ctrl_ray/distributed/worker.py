@@ -54,7 +54,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
     rank = set_up_process(config)
     learner, first_update = _build_learner(job, rank)
     progress: dict[str, Any] = {"updates_done": first_update}
-    if first_update == 0 and config.evaluation.every_updates:
+    if first_update == 0 and config.evaluation.every_updates and config.evaluation.asynchronous:
+        report_checkpoint(learner.engine, job.info, progress, UNSCORED, validate=True)
+    elif first_update == 0 and config.evaluation.every_updates:
         _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
     for update in range(first_update, config.num_updates):
         metrics = train_update(learner, update)
@@ -71,16 +73,23 @@ def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], st
     config, done = job.config, progress["updates_done"]
     every, last = config.evaluation.every_updates, progress["updates_done"] == config.num_updates
     score = UNSCORED
-    evaluate = (last or (every and done % every == 0)) and not stop
-    if evaluate:
+    evaluate = bool(last or (every and done % every == 0)) and not stop
+    if evaluate and not config.evaluation.asynchronous:
         metrics = _evaluate(job, learner, progress)
         score = evaluation_score(metrics, config)
-        if config.target_kl is not None and metrics["kl"] > config.target_kl:
-            stop = f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
+        stop = exceeds_target_kl(config, metrics)
     if evaluate or stop or done % config.checkpoint_every_updates == 0:
         info = dataclasses.replace(job.info, training={**job.info.training, **progress})
-        report_checkpoint(learner.engine, info, progress, score)
+        validate = evaluate and config.evaluation.asynchronous
+        report_checkpoint(learner.engine, info, progress, score, validate=validate)
     return stop
+
+
+def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
+    """Why an evaluation ends the run; '' when it does not."""
+    if config.target_kl is None or metrics["kl"] <= config.target_kl:
+        return ""
+    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
 
 
 def _evaluate(
@@ -124,7 +133,13 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
     if state:
         engine.load_state(state)
     _tell(job, rank, {"kind": "started", "update": first_update})
-    learner = Learner(
+    return make_learner(job, rank, engine), first_update
+
+
+def make_learner(job: TrainJob, rank: Rank, engine: Any) -> Learner:
+    """Everything around a policy (in its engine, or bare where it is only sampled) that updates and evaluations need."""
+    config = job.config
+    return Learner(
         config=config,
         engine=engine,
         kernel=make_kernel(
@@ -140,7 +155,6 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
         prompts=job.prompts,
         rank=rank,
     )
-    return learner, first_update
 
 
 def _rewards(job: TrainJob, rank: Rank) -> Rewards:

@@ -164,7 +164,42 @@ def test_any_number_of_workers_has_the_gradient_of_one(base_config: TrainConfig,
             assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
 
 
-@pytest.mark.parametrize("name", ["last_k", "random_suffix", "adjoint_matching", "reinforce"])
+def test_evaluations_beside_training_are_those_between_updates(base_config: TrainConfig, tmp_path: Path) -> None:
+    """Ray Train's asynchronous validation: the same figures at the same updates, the best checkpoint by them."""
+    evaluations = []
+    for asynchronous in (False, True):
+        evaluation = dataclasses.replace(base_config.evaluation, asynchronous=asynchronous)
+        config = dataclasses.replace(
+            base_config, evaluation=evaluation, aim=asynchronous, output_dir=str(tmp_path / str(asynchronous))
+        )
+        run = ctrl_ray.fit(config)
+        rows = [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"]
+        evaluations.append({row["update"]: row for row in rows[:-1]})  # the last one is the report's
+    between, beside = evaluations
+    assert list(between) == list(beside) == [0, 3, 6]
+    for update, row in between.items():
+        assert row.keys() == beside[update].keys()
+        for name in row.keys() - {"kind", "update", "time", "kl_noise_floor"}:
+            assert beside[update][name] == pytest.approx(row[name], abs=1e-5, rel=1e-5), (update, name)
+    import aim
+    from aim.storage.context import Context
+
+    repo = aim.Repo.from_path(str(tmp_path / "True" / "aim"))
+    images = repo.get_run(repo.list_all_runs()[0]).get_image_sequence("during", Context({}))
+    updates, samples = images.values.sparse_list()
+    assert list(updates) == [0, 3, 6]
+    assert [len(at) for at in samples] == [8, 8, 8]  # two of each class, all eight samples
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adjoint_matching",
+        "reinforce",
+        pytest.param("last_k", marks=pytest.mark.slow),  # the sweep of `full` with another plan
+        pytest.param("random_suffix", marks=pytest.mark.slow),
+    ],
+)
 def test_an_image_pipeline_trains_with_every_estimator(name: str, base_config: TrainConfig, tmp_path: Path) -> None:
     """Chosen by configuration alone: every control row is moved, by another gradient than the full one."""
     config = dataclasses.replace(

@@ -1,0 +1,106 @@
+"""Evaluation beside training: Ray Train's asynchronous validation of a checkpoint, in a Ray task of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.train import Checkpoint
+from ray.train.v2.api.validation_config import ValidationConfig
+
+from ctrl_ray.distributed.batches import Batch
+from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
+from ctrl_ray.distributed.training import Learner, Rank, evaluate_policy, evaluation_score, kl_noise_floor
+from ctrl_ray.distributed.worker import UNSCORED, TrainJob, exceeds_target_kl, make_learner
+from ctrl_ray.policy.adapter import load_into_policy
+from ctrl_ray.policy.build import build_policy
+
+
+def validation_config(job: TrainJob) -> ValidationConfig:
+    """What the trainer gets: `validate_checkpoint` on the resources that `evaluation` asks for."""
+    beside = job.config.evaluation
+    environment = {} if beside.num_gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(_threads(job))}
+    return ValidationConfig(
+        fn=functools.partial(validate_checkpoint, job=job),
+        ray_remote_kwargs={
+            "num_cpus": beside.num_cpus,
+            "num_gpus": beside.num_gpus,
+            "max_retries": job.config.scaling.max_failures,
+            "runtime_env": {"env_vars": environment},
+        },
+    )
+
+
+def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, Any]:
+    """Evaluate a checkpoint as the workers would; tell the driver, who logs it at the checkpoint's update.
+
+    Returns 'score', by which Ray Train chooses the best checkpoint, with the figures behind it. The run is asked to stop
+    where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it.
+    """
+    if not job.config.evaluation.num_gpus:
+        torch.set_num_threads(_threads(job))
+    with checkpoint.as_directory() as folder:
+        update = int(json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))["updates_done"])
+        try:
+            learner = _learner(job, Path(folder) / ADAPTER_FOLDER)
+            samples = _Samples(job)
+            metrics = evaluate_policy(learner, job.config.evaluation.num_samples, samples)
+            if update == 0:
+                metrics["kl_noise_floor"] = kl_noise_floor(learner)
+        except Exception as error:
+            text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
+            _tell(job, {"kind": "notice", "text": text})
+            raise
+    _tell(job, {"kind": "evaluation", "update": update, "metrics": metrics})
+    _tell(job, {"kind": "samples", "update": update, "images": samples.images, "captions": samples.captions})
+    stop = exceeds_target_kl(job.config, metrics)
+    if stop:
+        ray.get(job.channel.request_stop.remote(stop))
+    known: dict[str, Any] = {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
+    # the pre-trained model is no candidate for the best adapter
+    return {"score": evaluation_score(metrics, job.config) if update else UNSCORED, **known}
+
+
+class _Samples:
+    """Keeps the first `export_images` samples of each combination of classes."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self._controls = list(job.config.controls)
+        self._per_class = job.config.export_images
+        self._counts: dict[tuple[int, ...], int] = {}
+        self.images: list[np.ndarray] = []
+        self.captions: list[str] = []
+
+    def __call__(self, batch: Batch, images: np.ndarray) -> None:
+        columns = len(self._controls)
+        for prompt, row, image in zip(batch.prompts, batch.labels[:, :columns].tolist(), images, strict=True):
+            asked = tuple(row)
+            self._counts[asked] = self._counts.get(asked, 0) + 1
+            if self._counts[asked] <= self._per_class:
+                self.images.append(np.array(image))
+                labels = ", ".join(f"{name}={label}" for name, label in zip(self._controls, row, strict=True))
+                self.captions.append(f"{prompt} · {labels}")
+
+
+def _learner(job: TrainJob, adapter: Path) -> Learner:
+    """A learner that only samples: the adapter's policy in the place of the engine."""
+    config = dataclasses.replace(job.config, init_adapter=None)
+    rank = Rank(0, 1, torch.device("cuda" if config.evaluation.num_gpus else "cpu"))
+    policy = build_policy(config, job.controls)
+    load_into_policy(adapter, policy)
+    return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval())
+
+
+def _threads(job: TrainJob) -> int:
+    return max(1, math.ceil(job.config.evaluation.num_cpus))
+
+
+def _tell(job: TrainJob, row: dict[str, Any]) -> None:
+    ray.get(job.channel.put.remote(row))
