@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ctrl_ray.errors import ConfigError
 
@@ -248,7 +246,7 @@ class ScalingConfig:
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: int | None = None
-    """torch threads of a worker; None: cpus_per_worker."""
+    """torch threads of a worker on the CPU; None: cpus_per_worker, rounded up."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -261,6 +259,11 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, f"scaling.num_workers is {self.num_workers}; expected at least 1")
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+
+    @property
+    def num_threads(self) -> int:
+        """torch threads of a worker on the CPU."""
+        return self.threads_per_worker or max(1, math.ceil(self.cpus_per_worker))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -406,48 +409,6 @@ class TrainConfig:
     def num_micro_batches(self) -> int:
         """Micro-batches per worker and update."""
         return self.global_batch_size // (self.scaling.num_workers * self.micro_batch_size_per_worker)
-
-
-def to_json(config: Any) -> str:
-    """The config as indented JSON, the content of `config.json`."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=False)
-
-
-def train_config_from_json(text: str, *, source: str = "config.json") -> TrainConfig:
-    """The inverse of `to_json`; unknown or missing-typed keys are a `ConfigError` that names them."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not JSON: {error}") from error
-    return _build(TrainConfig, values, source)
-
-
-_NESTED: dict[str, type] = {
-    "sampler": SamplerConfig,
-    "estimator": EstimatorConfig,
-    "lora": LoraConfig,
-    "optimizer": OptimizerConfig,
-    "rewards": RewardPoolConfig,
-    "scaling": ScalingConfig,
-    "classifier": ClassifierConfig,
-    "evaluation": EvaluationConfig,
-}
-
-
-def _build(cls: type, values: dict[str, Any], source: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    _require(not unknown, f"{source}: unknown settings {unknown} for {cls.__name__}; known ones are {sorted(known)}")
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if cls is TrainConfig and name in _NESTED:
-            value = _build(_NESTED[name], value, f"{source}: {name}")
-        elif cls is TrainConfig and name == "controls":
-            value = {k: _build(ControlConfig, v, f"{source}: controls.{k}") for k, v in value.items()}
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

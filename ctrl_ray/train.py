@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ctrl_ray.config import ControlConfig, TrainConfig, train_config_from_json
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.errors import ConfigError, CtrlRayError, InterruptedRunError
 from ctrl_ray.presets import PRESETS, preset
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
 DENSITIES = "densities.png"
+_OF_ONE_PROBLEM = (
+    *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength", "kl_coef"),
+    *("num_steps", "eta", "dimension", "estimator", "latent_reduction", "num_updates", "batch_size", "learning_rate"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,21 +119,7 @@ class VerifyOptions:
         return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
 
     def _changes(self) -> list[str]:
-        names = [
-            *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength"),
-            *(
-                "kl_coef",
-                "num_steps",
-                "eta",
-                "dimension",
-                "estimator",
-                "latent_reduction",
-                "num_updates",
-                "batch_size",
-                "learning_rate",
-            ),
-        ]
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name in _OF_ONE_PROBLEM if getattr(self, name) is not None]
 
     def _changed(self, case: Case) -> Case:
         problem = case.problem

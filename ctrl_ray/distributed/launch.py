@@ -147,8 +147,7 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     """Environment that must stand before torch is imported in a worker."""
     if config.scaling.use_gpu:
         return {}
-    threads = str(config.scaling.threads_per_worker or max(1, round(config.scaling.cpus_per_worker)))
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.scaling.num_threads)}
 
 
 def _shorten_polling() -> None:

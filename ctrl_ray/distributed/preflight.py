@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_ray.classifiers.classifier import ImageClassifier
-from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts, to_json
+from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts
+from ctrl_ray.config_json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.cluster import check_local_machine, needed_resources

@@ -22,6 +22,7 @@ from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.report import Evaluation, write_report
+from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.evaluation.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
@@ -153,11 +154,8 @@ def _log_images(tracker: RunTracker, update: int, config: TrainConfig, evaluatio
     for name, evaluation in evaluations.items():
         count = min(config.export_images * 4, len(evaluation.samples))
         samples = evaluation.samples.select(np.arange(count))
-        captions = [
-            f"{prompt} · "
-            + ", ".join(f"{control}={label}" for control, label in zip(config.controls, row, strict=True))
-            for prompt, row in zip(samples.prompts, samples.labels.tolist(), strict=True)
-        ]
+        rows = zip(samples.prompts, samples.labels.tolist(), strict=True)
+        captions = [caption(prompt, tuple(config.controls), labels) for prompt, labels in rows]
         tracker.log_images(update, name, list(samples.images), captions)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow.fs
 
-from ctrl_ray.config import TrainConfig, to_json, train_config_from_json
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.config_json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
 
 CONFIG_FILE = "config.json"

@@ -232,7 +232,7 @@ def evaluate_policy(
     confusions = [torch.zeros(c.num_classes, c.num_classes, dtype=torch.float64) for c in config.controls.values()]
     totals = torch.zeros(2 + len(active), dtype=torch.float64)
     mine = list(range(rank.index, num_samples, rank.size))
-    rounds = math.ceil(math.ceil(num_samples / rank.size) / config.evaluation.batch_size)
+    rounds = num_rounds(num_samples, rank.size, config.evaluation.batch_size)
     size = math.ceil(math.ceil(num_samples / rank.size) / rounds)
     for index in range(rounds):  # the same number of forwards on every rank, padded by a repeated sample
         ids = mine[index * size : (index + 1) * size]
@@ -311,9 +311,16 @@ def _macro_f1(confusion: Tensor) -> float:
     return float((2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp_min(1)).mean())
 
 
+def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
+    """Why an evaluation ends the run; '' when it does not."""
+    if config.target_kl is None or metrics["kl"] <= config.target_kl:
+        return ""
+    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
+
+
 def evaluation_score(metrics: Mapping[str, float], config: TrainConfig) -> float:
     """What 'best' means: the objective Σ_c γ_c E[log p̂_c] − kl_coef KL in nats; −1e9 when the KL is above target_kl."""
-    if config.target_kl is not None and metrics["kl"] > config.target_kl:
+    if exceeds_target_kl(config, metrics):
         return -1e9
     rewards = (control.guidance_strength * metrics[f"log_prob/{name}"] for name, control in config.controls.items())
     return sum(rewards) - config.kl_coef * metrics["kl"]

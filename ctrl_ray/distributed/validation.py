@@ -17,8 +17,16 @@ from ray.train.v2.api.validation_config import ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
-from ctrl_ray.distributed.training import Learner, Rank, evaluate_policy, evaluation_score, kl_noise_floor
-from ctrl_ray.distributed.worker import UNSCORED, TrainJob, exceeds_target_kl, make_learner
+from ctrl_ray.distributed.training import (
+    Learner,
+    Rank,
+    evaluate_policy,
+    evaluation_score,
+    exceeds_target_kl,
+    kl_noise_floor,
+)
+from ctrl_ray.distributed.worker import UNSCORED, TrainJob, make_learner
+from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
 from ctrl_ray.policy.build import build_policy
 
@@ -26,7 +34,8 @@ from ctrl_ray.policy.build import build_policy
 def validation_config(job: TrainJob) -> ValidationConfig:
     """What the trainer gets: `validate_checkpoint` on the resources that `evaluation` asks for."""
     beside = job.config.evaluation
-    environment = {} if beside.num_gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(_threads(job))}
+    threads = str(max(1, math.ceil(beside.num_cpus)))
+    environment = {} if beside.num_gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
     return ValidationConfig(
         fn=functools.partial(validate_checkpoint, job=job),
         ray_remote_kwargs={
@@ -44,8 +53,6 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     Returns 'score', by which Ray Train chooses the best checkpoint, with the figures behind it. The run is asked to stop
     where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it.
     """
-    if not job.config.evaluation.num_gpus:
-        torch.set_num_threads(_threads(job))
     with checkpoint.as_directory() as folder:
         update = int(json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))["updates_done"])
         try:
@@ -85,8 +92,7 @@ class _Samples:
             self._counts[asked] = self._counts.get(asked, 0) + 1
             if self._counts[asked] <= self._per_class:
                 self.images.append(np.array(image))
-                labels = ", ".join(f"{name}={label}" for name, label in zip(self._controls, row, strict=True))
-                self.captions.append(f"{prompt} · {labels}")
+                self.captions.append(caption(prompt, self._controls, row))
 
 
 def _learner(job: TrainJob, adapter: Path) -> Learner:
@@ -96,10 +102,6 @@ def _learner(job: TrainJob, adapter: Path) -> Learner:
     policy = build_policy(config, job.controls)
     load_into_policy(adapter, policy)
     return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval())
-
-
-def _threads(job: TrainJob) -> int:
-    return max(1, math.ceil(job.config.evaluation.num_cpus))
 
 
 def _tell(job: TrainJob, row: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,15 @@ import torch.distributed as dist
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import read_checkpoint, report_checkpoint
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
-from ctrl_ray.distributed.training import Learner, Rank, evaluate_policy, evaluation_score, kl_noise_floor, train_update
+from ctrl_ray.distributed.training import (
+    Learner,
+    Rank,
+    evaluate_policy,
+    evaluation_score,
+    exceeds_target_kl,
+    kl_noise_floor,
+    train_update,
+)
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
@@ -54,10 +61,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
     rank = set_up_process(config)
     learner, first_update = _build_learner(job, rank)
     progress: dict[str, Any] = {"updates_done": first_update}
-    if first_update == 0 and config.evaluation.every_updates and config.evaluation.asynchronous:
-        report_checkpoint(learner.engine, job.info, progress, UNSCORED, validate=True)
-    elif first_update == 0 and config.evaluation.every_updates:
-        _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
+    if first_update == 0 and config.evaluation.every_updates:
+        if config.evaluation.asynchronous:
+            report_checkpoint(learner.engine, job.info, progress, UNSCORED, validate=True)
+        else:
+            _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
     for update in range(first_update, config.num_updates):
         metrics = train_update(learner, update)
         progress["updates_done"] = update + 1
@@ -85,13 +93,6 @@ def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], st
     return stop
 
 
-def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
-    """Why an evaluation ends the run; '' when it does not."""
-    if config.target_kl is None or metrics["kl"] <= config.target_kl:
-        return ""
-    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
-
-
 def _evaluate(
     job: TrainJob, learner: Learner, progress: dict[str, Any], more: Mapping[str, float] | None = None
 ) -> dict[str, float]:
@@ -114,7 +115,7 @@ def set_up_process(config: TrainConfig) -> Rank:
     context = ray.train.get_context()
     if not config.scaling.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(config.scaling.threads_per_worker or max(1, math.ceil(config.scaling.cpus_per_worker)))
+        torch.set_num_threads(config.scaling.num_threads)
     return Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 

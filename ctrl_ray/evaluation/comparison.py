@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctrl_ray.config import train_config_from_json
+from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.errors import DataError
 from ctrl_ray.evaluation.figures import AFTER, BEFORE, new_figure
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctrl_ray.config import ControlConfig, TrainConfig, to_json
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config_json import to_json
 from ctrl_ray.evaluation import figures
 from ctrl_ray.evaluation.facts import environment_facts
 from ctrl_ray.evaluation.judging import summary_of

@@ -77,6 +77,12 @@ class EvaluationSamples:
         )
 
 
+def caption(prompt: str, controls: Sequence[str], labels: Sequence[int]) -> str:
+    """What was asked of a sample, in words: its prompt and the class of each control."""
+    asked = (f"{control}={label}" for control, label in zip(controls, labels, strict=True))
+    return f"{prompt} · {', '.join(asked)}"
+
+
 def concatenate(parts: Sequence[EvaluationSamples]) -> EvaluationSamples:
     """The samples of all parts, in order; the parts must hold the same controls and image size."""
     if not parts:

@@ -69,6 +69,16 @@ def _adapter(run: ctrl_ray.Run) -> dict[str, torch.Tensor]:
     )
 
 
+def _one_update(config: TrainConfig) -> TrainConfig:
+    """A short run: no evaluation, rewards inside the workers."""
+    return dataclasses.replace(
+        config,
+        num_updates=1,
+        evaluation=dataclasses.replace(config.evaluation, every_updates=0),
+        rewards=dataclasses.replace(config.rewards, num_actors=0),
+    )
+
+
 def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
     checkpoints = sorted(path for path in (run_folder / "checkpoints").glob("checkpoint_*") if path.is_dir())
     return load_file(checkpoints[-1] / "training_state.safetensors")
@@ -139,12 +149,7 @@ def test_any_number_of_workers_has_the_gradient_of_one(base_config: TrainConfig,
 
     One update, because Adam makes the rounding of tiny gradients into steps of full size.
     """
-    short = dataclasses.replace(
-        base_config,
-        num_updates=1,
-        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
-        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
-    )
+    short = _one_update(base_config)
     states = []
     for workers in (1, 2, 4):
         config = dataclasses.replace(
@@ -165,7 +170,7 @@ def test_any_number_of_workers_has_the_gradient_of_one(base_config: TrainConfig,
 
 
 def test_evaluations_beside_training_are_those_between_updates(base_config: TrainConfig, tmp_path: Path) -> None:
-    """Ray Train's asynchronous validation: the same figures at the same updates, the best checkpoint by them."""
+    """Ray Train's asynchronous validation: the same figures at the same updates, their samples in Aim."""
     evaluations = []
     for asynchronous in (False, True):
         evaluation = dataclasses.replace(base_config.evaluation, asynchronous=asynchronous)
@@ -201,14 +206,11 @@ def test_evaluations_beside_training_are_those_between_updates(base_config: Trai
     ],
 )
 def test_an_image_pipeline_trains_with_every_estimator(name: str, base_config: TrainConfig, tmp_path: Path) -> None:
-    """Chosen by configuration alone: every control row is moved, by another gradient than the full one."""
+    """Chosen by configuration alone: the control table has a gradient, its null row has none."""
     config = dataclasses.replace(
-        base_config,
-        num_updates=1,
+        _one_update(base_config),
         group_size=4 if name == "reinforce" else 1,
         estimator=EstimatorConfig(name=name, steps=2 if name != "random_suffix" else 0),  # type: ignore[arg-type]
-        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
-        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
         output_dir=str(tmp_path / "run"),
     )
     moments = _latest_state(ctrl_ray.fit(config).folder)
@@ -221,12 +223,7 @@ def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: 
     """The first control's table is where the adapter left it; the new control's rows have moved."""
     from ctrl_ray.classifiers.fitting import fit_classifier
 
-    short = dataclasses.replace(
-        base_config,
-        num_updates=1,
-        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
-        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
-    )
+    short = _one_update(base_config)
     first = ctrl_ray.fit(dataclasses.replace(short, output_dir=str(tmp_path / "first")))
     second_control = ControlConfig(oracle="colourfulness", thresholds=(30.0,), guidance_strength=1.0)
     config = dataclasses.replace(
@@ -251,14 +248,7 @@ def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: 
 
 def test_full_finetuning_exports_a_denoiser_that_loads(base_config: TrainConfig, tmp_path: Path) -> None:
     """Every weight trained; the adapter holds a whole UNet in the diffusers format."""
-    config = dataclasses.replace(
-        base_config,
-        output_dir=str(tmp_path / "full"),
-        full_finetune=True,
-        num_updates=1,
-        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
-        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
-    )
+    config = dataclasses.replace(_one_update(base_config), output_dir=str(tmp_path / "full"), full_finetune=True)
     run = ctrl_ray.fit(config)
     pipe = ctrl_ray.ControlledPipeline.from_pretrained(str(run.adapter))
     images = pipe(

@@ -10,6 +10,7 @@ import ray
 
 import ctrl_ray
 from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.config_json import to_json
 from ctrl_ray.distributed.preflight import preflight
 from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
 from ctrl_ray.train import main, parse
@@ -102,7 +103,7 @@ def test_flags_override_the_preset_and_a_config_file(tmp_path: Path) -> None:
     arguments = parse(["--kl-coef", "0.5", "--sampler.num-steps", "7", "--resume"])
     assert (arguments.config.kl_coef, arguments.config.sampler.num_steps, arguments.resume) == (0.5, 7, True)
     file = tmp_path / "config.json"
-    file.write_text(ctrl_ray.config.to_json(dataclasses.replace(arguments.config, num_updates=3)))
+    file.write_text(to_json(dataclasses.replace(arguments.config, num_updates=3)))
     again = parse(["--config", str(file), "--seed", "9"])
     assert again.config == dataclasses.replace(arguments.config, num_updates=3, seed=9)
     chosen = parse(["--control", "a=/x", "--control=b=/y"]).config.controls

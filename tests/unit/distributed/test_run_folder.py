@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_ray.config import ControlConfig, ScalingConfig, TrainConfig, train_config_from_json
+from ctrl_ray.config import ControlConfig, ScalingConfig, TrainConfig
+from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.distributed.run_folder import RunFolder, changed_settings
 from ctrl_ray.errors import ConfigError, RunFolderError
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ctrl_ray import evaluate, presets
-from ctrl_ray.config import to_json
+from ctrl_ray.config_json import to_json
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.evaluate import EvaluateOptions
 from ctrl_ray.evaluation.comparison import compare_runs, format_runs, is_monotone
