@@ -215,24 +215,65 @@ class RewardPoolConfig:
     """The Ray actors that decode latents and answer log p(y|x,c) with its gradient."""
 
     num_actors: int = 1
-    """Actors in the pool; 0 computes rewards inside each training worker."""
+    """Actors that the pool starts with; 0 computes rewards inside each training worker."""
+    min_actors: int | None = None
+    """The pool never shrinks below this; None: num_actors."""
+    max_actors: int | None = None
+    """The pool never grows above this; None: num_actors. Leave room for them: a grown pool takes what is free."""
+    grow_after_s: float = 5.0
+    """Add an actor when requests have waited behind busy actors for this long without a break."""
+    shrink_after_s: float = 60.0
+    """Stop an actor when not all actors have had work at any moment of this time."""
     cpus_per_actor: float = 1.0
-    """CPUs that Ray reserves for an actor."""
+    """CPUs (fractions allowed) that Ray reserves for an actor."""
     threads_per_actor: int | None = None
     """torch threads of an actor on the CPU; None: cpus_per_actor, rounded up."""
     gpus_per_actor: float = 0.0
-    """GPUs (fractions allowed) that Ray reserves for an actor."""
+    """GPUs (fractions allowed) that Ray reserves for an actor; several actors then share one."""
+    placement: Literal["pack", "spread"] = "pack"
+    """'pack' is Ray's default, which fills a node to half before it takes the next; 'spread' puts actors on as many
+    nodes as there are, so that a lost node takes fewer of them along."""
+    node_resource: str | None = None
+    """Custom Ray resource that a node must have to get an actor, such as one given to CPU nodes only, to keep the pool
+    off GPU nodes; each actor takes 0.001 of it. None: any node."""
     deterministic: bool = True
-    """One request is one forward pass, so that a repeated run is bitwise equal on CPU."""
+    """One request is one forward pass, so that a repeated run is bitwise equal on CPU; False: requests that wait
+    together share one, within the two limits below."""
+    max_batch_size: int = 64
+    """Samples that requests of several workers may have together to share a forward pass (deterministic=False)."""
+    max_batch_delay_s: float = 0.005
+    """Longest time that a request waits for others to share its forward pass (deterministic=False)."""
+    max_pending_per_worker: int = 4
+    """Unanswered requests that one worker may have; its next submit waits. The object store then never holds more than
+    workers × this many requests and answers. Two are enough to overlap rollout and scoring."""
     timeout_s: float = 300.0
-    """A request that is unanswered for longer fails with an error instead of hanging the workers."""
+    """An actor that works on one request for longer is replaced and the request goes to another actor; without another
+    one it fails with an error instead of hanging the workers."""
     decode_chunk_size: int = 32
     """Images decoded at a time: bounds the pool's memory, changes no result."""
 
     def __post_init__(self) -> None:
         _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
-        _require(self.timeout_s > 0, f"rewards.timeout_s is {self.timeout_s}; expected a positive number of seconds")
-        _require(self.decode_chunk_size >= 1, f"rewards.decode_chunk_size is {self.decode_chunk_size}; expected >= 1")
+        low, high = self.actor_bounds
+        _require(
+            min(1, self.num_actors) <= low <= self.num_actors <= high and (self.num_actors > 0 or high == 0),
+            f"rewards.min_actors ({low}) ≤ rewards.num_actors ({self.num_actors}) ≤ rewards.max_actors ({high}) does not "
+            "hold, with at least 1 actor in a pool and none where rewards are local (num_actors = 0)",
+        )
+        for name in ("timeout_s", "grow_after_s", "shrink_after_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"rewards.{name} is {value}; expected a positive number of seconds")
+        _require(self.max_batch_delay_s >= 0, f"rewards.max_batch_delay_s is {self.max_batch_delay_s}; expected >= 0")
+        for name in ("decode_chunk_size", "max_batch_size", "max_pending_per_worker"):
+            _require(getattr(self, name) >= 1, f"rewards.{name} is {getattr(self, name)}; expected >= 1")
+        for name in ("cpus_per_actor", "gpus_per_actor"):
+            _require(getattr(self, name) >= 0, f"rewards.{name} is {getattr(self, name)}; expected 0 or more")
+
+    @property
+    def actor_bounds(self) -> tuple[int, int]:
+        """Fewest and most actors that the pool may have."""
+        low = self.num_actors if self.min_actors is None else self.min_actors
+        return low, self.num_actors if self.max_actors is None else self.max_actors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

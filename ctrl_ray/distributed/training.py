@@ -134,7 +134,7 @@ def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Ten
     """Sweep one micro-batch; returns (Σ reward, labelled samples, Σ KL labelled, Σ KL null, per control Σ log p, n)."""
     config, batch, rank = learner.config, scored.batch, learner.rank
     with clock("reward_wait_s"):
-        rewarded = scored.pending.result(config.rewards.timeout_s)
+        rewarded = scored.pending.result()
     log_probs = rewarded.log_probs.double().cpu()
     missing = learner.estimator.needs_cotangent and rewarded.cotangent is None
     if missing or not bool(torch.isfinite(log_probs).all()):
@@ -246,7 +246,7 @@ def evaluate_policy(
         images = learner.rewards.decode(trajectory.clean_latents).numpy()
         if on_samples is not None:
             on_samples(batch, images)
-        believed = _submit(learner, batch, trajectory.clean_latents).result(config.rewards.timeout_s).log_probs
+        believed = _submit(learner, batch, trajectory.clean_latents).result().log_probs
         for column, control in enumerate(config.controls.values()):
             totals[2 + column] += believed[:, column].double().sum()
             if control.oracle:

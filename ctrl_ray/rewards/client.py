@@ -1,4 +1,4 @@
-"""What a training worker holds of the reward pool: asynchronous requests that survive the loss of an actor."""
+"""What a training worker holds of the reward pool: asynchronous requests, a bounded number of them at a time."""
 
 from __future__ import annotations
 
@@ -10,110 +10,104 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 from torch import Tensor
 
 from ctrl_ray.errors import CtrlRayError, RewardError
 from ctrl_ray.rewards.protocol import Rewarded
 
-MAX_RETRIES = 3
-"""Times that one request is sent again after the actor that had it was lost; more would let a request that kills its
-actor (out of memory) take the whole pool down."""
+_MAX_RETRIES = 3
+"""Times that a request is sent to the pool again because its answer was lost on the way (with the node that held it)."""
 
 
 class PooledRewards:
-    """The reward protocol through a pool of Ray actors; picklable (actor handles and numbers only).
+    """The reward protocol through a pool of Ray actors; picklable (a handle and numbers only).
 
-    A request goes to the actor with the fewest unfinished requests of this client; ties go to the first actor from
-    `first_actor` on. At most `max_outstanding` requests are unfinished at a time: `submit` then waits for the oldest.
+    At most `max_pending` requests are unanswered at a time: `submit` then waits for one of them. It also moves answers
+    that have come into this process's memory, so that the object store never holds more than `max_pending` requests and
+    answers of one client.
     """
 
     differentiable = True
 
     def __init__(
-        self,
-        actors: Sequence[Any],
-        controls: dict[str, int],
-        *,
-        timeout_s: float,
-        chunk_size: int,
-        max_outstanding: int | None = None,
-        first_actor: int = 0,
+        self, dispatcher: Any, controls: dict[str, int], *, timeout_s: float, chunk_size: int, max_pending: int
     ) -> None:
+        """dispatcher: handle of the pool's `RewardDispatcher`; the others as in `RewardPoolConfig`."""
         self.controls = dict(controls)
-        self._settings = {"timeout_s": timeout_s, "chunk_size": chunk_size, "max_outstanding": max_outstanding}
-        self._actors = tuple(actors)
-        self._first_actor = first_actor % len(self._actors)
-        self._timeout_s = timeout_s
-        self._chunk_size = chunk_size
-        self._max_outstanding = max_outstanding or 2 * len(self._actors) + 2
-        self._calls: list[weakref.ref[_Call]] = []  # weak: an answer that nobody waits for leaves the object store
+        self._dispatcher = dispatcher
+        self._timeout_s, self._chunk_size, self._max_pending = timeout_s, chunk_size, max_pending
+        # The calls are held weakly: an answer that nobody waits for leaves the object store.
+        self._calls: dict[Any, weakref.ref[_Call]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._actors, self.controls, self._settings, self._first_actor)
+        settings = {"timeout_s": self._timeout_s, "chunk_size": self._chunk_size, "max_pending": self._max_pending}
+        return _rebuild, (self._dispatcher, self.controls, settings)
 
     def for_worker(self, rank: int) -> PooledRewards:
-        """The same pool, asked from actor `rank` on, so that workers do not all begin at the same actor."""
-        return _rebuild(self._actors, self.controls, self._settings, rank)
+        """The same pool for one more worker, with a bound of its own; the pool serves workers in the order of their
+        requests, whatever their rank."""
+        rebuild, arguments = self.__reduce__()
+        return rebuild(*arguments)
 
     def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> PooledPendingRewards:
-        """Send one request (shapes as in `RewardModel.evaluate`) and return at once, unless too many are unfinished.
+        """Send one request (shapes as in `RewardModel.evaluate`) and return at once, unless too many are unanswered.
 
         Errors of the evaluation are raised by the `result` of what it returns.
         """
         arguments = (_array(latents), tuple(prompts), _array(labels), _array(weights))
-        return PooledPendingRewards(self._call("evaluate", arguments), latents.device)
+        return PooledPendingRewards(self._call("evaluate", arguments, len(latents)), latents.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, H, W, 3) uint8, decoded by all actors in turn."""
-        parts = latents.split(self._chunk_size)
-        calls = [self._call("decode", (_array(part),)) for part in parts]
-        return torch.cat([torch.from_numpy(call.result(None).copy()) for call in calls])
+        calls = [self._call("decode", (_array(part),), len(part)) for part in latents.split(self._chunk_size)]
+        return torch.cat([torch.from_numpy(call.result(None)) for call in calls])
 
     def class_log_probs(self, inputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """See `RewardModel.class_log_probs`; the batch is spread over all actors."""
         if len(prompts) != len(inputs):
             raise RewardError(f"{len(inputs)} samples came with {len(prompts)} prompts; expected one for each")
-        size = self._chunk_size
-        calls = [
-            self._call("class_log_probs", (_array(inputs[start : start + size]), tuple(prompts[start : start + size])))
-            for start in range(0, len(inputs), size)
-        ]
+        calls = []
+        for start in range(0, len(inputs), self._chunk_size):
+            part = inputs[start : start + self._chunk_size]
+            theirs = tuple(prompts[start : start + self._chunk_size])
+            calls.append(self._call("class_log_probs", (_array(part), theirs), len(part)))
         answers = [call.result(None) for call in calls]
         return {
             name: torch.from_numpy(np.concatenate([answer[name] for answer in answers])).to(inputs.device)
             for name in self.controls
         }
 
-    def _call(self, method: str, arguments: tuple[Any, ...]) -> _Call:
-        unfinished = self._unfinished()
-        while len(unfinished) >= self._max_outstanding:
-            oldest = unfinished[0]
-            done, _ = ray.wait([oldest.ref], timeout=self._timeout_s)
-            if not done:
-                raise oldest.timeout_error(self._timeout_s)
-            unfinished = self._unfinished()
-        call = _Call(self, method, arguments)
-        self._calls.append(weakref.ref(call))
-        return call
+    def _call(self, method: str, arguments: tuple[Any, ...], num_samples: int) -> _Call:
+        while len(self._unanswered()) >= self._max_pending:
+            self._wait(list(self._calls), None)
+        return _Call(self, method, arguments, num_samples)
 
-    def _unfinished(self) -> list[_Call]:
-        """Calls that still run, oldest first; forgets the others."""
-        calls = [call for reference in self._calls if (call := reference()) is not None and call.ref is not None]
-        if calls:
-            refs = [call.ref for call in calls]
-            running = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[1])
-            calls = [call for call in calls if call.ref in running]
-        self._calls = [weakref.ref(call) for call in calls]
-        return calls
+    def _unanswered(self) -> dict[Any, weakref.ref[_Call]]:
+        """Calls under way by their token, also those that nobody waits for; takes in the answers of the others."""
+        if self._calls:
+            for token in ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)[0]:
+                call = self._calls.pop(token)()
+                if call is not None:
+                    call.take_in()
+        return self._calls
 
-    def _choose_actor(self, lost: set[int]) -> int | None:
-        """The least busy actor that is not among the lost ones, if there is one left."""
-        load = [0] * len(self._actors)
-        for call in self._unfinished():
-            load[call.actor_index] += 1
-        in_turn = [(self._first_actor + step) % len(load) for step in range(len(load))]
-        return min((index for index in in_turn if index not in lost), key=load.__getitem__, default=None)
+    def _wait(self, tokens: list[Any], deadline: float | None) -> bool:
+        """Wait until one of the calls has ended, or the deadline (monotonic) has passed; whether one has ended.
+
+        Without a deadline for as long as the pool's front is alive: it ends every call, with an answer or an error.
+        """
+        while True:
+            patience_s = self._timeout_s if deadline is None else max(0.0, deadline - time.monotonic())
+            if ray.wait(tokens, timeout=patience_s)[0]:
+                return True
+            if deadline is not None:
+                return False
+            if not ray.wait([self._dispatcher.stats.remote()], timeout=self._timeout_s)[0]:
+                raise RewardError(
+                    f"the front of the reward pool has not answered for {self._timeout_s:g} s; look at the driver's "
+                    "node, then restart the run with --resume"
+                )
 
 
 class PooledPendingRewards:
@@ -125,107 +119,82 @@ class PooledPendingRewards:
         self._rewarded: Rewarded | None = None
 
     def result(self, timeout_s: float | None = None) -> Rewarded:
-        """Wait at most `timeout_s` (None: rewards.timeout_s) for the one answer; asking again gives the same one.
+        """Wait at most `timeout_s` for the one answer; asking again gives the same one.
 
-        A lost actor's request is sent to another actor, or to the same one after its restart, at most MAX_RETRIES
-        times. Raises RewardError after the timeout, when no actor is left, or with the message of the actor's own
-        error; ConfigError when that was one.
+        None: for as long as it takes, which is bounded: the pool gives an actor rewards.timeout_s for a request, sends
+        it to another one when that time is over or the actor is lost, MAX_RETRIES times at most, and has no actor for
+        rewards.timeout_s at most. Raises RewardError when the pool gives up or time is over, or with the message of
+        the evaluation's own error; ConfigError when that was one.
         """
         if self._rewarded is None:
             log_probs, cotangent = self._call.result(timeout_s)
-            self._rewarded = Rewarded(*(torch.from_numpy(x.copy()).to(self._device) for x in (log_probs, cotangent)))
-            self._call.release()
+            self._rewarded = Rewarded(*(torch.from_numpy(x).to(self._device) for x in (log_probs, cotangent)))
         return self._rewarded
 
 
 class _Call:
-    """One method call on one actor, repeated on another when the actor is lost. Calls have no side effects."""
+    """One request under way, from its arguments in the object store to its answer in this process. It has no side
+    effects, so that it may be made again."""
 
-    def __init__(self, client: PooledRewards, method: str, arguments: tuple[Any, ...]) -> None:
-        self.client = client
-        self.method = method
-        self.arguments = arguments
-        self.ref: Any = None
-        index = client._choose_actor(set())
-        assert index is not None
-        self._send(index)
+    def __init__(self, client: PooledRewards, method: str, arguments: tuple[Any, ...], num_samples: int) -> None:
+        self._client, self._method, self._num_samples = client, method, num_samples
+        self._payload = ray.put(arguments)
+        self._losses = 0
+        self._value: Any = None
+        self._error: CtrlRayError | None = None
+        self._send()
 
-    def _send(self, actor_index: int) -> None:
-        self.actor_index = actor_index
-        self.ref = getattr(self.client._actors[actor_index], self.method).remote(*self.arguments)
-
-    def release(self) -> None:
-        """Drop the answer in the object store and the arguments."""
-        self.ref = None
-        self.arguments = ()
+    def _send(self) -> None:
+        submit = self._client._dispatcher.submit.options(num_returns=2)
+        # The token tells that the call has ended, and may be kept without keeping the answer.
+        self._token, self._answer = submit.remote(self._method, [self._payload], self._num_samples)
+        self._client._calls[self._token] = weakref.ref(self)
 
     def result(self, timeout_s: float | None) -> Any:
-        """The method's value, valid as long as this call is; errors as in `PooledPendingRewards.result`."""
-        timeout_s = self.client._timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
-        for retry in range(MAX_RETRIES + 1):
-            done, _ = ray.wait([self.ref], timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                raise self.timeout_error(timeout_s)
-            try:
-                return ray.get(self.ref)
-            except RayTaskError as error:
-                raise _own_error(error, self.actor_index) from None
-            except (RayActorError, ObjectLostError) as error:
-                if retry == MAX_RETRIES:
-                    raise RewardError(
-                        f"a reward request was lost {MAX_RETRIES + 1} times, last with reward actor "
-                        f"{self.actor_index}: {_first_line(error)}; if actors run out of memory, lower "
-                        "micro_batch_size_per_worker or rewards.decode_chunk_size"
-                    ) from None
-                self._send(self._find_live_actor(deadline, timeout_s))
-        raise AssertionError("unreachable: the last retry returns or raises")
+        """The method's value; errors as in `PooledPendingRewards.result`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._value is None and self._error is None:
+            if not self._client._wait([self._token], deadline):
+                raise RewardError(
+                    f"the reward pool gave no answer within {timeout_s:g} s; it may only be slow: give it more with "
+                    "rewards.num_actors, rewards.cpus_per_actor or rewards.gpus_per_actor"
+                )
+            self._client._calls.pop(self._token, None)
+            self.take_in()
+        if self._error is not None:
+            raise self._error
+        return self._value
 
-    def timeout_error(self, timeout_s: float) -> RewardError:
-        """What to say when the answer is not there in time."""
-        others = len(self.client._unfinished()) - 1
-        return RewardError(
-            f"reward actor {self.actor_index} of {len(self.client._actors)} gave no answer within {timeout_s:g} s "
-            f"({others} other requests of this worker are unfinished); raise rewards.timeout_s, or give the pool more "
-            "with rewards.num_actors, rewards.cpus_per_actor or rewards.gpus_per_actor"
-        )
-
-    def _find_live_actor(self, deadline: float, timeout_s: float) -> int:
-        """An actor that answers a ping, the one that was just lost last; waits for restarts until the deadline."""
-        lost, dead = {self.actor_index}, set[int]()
-        last = "actor lost"
-        while len(dead) < len(self.client._actors):
-            index = self.client._choose_actor(lost | dead)
-            if index is None:
-                lost = set()
-                time.sleep(0.1)
-                continue
-            ping = self.client._actors[index].ping.remote()
-            if not ray.wait([ping], timeout=max(0.0, deadline - time.monotonic()))[0]:
-                raise self.timeout_error(timeout_s)
-            try:
-                ray.get(ping)
-                return index
-            except ActorUnavailableError:
-                lost.add(index)
-            except RayActorError as error:
-                dead.add(index)
-                last = _first_line(error)
-            if time.monotonic() > deadline:
-                raise self.timeout_error(timeout_s)
-        raise RewardError(f"all {len(dead)} reward actors are dead ({last}); restart the run with --resume")
+    def take_in(self) -> None:
+        """Copy the answer (or the error) of the call, which has ended, out of the object store; or send it again."""
+        if self._value is not None or self._error is not None:
+            return
+        try:
+            (answer,) = ray.get(self._answer)
+            self._value = _copy(ray.get(answer))
+        except RayTaskError as error:
+            self._error = _own_error(error)
+        except ActorDiedError as error:
+            self._error = RewardError(f"the reward pool was stopped ({_first_line(error)})")
+        except (RayActorError, ObjectLostError) as error:
+            self._losses += 1
+            if self._losses <= _MAX_RETRIES:
+                self._send()
+                return
+            self._error = RewardError(f"the answer of a reward request was lost {self._losses} times: {error}")
+        self._answer = self._payload = None
 
 
-def _rebuild(actors: Sequence[Any], controls: dict[str, int], settings: dict[str, Any], rank: int) -> PooledRewards:
-    return PooledRewards(actors, controls, first_actor=rank, **settings)
+def _rebuild(dispatcher: Any, controls: dict[str, int], settings: dict[str, Any]) -> PooledRewards:
+    return PooledRewards(dispatcher, controls, **settings)
 
 
-def _own_error(error: RayTaskError, actor_index: int) -> CtrlRayError:
-    """The error of the evaluation as it would be raised in this process, without Ray's remote traceback."""
+def _own_error(error: RayTaskError) -> CtrlRayError:
+    """The pool's error as it would be raised in this process, without Ray's remote traceback."""
     cause = error.cause
     if isinstance(cause, CtrlRayError):
         return type(cause)(str(cause))
-    return RewardError(f"reward actor {actor_index} failed: {type(cause).__name__}: {cause}")
+    return RewardError(f"the reward pool failed: {type(cause).__name__}: {cause}")
 
 
 def _first_line(error: Exception) -> str:
@@ -236,3 +205,12 @@ def _array(tensor: Tensor) -> np.ndarray:
     """What is sent: float32 for floats, the integers as they are."""
     tensor = tensor.detach().cpu()
     return np.ascontiguousarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
+
+
+def _copy(value: Any) -> Any:
+    """The same arrays in this process's own memory."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {name: _copy(item) for name, item in value.items()}
+    return tuple(map(_copy, value))

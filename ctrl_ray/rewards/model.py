@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
 from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
 from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.spec import RewardModelSpec
 
 
 class ControlClassifier(Protocol):
@@ -24,24 +24,6 @@ class ControlClassifier(Protocol):
     def class_log_probs(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, K) log-softmaxed and differentiable, of images (B, 3, H, W) in [0, 1]."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardModelSpec:
-    """Where a reward model's parts lie: small and picklable, so that an actor loads the model itself."""
-
-    base_model: str
-    """'shapes', a folder in the diffusers format, or a hub id: the owner of the VAE."""
-    revision: str | None = None
-    """Hub revision of base_model."""
-    classifiers: Mapping[str, str]
-    """Folder of each control's classifier; their order is the order of the label columns."""
-    device: str = "cpu"
-    """torch device of decoder and classifiers."""
-    threads: int | None = None
-    """torch threads of the process that loads the model; None: left as they are."""
-    decode_chunk_size: int = 32
-    """Images decoded at a time."""
 
 
 class RewardModel(nn.Module):

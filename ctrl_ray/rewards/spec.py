@@ -1,0 +1,24 @@
+"""Where a reward model's parts lie; without torch, so that whoever passes it on needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardModelSpec:
+    """Where a reward model's parts lie: small and picklable, so that an actor loads the model itself."""
+
+    base_model: str
+    """'shapes', a folder in the diffusers format, or a hub id: the owner of the VAE."""
+    revision: str | None = None
+    """Hub revision of base_model."""
+    classifiers: Mapping[str, str]
+    """Folder of each control's classifier; their order is the order of the label columns."""
+    device: str = "cpu"
+    """torch device of decoder and classifiers."""
+    threads: int | None = None
+    """torch threads of the process that loads the model; None: left as they are."""
+    decode_chunk_size: int = 32
+    """Images decoded at a time."""
