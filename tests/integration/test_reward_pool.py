@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import os
 import pickle
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import RewardPoolConfig
+from ctrl_ray.classifiers.classifier import ImageClassifier
+from ctrl_ray.classifiers.networks import SmallCNN
+from ctrl_ray.config import ControlConfig, RewardPoolConfig
+from ctrl_ray.distributed.training import train_update
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, RewardError
+from ctrl_ray.exact.suite import Effort, gaussian
+from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec
 from ctrl_ray.rewards.pool import RewardPool, start_reward_pool
 from ctrl_ray.rewards.protocol import Rewarded
+from tests.analytic import make_learner
 from tests.unit.rewards.small import request, small_model
 
 pytestmark = pytest.mark.integration
@@ -47,6 +58,22 @@ def assert_agree(answer: Rewarded, expected: Rewarded) -> None:
     assert answer.cotangent is not None and expected.cotangent is not None
     assert float((answer.log_probs - expected.log_probs).abs().max()) <= 1e-5
     assert float((answer.cotangent - expected.cotangent).norm() / expected.cotangent.norm()) <= 1e-4
+
+
+def process_ids(pool: RewardPool) -> list[int]:
+    return [actor.process_id for actor in pool.stats().actors if actor.process_id is not None]
+
+
+def unfinished(pool: RewardPool) -> int:
+    stats = pool.stats()
+    return stats.queue_length + stats.in_flight
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold"
+        time.sleep(0.05)
 
 
 def test_pool_agrees_with_local(pool: RewardPool, model: RewardModel) -> None:
@@ -82,18 +109,38 @@ def test_a_worker_process_asks(pool: RewardPool, model: RewardModel) -> None:
     assert_agree(Rewarded(*ray.get(work.remote(pool.client()))), model.evaluate(*request(5)))
 
 
-def test_requests_are_spread_and_bounded(pool: RewardPool) -> None:
-    client = PooledRewards(pool.actors, pool.controls, timeout_s=60, chunk_size=32, max_outstanding=3)
-    pending = [client.submit(*request(200, seed)) for seed in range(3)]
-    assert sorted(wait._call.actor_index for wait in pending) == [0, 0, 1]
-    most = 0
-    for seed in range(3, 8):
-        pending.append(client.submit(*request(200, seed)))
-        most = max(most, len(client._unfinished()))
-    assert most <= 3
-    assert len({wait.result().log_probs.sum().item() for wait in pending}) == 8
-    first = pool.client().for_worker(3)
-    assert first.submit(*request(1))._call.actor_index == 1
+def test_a_worker_that_has_too_many_requests_waits_until_one_is_answered(pool: RewardPool) -> None:
+    """No actor answers while their processes are stopped; the worker's third request then has to wait."""
+    client = PooledRewards(pool._dispatcher, pool.controls, timeout_s=60, chunk_size=32, max_pending=2)
+    third = threading.Thread(target=lambda: pending.append(client.submit(*request(3, seed=2))))
+    pids = process_ids(pool)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        pending = [client.submit(*request(3, seed)) for seed in range(2)]
+        third.start()
+        third.join(timeout=1.0)
+        assert third.is_alive() and unfinished(pool) == 2
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    third.join(timeout=60)
+    assert len({wait.result().log_probs.sum().item() for wait in pending}) == 3
+
+
+def test_requests_are_spread_over_the_actors(pool: RewardPool) -> None:
+    client = pool.client()
+    pids = process_ids(pool)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        pending = [client.submit(*request(3, seed)) for seed in range(4)]
+        wait_until(lambda: sorted(actor.in_flight for actor in pool.stats().actors) == [2, 2])
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    for waiting in pending:
+        waiting.result()
 
 
 def test_errors_of_the_evaluation_come_through(pool: RewardPool) -> None:
@@ -105,37 +152,54 @@ def test_errors_of_the_evaluation_come_through(pool: RewardPool) -> None:
         client.submit(poisoned, prompts, labels, weights).result()
     with pytest.raises(ConfigError, match=r"^label 13 of control 'jpeg_size' is out of range"):
         client.submit(latents, prompts, labels + 9, weights).result()
-    with pytest.raises(RewardError, match=r"^reward actor 0 failed: "):
-        client._call("decode", ("no array",)).result(None)
+    with pytest.raises(RewardError, match=r"^a reward actor failed: "):
+        client._call("decode", ("no array",), 1).result(None)
     assert client.submit(latents, prompts, labels, weights).result().log_probs.shape == (6, 2)
 
 
 def test_a_late_answer_is_an_error(pool: RewardPool) -> None:
-    client = pool.client()
-    pending = client.submit(*request(400))
-    with pytest.raises(RewardError, match=r"reward actor 0 of 2 gave no answer within 0\.01 s .*rewards\.timeout_s"):
+    pending = pool.client().submit(*request(400))
+    with pytest.raises(RewardError, match=r"gave no answer within 0\.01 s; it may only be slow.*rewards\.num_actors"):
         pending.result(timeout_s=0.01)
     assert pending.result().log_probs.shape == (400, 2)  # only that wait was too short
 
 
-def test_a_killed_actors_requests_are_answered_by_others(pool: RewardPool, model: RewardModel) -> None:
-    client = pool.client()
-    pid = ray.get(pool.actors[0].process_id.remote())
+def test_a_killed_actors_requests_are_answered_by_others_and_it_is_replaced(
+    pool: RewardPool, model: RewardModel
+) -> None:
+    before = pool.stats()
+    pid = process_ids(pool)[0]
     requests = [request(300, seed) for seed in range(4)]
+    client = pool.client()
     pending = [client.submit(*arguments) for arguments in requests]
-    assert [wait._call.actor_index for wait in pending] == [0, 1, 0, 1]
     os.kill(pid, signal.SIGKILL)
-    for wait, arguments in zip(pending, requests, strict=True):
-        assert_agree(wait.result(), model.evaluate(*arguments))
-    assert pending[2]._call.actor_index == 1
-    deadline = time.monotonic() + 60  # Ray has started it again
-    while True:
-        try:
-            assert ray.get(pool.actors[0].process_id.remote()) != pid
-            break
-        except ray.exceptions.ActorUnavailableError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    for waiting, arguments in zip(pending, requests, strict=True):
+        assert_agree(waiting.result(), model.evaluate(*arguments))
+    after = pool.stats()
+    assert after.requests - before.requests == 4 and after.resent > before.resent
+    assert after.replaced - before.replaced == 1 and pid not in [actor.process_id for actor in after.actors]
+    wait_until(lambda: pool.stats().num_ready == 2)
+
+
+def test_a_killed_front_of_the_pool_comes_back_and_repeats_what_was_under_way(
+    pool: RewardPool, model: RewardModel
+) -> None:
+    """With new actors; Ray ends those of a front that died."""
+    old = process_ids(pool)
+    requests = [request(300, seed) for seed in range(4)]
+    client = pool.client()
+    pending = [client.submit(*arguments) for arguments in requests]
+    wait_until(lambda: unfinished(pool) > 0)
+    (front,) = [
+        process.pid
+        for process in psutil.Process(old[0]).parent().children()
+        if "RewardDispatcher" in " ".join(process.cmdline())
+    ]
+    os.kill(front, signal.SIGKILL)
+    for waiting, arguments in zip(pending, requests, strict=True):
+        assert_agree(waiting.result(), model.evaluate(*arguments))
+    wait_until(lambda: pool.stats().num_ready == 2)
+    assert not set(old) & set(process_ids(pool))
 
 
 def test_nothing_stays_in_the_object_store(pool: RewardPool) -> None:
@@ -172,18 +236,180 @@ def test_nothing_stays_in_the_object_store(pool: RewardPool) -> None:
     assert reaches(0, before + 1e5)
 
 
-def test_a_lost_pool_is_an_error(ray_session: None, model: RewardModel) -> None:
-    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=600)
-    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600, max_restarts=0) as pool:
+def test_a_stuck_actor_is_replaced_and_its_request_goes_to_another(ray_session: None, model: RewardModel) -> None:
+    config = RewardPoolConfig(num_actors=2, cpus_per_actor=0.5, timeout_s=5)
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
         client = pool.client()
-        pid = ray.get(pool.actors[0].process_id.remote())
-        pending = client.submit(*request(2000))
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RewardError, match=r"all 1 reward actors are dead \(.*\); restart the run with --resume"):
-            pending.result()
+        client.submit(*request(2)).result()
+        stuck = process_ids(pool)[0]
+        os.kill(stuck, signal.SIGSTOP)
+        try:
+            pending = [client.submit(*request(5, seed)) for seed in range(2)]
+            answers = [waiting.result() for waiting in pending]
+        finally:
+            after = process_ids(pool)
+        for seed, answer in enumerate(answers):
+            assert_agree(answer, model.evaluate(*request(5, seed)))
+        assert stuck not in after
+        assert pool.stats().replaced == 1 and pool.stats().failed == 0
+        wait_until(lambda: pool.stats().num_ready == 2 and not psutil.pid_exists(stuck))
+
+
+def test_a_stuck_pool_is_an_error_and_recovers(ray_session: None, model: RewardModel) -> None:
+    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=5)
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        client = pool.client()
+        os.kill(process_ids(pool)[0], signal.SIGSTOP)
+        with pytest.raises(RewardError, match=r"gave no answer within rewards\.timeout_s = 5 s, and .* no other one"):
+            client.submit(*request(5)).result()
+        wait_until(lambda: pool.stats().num_ready == 1)
+        assert_agree(client.submit(*request(5)).result(), model.evaluate(*request(5)))
+
+
+def test_a_request_that_loses_every_actor_is_an_error(ray_session: None, model: RewardModel) -> None:
+    """It is sent again three times; the others that were lost with it are answered."""
+    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=600)
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        client = pool.client()
+        heavy, light = client.submit(*request(20_000)), client.submit(*request(5))
+        for lost in range(4):
+            wait_until(lambda: any(actor.in_flight for actor in pool.stats().actors))
+            os.kill(process_ids(pool)[0], signal.SIGKILL)
+            wait_until(lambda lost=lost: pool.stats().replaced == lost + 1)  # type: ignore[misc]
+        with pytest.raises(RewardError, match=r"^a reward request was lost 4 times, .*lower micro_batch_size_per"):
+            heavy.result()
+        assert_agree(light.result(), model.evaluate(*request(5)))
         pool.shutdown()
-        with pytest.raises(RewardError, match="all 1 reward actors are dead"):
+        with pytest.raises(RewardError, match="the reward pool was stopped"):
             client.submit(*request(2)).result()
+
+
+def test_a_pool_whose_actors_cannot_start_again_is_an_error(
+    ray_session: None, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """The base model's folder is gone by the time that the actor is lost."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, folder)
+    fitted = ImageClassifier(
+        SmallCNN(2),
+        kind="cnn",
+        arguments={},
+        control="size",
+        spec=ControlConfig(classes=("low", "high")),
+        temperature=1.0,
+    )
+    fitted.eval().save(tmp_path / "classifier")
+    spec = RewardModelSpec(base_model=str(folder), classifiers={"size": str(tmp_path / "classifier")})
+    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=10)
+    latents, prompts, labels, weights = request(3)
+    with start_reward_pool(spec, config, placement_timeout_s=600) as pool:
+        client = pool.client()
+        assert client.submit(latents, prompts, labels[:, :1] % 2, weights[:, :1]).result().log_probs.shape == (3, 1)
+        shutil.rmtree(folder)
+        os.kill(process_ids(pool)[0], signal.SIGKILL)
+        with pytest.raises(RewardError, match=r"no reward actor has been alive .*failed: .*does not exist.*--resume"):
+            client.submit(latents, prompts, labels[:, :1] % 2, weights[:, :1]).result()
+
+
+def test_requests_that_wait_together_share_a_forward(ray_session: None, model: RewardModel) -> None:
+    """Four of 3 samples: the first alone, three together; one that cannot be answered fails alone."""
+    config = RewardPoolConfig(
+        num_actors=1, cpus_per_actor=0.5, timeout_s=600, deterministic=False, max_batch_size=9, max_batch_delay_s=30.0
+    )
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        clients = [pool.client() for _ in range(3)]
+        pending = [client.submit(*request(3, seed)) for seed, client in enumerate(clients)]  # 9 samples: no delay
+        for seed, waiting in enumerate(pending):
+            assert_agree(waiting.result(), model.evaluate(*request(3, seed)))
+        stats = pool.stats()
+        assert (stats.requests, stats.samples, stats.forwards) == (3, 9, 1)
+        requests = [request(3, seed) for seed in range(3)]
+        requests[1][0][2] = math.nan
+        pending = [client.submit(*arguments) for client, arguments in zip(clients, requests, strict=True)]
+        with pytest.raises(RewardError, match=r"latents are not finite for 1 of 3 samples \(positions 2 of"):
+            pending[1].result()
+        for seed in (0, 2):
+            assert_agree(pending[seed].result(), model.evaluate(*requests[seed]))
+
+
+def test_a_pool_grows_with_its_queue_and_shrinks_again(ray_session: None, model: RewardModel) -> None:
+    config = RewardPoolConfig(
+        num_actors=1, max_actors=2, cpus_per_actor=0.5, grow_after_s=0.5, shrink_after_s=1.0, timeout_s=600
+    )
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        client = pool.client()
+        first = process_ids(pool)
+        os.kill(first[0], signal.SIGSTOP)  # requests pile up
+        try:
+            pending = [client.submit(*request(5, seed)) for seed in range(4)]
+            wait_until(lambda: pool.stats().num_ready == 2)
+        finally:
+            os.kill(first[0], signal.SIGCONT)
+        for seed, waiting in enumerate(pending):
+            assert_agree(waiting.result(), model.evaluate(*request(5, seed)))
+        wait_until(lambda: len(pool.stats().actors) == 1)
+        assert_agree(client.submit(*request(5)).result(), model.evaluate(*request(5)))
+        assert pool.stats().replaced == 0 and pool.stats().failed == 0
+
+
+def test_growth_without_room_is_no_error(ray_session: None, model: RewardModel) -> None:
+    config = RewardPoolConfig(num_actors=1, max_actors=2, cpus_per_actor=2.6, grow_after_s=0.2, timeout_s=600)
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        (pid,) = process_ids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            client = pool.client()
+            pending = [client.submit(*request(5, seed)) for seed in range(4)]
+            wait_until(lambda: len(pool.stats().actors) == 2)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        for seed, waiting in enumerate(pending):
+            assert_agree(waiting.result(), model.evaluate(*request(5, seed)))
+        assert [actor.process_id for actor in pool.stats().actors] == [pid, None]
+
+
+def test_figures_reach_ray_metrics(pool: RewardPool) -> None:
+    """Scraped from the node's own exporter; Ray collects every ten seconds."""
+    pool.client().submit(*request(5)).result()
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def values(name: str) -> float:
+        text = urllib.request.urlopen(url, timeout=30).read().decode()
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + "{"))
+
+    prefix = "ray_ctrl_ray_reward_"
+    wait_until(lambda: values(prefix + "latency_s_count") >= 1, timeout_s=90)
+    stats = pool.stats()
+    wait_until(lambda: values(prefix + "requests_total") >= stats.requests, timeout_s=90)
+    assert values(prefix + "samples_total") >= values(prefix + "requests_total")
+    assert values(prefix + "actors") >= 2
+
+
+def test_the_next_micro_batch_is_rolled_out_while_the_pool_scores(ray_session: None) -> None:
+    """The pool's only actor is stopped: both micro-batches of an update still reach it, before it answers either."""
+    case = dataclasses.replace(gaussian(), effort=Effort(num_updates=1, batch_size=64))
+    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=600)
+    model = AnalyticRewardModel({case.title: case.problem.rewards})
+    with start_reward_pool(SPEC, config, model=model, placement_timeout_s=600) as pool:
+        learner, _ = make_learner(case)
+        learner = dataclasses.replace(
+            learner,
+            rewards=pool.client(),
+            config=dataclasses.replace(learner.config, micro_batch_size_per_worker=32, rewards=config),
+        )
+        (pid,) = process_ids(pool)
+        metrics: dict[str, float] = {}
+        update = threading.Thread(target=lambda: metrics.update(train_update(learner, 0)))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            update.start()
+            wait_until(lambda: unfinished(pool) == 2)
+            assert pool.stats().requests == 0 and update.is_alive()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        update.join(timeout=120)
+        assert pool.stats().requests == 2 and math.isfinite(metrics["loss"])
 
 
 def test_a_pool_that_cannot_start(ray_session: None, tmp_path: Path) -> None:
