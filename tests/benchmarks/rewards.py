@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import ray
@@ -30,13 +31,11 @@ from ctrl_ray.distributed.cluster import connected
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.distributed.training import Learner, Rank, train_update
-from ctrl_ray.gradients.estimators import make_estimator
-from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.presets import preset
 from ctrl_ray.rewards.client import PooledRewards
-from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
-from ctrl_ray.rewards.model import load_reward_model
+from ctrl_ray.rewards.local import LocalPendingRewards
 from ctrl_ray.rewards.pool import RewardPool, start_reward_pool
 from ctrl_ray.rewards.protocol import Rewards
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -63,25 +62,6 @@ def benchmark_config(samples: int, micro_batch: int) -> TrainConfig:
         micro_batch_size_per_worker=micro_batch,
         rewards=RewardPoolConfig(threads_per_actor=1, decode_chunk_size=64),
         scaling=ScalingConfig(num_workers=1, threads_per_worker=1),
-    )
-
-
-def make_learner(config: TrainConfig, rewards: Rewards) -> Learner:
-    return Learner(
-        config=config,
-        engine=PolicyEngine(build_policy(config), config),
-        kernel=make_kernel(
-            load_scheduler(config.base_model),
-            config.sampler.num_steps,
-            config.sampler.eta,
-            config.sampler.reference_steps,
-        ),
-        encoder=load_prompt_encoder(config.base_model),
-        rewards=rewards,
-        estimator=make_estimator(config.estimator, config.sampler.num_steps),
-        controls=config.controls,
-        prompts=training_prompts(config),
-        rank=Rank(0, 1, torch.device("cpu")),
     )
 
 
@@ -137,11 +117,16 @@ def main() -> None:
     with tempfile.NamedTemporaryFile() as store, connected(2):
         dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
         with start_reward_pool(spec, config.rewards) as pool:
-            local, pooled = LocalRewards(load_reward_model(spec)), pool.client()
-            learner = make_learner(config, local)
+            pooled = pool.client()
+            prompts = training_prompts(config)
+            info: Any = None  # nothing is exported
+            job = TrainJob(
+                config=config, controls=config.controls, prompts=prompts, rewards=spec, info=info, channel=None
+            )
+            learner = make_learner(job, Rank(0, 1, torch.device("cpu")), PolicyEngine(build_policy(config), config))
             mine = pin(pool, arguments.pool_cores) if arguments.pool_cores else sorted(os.sched_getaffinity(0))
             variants: dict[str, Rewards] = {
-                "local": local,
+                "local": learner.rewards,
                 "pooled, waited for": NotOverlapped(pooled),  # type: ignore[dict-item]
                 "pooled, overlapped": pooled,
             }
