@@ -190,8 +190,13 @@ class EstimatorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
+    """AdamW or SGD, with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """'sgd' has momentum and one moment instead of two; its step is proportional to the gradient, so that it does not
+    amplify rounding as AdamW does: for comparisons, and where memory is short."""
+    momentum: float = 0.9
+    """sgd: decay of its momentum."""
     learning_rate: float = 1e-3
     """LoRA (with full_finetune: the whole denoiser)."""
     embedding_learning_rate: float = 1e-2
@@ -208,6 +213,14 @@ class OptimizerConfig:
     """Linear warm-up."""
     final_learning_rate_fraction: float = 0.1
     """Cosine decay ends at this fraction of the peak; 1.0 = constant."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; expected a number in [0, 1)")
+        _require(
+            self.name != "sgd" or self.weight_decay == 0,
+            f"optimizer.weight_decay is {self.weight_decay}, but torch's SGD has no decoupled weight decay; set it to 0 "
+            "or use optimizer.name adamw",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,14 +303,43 @@ class ScalingConfig:
     """torch threads of a worker on the CPU; None: cpus_per_worker, rounded up."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
+    zero3_persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters of up to so many elements whole on every worker (all of LoRA's, as a rule): fewer gathers.
+    0 shards every one: least memory, slowest."""
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What DeepSpeed keeps in CPU memory: moments and the update itself (ZeRO 1 to 3), and the parameter shards as well
+    (ZeRO-3). Slower; frees GPU memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more forward per step."""
     max_failures: int = 3
     """Restarts from the last checkpoint after a lost worker before the run gives up."""
+    min_workers: int | None = None
+    """Elastic: go on with as few as so many workers when nodes are lost, and grow back to num_workers when they return;
+    the global batch and its samples stay the same. None: always num_workers."""
+    resize_check_s: float = 60.0
+    """Elastic: seconds between looks whether the group can grow; growing goes back to the last checkpoint."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            f"scaling.min_workers is {self.min_workers}; expected 1 to scaling.num_workers ({self.num_workers})",
+        )
+        _require(self.resize_check_s >= 0, f"scaling.resize_check_s is {self.resize_check_s}; expected >= 0")
+        _require(
+            self.zero3_persistence_threshold >= 0,
+            f"scaling.zero3_persistence_threshold is {self.zero3_persistence_threshold}; expected >= 0",
+        )
+        _require(
+            self.offload == "none" or self.zero_stage >= 1,
+            f"scaling.offload is {self.offload!r}, which needs ZeRO; got scaling.zero_stage {self.zero_stage}: set it to "
+            "1, 2 or 3",
+        )
+        _require(
+            self.offload != "optimizer_and_parameters" or self.zero_stage == 3,
+            f"scaling.offload 'optimizer_and_parameters' needs scaling.zero_stage 3; got {self.zero_stage}",
+        )
         _require(self.num_workers >= 1, f"scaling.num_workers is {self.num_workers}; expected at least 1")
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
 

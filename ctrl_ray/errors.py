@@ -40,8 +40,16 @@ class ResourceError(CtrlRayError, RuntimeError):
     """The cluster has fewer CPUs, GPUs or nodes than the run asks for."""
 
 
+class CheckpointError(CtrlRayError, OSError):
+    """A checkpoint could not be written, as a rule because a disk is full; the last good one is intact."""
+
+
 class InterruptedRunError(CtrlRayError, KeyboardInterrupt):
     """The run was stopped by the user after it had left a checkpoint."""
+
+
+HOPELESS = (ConfigError, DataError, ModelError, NonFiniteError)
+"""Errors that the same run would meet again from the same checkpoint: no restart cures them."""
 
 
 def own_error(error: BaseException) -> CtrlRayError | None:

@@ -12,6 +12,7 @@ class MetricsChannel:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._stop = ""
+        self._failure: Exception | None = None
 
     def put(self, row: dict[str, Any]) -> str:
         """Add a row; returns the reason for stopping, '' while there is none."""
@@ -26,3 +27,11 @@ class MetricsChannel:
     def request_stop(self, reason: str) -> None:
         """Workers leave a checkpoint and return after the update under way."""
         self._stop = reason
+
+    def fail(self, error: Exception) -> None:
+        """A worker met an error that no restart cures; the first one counts."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        """That error, if there was one."""
+        return self._failure

@@ -1,31 +1,42 @@
 """What a checkpoint holds: the adapter as it would be exported, and the state to go on from.
 
     adapter/                      the exported form (see ctrl_ray.policy.adapter)
-    training_state.safetensors    consolidated float32 parameters, moments and step count
+    training_state*.safetensors   float32 parameters, moments and step count, whole tensors
     progress.json                 updates done, stop-early facts
 
-All ranks take part; rank 0 writes. Any number of workers and any ZeRO stage can resume it.
+With LoRA rank 0 writes the state as one file. With full fine-tuning every rank owns some of the parameters, about as
+many bytes as any other, and writes those (training_state-00001-of-00002.safetensors, and the denoiser likewise): one
+parameter is gathered at a time, so that no rank ever holds the whole state. Either way any number of workers and any
+ZeRO stage can resume it, and nothing in it is a pickle, as it would be in DeepSpeed's own checkpoints.
+
+Saving is collective. Ray Train uploads in the background and registers a checkpoint once all ranks' parts are there: a
+crash on the way leaves the last good one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import Checkpoint
-from safetensors.torch import load_file, save_file
+from ray.train import Checkpoint, CheckpointUploadMode
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.errors import ModelError
-from ctrl_ray.policy.adapter import AdapterInfo, save_adapter
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
+from ctrl_ray.errors import CheckpointError, ModelError
+from ctrl_ray.policy.adapter import AdapterInfo, save_adapter, save_adapter_shard, shard_file
+from ctrl_ray.policy.condition import TrainablePolicy
 from ctrl_ray.policy.policy import ControlledPolicy
 
-STATE_FILE = "training_state.safetensors"
+STATE = "training_state"
 PROGRESS_FILE = "progress.json"
 ADAPTER_FOLDER = "adapter"
 
@@ -33,33 +44,138 @@ ADAPTER_FOLDER = "adapter"
 def report_checkpoint(
     engine: PolicyEngine, info: AdapterInfo, progress: dict[str, Any], score: float, *, validate: bool = False
 ) -> None:
-    """Collective: gather, write on rank 0, hand to Ray Train under the metric 'score'.
+    """Collective: write this rank's part, hand it to Ray Train under the metric 'score'.
 
-    validate: Ray Train evaluates it in a task of its own (`ctrl_ray.distributed.validation`), which sets the score.
+    validate: Ray Train evaluates the checkpoint beside training. CheckpointError when it cannot be written (disk full).
     """
-    state = engine.state()
-    folder = None
-    rank = ray.train.get_context().get_world_rank()
-    with engine.gathered() as policy:
-        if rank == 0:
-            folder = Path(tempfile.mkdtemp(prefix="ctrl_ray_checkpoint_"))
-            assert isinstance(policy, ControlledPolicy)
-            save_adapter(folder / ADAPTER_FOLDER, policy, info)
+    folder = Path(tempfile.mkdtemp(prefix="ctrl_ray_checkpoint_"))
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    try:
+        write_checkpoint(engine, info, progress, folder, rank, num_ranks)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _cannot_write(f"update {progress['updates_done']}", str(folder), error) from error
     metrics = {"score": score, **progress}
-    if folder is None:
+    if not any(folder.iterdir()):
+        shutil.rmtree(folder)
         ray.train.report(metrics)
         return
-    try:
-        save_file(state, folder / STATE_FILE)
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=_upload,
+        delete_local_checkpoint_after_upload=True,
+        validation=validate,
+    )
+
+
+def write_checkpoint(
+    engine: PolicyEngine, info: AdapterInfo, progress: Mapping[str, Any], folder: Path, rank: int, num_ranks: int
+) -> None:
+    """Collective: this rank's part of a checkpoint; with LoRA only rank 0 has one."""
+    if info.lora is None:
+        owners = assign_owners(engine.sizes(), num_ranks)
+        shard = engine.state([name for name, owner in owners.items() if owner == rank])
+        save_file(shard, folder / shard_file(STATE, rank, num_ranks))
+        assert isinstance(engine.policy, ControlledPolicy)
+        save_adapter_shard(folder / ADAPTER_FOLDER, engine.policy, info, shard, owners, rank, num_ranks)
+    else:
+        state = engine.state(None if rank == 0 else ())
+        with engine.gathered() as policy:
+            if rank == 0:
+                assert isinstance(policy, ControlledPolicy)
+                save_adapter(folder / ADAPTER_FOLDER, policy, info)
+        if rank == 0:
+            save_file(state, folder / shard_file(STATE, 0, 1))
+    if rank == 0:
         (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)), validation=validate)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state, progress) of a checkpoint folder."""
-    state, progress = Path(folder) / STATE_FILE, Path(folder) / PROGRESS_FILE
-    if not state.is_file() or not progress.is_file():
-        raise ModelError(f"checkpoint {folder} lacks {STATE_FILE} or {PROGRESS_FILE}; it was not written completely")
-    return load_file(state), json.loads(progress.read_text(encoding="utf-8"))
+def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """Which rank writes which parameter: the largest first, each to the rank with the least so far.
+
+    Control embeddings are small and belong to rank 0, which writes them into the adapter.
+    """
+    loads = [0] * num_ranks
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner = 0 if name.startswith("controls.") else loads.index(min(loads))
+        loads[owner] += sizes[name]
+        owners[name] = owner
+    return owners
+
+
+def restore_engine(policy: TrainablePolicy, config: TrainConfig) -> tuple[PolicyEngine, int]:
+    """The engine around a policy, as Ray Train's latest checkpoint of this run has it, and the updates done; collective."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return PolicyEngine(policy, config), 0
+    with checkpoint.as_directory() as folder:
+        state, progress = read_checkpoint(folder)
+        load_parameters(policy, state)
+        engine = PolicyEngine(policy, config)
+        engine.load_state(state)
+    return engine, int(progress["updates_done"])
+
+
+def read_checkpoint(folder: str | Path) -> tuple[StateFiles, dict[str, Any]]:
+    """(state, progress) of a checkpoint folder; the state is read from its files when it is asked for a tensor."""
+    progress = Path(folder) / PROGRESS_FILE
+    if not progress.is_file():
+        raise ModelError(f"checkpoint {folder} lacks {PROGRESS_FILE}; it was not written completely")
+    return StateFiles(Path(folder)), json.loads(progress.read_text(encoding="utf-8"))
+
+
+class StateFiles(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, wherever they lie; one is in memory at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """ModelError when a file is missing or cannot be read."""
+        files = sorted(folder.glob(f"{STATE}*.safetensors"))
+        count = int(files[0].stem.rsplit("-", 1)[1]) if files and files[0].stem != STATE else 1
+        expected = [shard_file(STATE, rank, count) for rank in range(count)]
+        if [file.name for file in files] != expected:
+            raise ModelError(
+                f"checkpoint {folder} holds the state files {[file.name for file in files]}; expected {expected}: it was "
+                "not written completely. Remove the folder to go on from an older checkpoint"
+            )
+        self._files: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    self._files |= dict.fromkeys(opened.keys(), file)
+            except SafetensorError as error:
+                raise ModelError(f"state file {file} of a checkpoint cannot be read: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Ray Train's own copy to the run's storage; what a failed one leaves is removed, it would never be registered."""
+    storage = ray.train.get_context().get_storage()
+    try:
+        return storage.persist_current_checkpoint(checkpoint, name)
+    except OSError as error:
+        target = storage.build_checkpoint_path_from_name(name)
+        with contextlib.suppress(OSError):  # another rank may have removed it, or still be writing its own part
+            storage.storage_filesystem.delete_dir(target)
+        raise _cannot_write(name, target, error) from error
+
+
+def _cannot_write(what: str, where: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {what} could not be written to {where}: {error}. The last good checkpoint is intact; make room "
+        "(df -h), lower num_checkpoints_to_keep or choose another output_dir, then go on with the same command and "
+        "--resume"
+    )

@@ -48,8 +48,10 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def needed_resources(config: TrainConfig) -> dict[str, float]:
-    """CPUs and GPUs that training workers, reward pool and asynchronous evaluation reserve together."""
-    workers, actors, beside = config.scaling.num_workers, config.rewards.num_actors, config.evaluation
+    """CPUs and GPUs that training workers (an elastic group: the fewest), reward pool and asynchronous evaluation reserve
+    together."""
+    workers, actors = config.scaling.min_workers or config.scaling.num_workers, config.rewards.num_actors
+    beside = config.evaluation
     return {
         "CPU": workers * config.scaling.cpus_per_worker
         + actors * config.rewards.cpus_per_actor

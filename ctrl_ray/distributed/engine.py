@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from ctrl_ray.config import TrainConfig
+from ctrl_ray.config import OptimizerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.distributed.deepspeed_config import deepspeed_config
+from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.policy.condition import Condition, TrainablePolicy
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""State that an optimizer keeps for every parameter."""
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
@@ -33,6 +35,13 @@ def learning_rate_factor(config: TrainConfig, update: int) -> float:
     progress = (update - warmup) / max(1, config.num_updates - warmup)
     floor = config.optimizer.final_learning_rate_fraction
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD with momentum over parameter groups; DeepSpeed shards its state."""
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum)
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
 
 
 class PolicyEngine:
@@ -46,14 +55,12 @@ class PolicyEngine:
         self._config = config
         groups = policy.parameter_groups(config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
         self._rates = tuple(float(group["lr"]) for group in groups)
-        optimizer = torch.optim.AdamW(
-            groups,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self._optimizer = make_optimizer(groups, config.optimizer)
+        self._moments = MOMENTS[config.optimizer.name]
+        self._updates = 0
         self.engine, *_ = deepspeed.initialize(
             model=policy,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             config=deepspeed_config(config),
             dist_init_required=False,
         )
@@ -78,13 +85,25 @@ class PolicyEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, update: int) -> float:
-        """Average gradients over ranks, clip, update; returns the global gradient norm before clipping."""
+        """Average gradients over ranks, clip, update; returns the global gradient norm before clipping.
+
+        NonFiniteError when the norm is not finite: the parameters are spoilt then, and no checkpoint must follow.
+        """
         factor = learning_rate_factor(self._config, update)
         for group, rate in zip(self.engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.engine.step()
+        self._updates += 1
         norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        if norm is None:
+            return float("nan")
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"update {update}: the gradient's norm is {float(norm)} though every cotangent was finite; lower "
+                "optimizer.learning_rate or guidance_strength, or use scaling.precision fp32. The last checkpoint is "
+                "from before this update"
+            )
+        return float(norm)
 
     @property
     def learning_rate(self) -> float:
@@ -93,32 +112,40 @@ class PolicyEngine:
 
     @contextmanager
     def gathered(self) -> Iterator[TrainablePolicy]:
-        """The policy with whole parameters (ZeRO-3 shards them); collective."""
-        parameters = list(self.policy.parameters()) if self._config.scaling.zero_stage == 3 else []
+        """The policy with its trainable parameters whole (ZeRO-3 shards them; the frozen ones stay sharded); collective."""
+        parameters = list(self.policy.trainable_parameters().values()) if self._config.scaling.zero_stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
             yield self.policy
 
-    def state(self) -> dict[str, Tensor]:
-        """Consolidated float32 state on the CPU: parameters, moments and the optimizer's step count; collective.
+    def state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Float32 state on the CPU: parameters, moments and the optimizer's step count; collective.
 
-        It does not depend on the ZeRO stage or on the number of workers. Keys: 'NAME', 'exp_avg/NAME',
-        'exp_avg_sq/NAME', 'step'.
+        It does not depend on the ZeRO stage or on the number of workers. Keys: 'NAME', 'MOMENT/NAME' for every moment of
+        the optimizer, 'step'. One parameter is gathered at a time; a rank keeps those in `names` (None: all).
         """
-        state: dict[str, Tensor] = {"step": torch.tensor(float(self._step_count()))}
+        state: dict[str, Tensor] = {"step": torch.tensor(float(self._updates))}
         for name, parameter in self.policy.trainable_parameters().items():
-            state[name] = _cpu(self._get(parameter, None))
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = _cpu(self._get(parameter, moment))
+            for key, moment in ((name, None), *((f"{moment}/{name}", moment) for moment in self._moments)):
+                whole = self._get(parameter, moment)
+                if names is None or name in names:
+                    state[key] = _cpu(whole)
         return state
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of every trainable parameter, whole (ZeRO-3 leaves an empty tensor in its place)."""
+        trainable = self.policy.trainable_parameters()
+        return {name: int(getattr(parameter, "ds_numel", parameter.numel())) for name, parameter in trainable.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore moments and step count; parameters must have been loaded into the policy before the engine was made
         (`load_parameters`), because ZeRO copies them at start."""
         for name, parameter in self.policy.trainable_parameters().items():
-            for moment in MOMENTS:
+            for moment in self._moments:
                 self._set_moment(parameter, moment, state[f"{moment}/{name}"])
-        for values in self._base_optimizer().state.values():
-            values["step"] = torch.as_tensor(float(state["step"])).to(values["step"])
+        self._updates = int(state["step"])
+        for values in self._optimizer.state.values():
+            if "step" in values:
+                values["step"] = torch.as_tensor(float(self._updates)).to(values["step"])
 
     def _initialise_optimizer_state(self) -> None:
         """Zero moments for every flat partition, linked to the parameters they belong to.
@@ -126,16 +153,13 @@ class PolicyEngine:
         DeepSpeed links them after the first update of the *first* parameter group only, so that with two groups the
         second one's moments could neither be read nor set.
         """
-        optimizer, stage = self.engine.optimizer, self._config.scaling.zero_stage
-        state = self._base_optimizer().state
         for partition in self._partitions():
-            state[partition] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(partition),
-                "exp_avg_sq": torch.zeros_like(partition),
-            }
-        if stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()
+            values = {moment: torch.zeros_like(partition) for moment in self._moments}
+            if isinstance(self._optimizer, torch.optim.AdamW):
+                values["step"] = torch.tensor(0.0)
+            self._optimizer.state[partition] = values
+        if self._config.scaling.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> list[Any]:
         optimizer, stage = self.engine.optimizer, self._config.scaling.zero_stage
@@ -143,32 +167,28 @@ class PolicyEngine:
             return list(self.policy.trainable_parameters().values())
         return list(optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat)
 
-    def _base_optimizer(self) -> Any:
-        optimizer = self.engine.optimizer
-        while not isinstance(optimizer, torch.optim.AdamW):
-            optimizer = optimizer.optimizer
-        return optimizer
-
-    def _step_count(self) -> float:
-        steps = {float(values["step"]) for values in self._base_optimizer().state.values()}
-        assert len(steps) == 1, steps
-        return steps.pop()
-
     def _get(self, parameter: Any, moment: str | None) -> Tensor:
         if self._config.scaling.zero_stage == 0:
-            if moment is None:
-                return parameter
-            return self._base_optimizer().state[parameter][moment]
-        if moment is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, moment)
+            return parameter if moment is None else self._optimizer.state[parameter][moment]
+        whole = (
+            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
+        )
+        assert whole is not None and whole.shape == getattr(parameter, "ds_shape", parameter.shape)
+        return whole
 
     def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
-        value = value.to(parameter.device if parameter.numel() else value.device)
-        if self._config.scaling.zero_stage == 0:
-            self._base_optimizer().state[parameter][moment].copy_(value)
+        stage = self._config.scaling.zero_stage
+        if stage == 0:
+            self._optimizer.state[parameter][moment].copy_(value)
+        elif stage < 3:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         else:
-            safe_set_full_optimizer_state(parameter, value, moment)
+            # DeepSpeed's own setter reads past the end of a value that does not divide by the number of ranks
+            optimizer = parameter._z3_optimizer
+            mine, _ = optimizer._get_fp32_opt_state_partition(parameter, False, moment)
+            start = mine.numel() * optimizer._get_param_partition_rank(parameter)
+            part = value.flatten()[start : start + mine.numel()]
+            mine[: part.numel()].copy_(part)
 
 
 def load_parameters(policy: TrainablePolicy, state: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ctrl_ray.config import ScalingConfig as OurScalingConfig
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
@@ -94,6 +95,8 @@ def run_workers(
             thread.join(_POLL_S)
             poll()
     poll()
+    if (failure := ray.get(channel.failure.remote())) is not None:
+        raise failure
     if "error" in outcome:
         raise own_error(outcome["error"]) or outcome["error"]
     result: Result = outcome["result"]
@@ -128,9 +131,10 @@ def _trainer(
         function,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=config.scaling.num_workers,
+            num_workers=num_workers(config.scaling),
             use_gpu=config.scaling.use_gpu,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
         ),
         validation_config=validation,
         run_config=RunConfig(
@@ -141,6 +145,13 @@ def _trainer(
             worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]
         ),
     )
+
+
+def num_workers(scaling: OurScalingConfig) -> int | tuple[int, int]:
+    """What Ray Train gets: a fixed number of workers, or (fewest, most) of an elastic group."""
+    if scaling.min_workers is None or scaling.min_workers == scaling.num_workers:
+        return scaling.num_workers
+    return scaling.min_workers, scaling.num_workers
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:

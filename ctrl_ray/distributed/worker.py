@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.distributed.checkpoints import read_checkpoint, report_checkpoint
-from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
+from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
 from ctrl_ray.distributed.training import (
     Learner,
     Rank,
@@ -26,6 +25,7 @@ from ctrl_ray.distributed.training import (
     kl_noise_floor,
     train_update,
 )
+from ctrl_ray.errors import HOPELESS
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
@@ -55,8 +55,21 @@ class TrainJob:
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """Stages 2 and 3 on one worker: build the policy, resume if there is a checkpoint, update, evaluate, checkpoint."""
+    """Stages 2 and 3 on one worker: build the policy, resume if there is a checkpoint, update, evaluate, checkpoint.
+
+    An error that a restart cannot cure is left with the channel; the workers that Ray Train restarts return at once.
+    """
     job: TrainJob = arguments["job"]
+    if ray.get(job.channel.failure.remote()) is not None:
+        return
+    try:
+        _train(job)
+    except HOPELESS as error:
+        ray.get(job.channel.fail.remote(error))
+        raise
+
+
+def _train(job: TrainJob) -> None:
     config = job.config
     rank = set_up_process(config)
     learner, first_update = _build_learner(job, rank)
@@ -122,17 +135,7 @@ def set_up_process(config: TrainConfig) -> Rank:
 def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
     config = job.config
     policy = build_policy(config, job.controls).to(rank.device)
-    checkpoint = ray.train.get_checkpoint()
-    state: dict[str, torch.Tensor] = {}
-    first_update = 0
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state, progress = read_checkpoint(folder)
-        first_update = int(progress["updates_done"])
-        load_parameters(policy, state)
-    engine = PolicyEngine(policy, config)
-    if state:
-        engine.load_state(state)
+    engine, first_update = restore_engine(policy, config)
     _tell(job, rank, {"kind": "started", "update": first_update})
     return make_learner(job, rank, engine), first_update
 

@@ -24,6 +24,7 @@ ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "control_embeddings.safetensors"
 UNET_FOLDER = "unet"
+_DENOISER = "diffusion_pytorch_model"
 FORMAT_VERSION = 1
 
 
@@ -150,9 +151,48 @@ def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo
             },
         )
     tables = {name: policy.controls.table(name).weight.detach().cpu().contiguous() for name in policy.controls.names}
-    save_file(tables, folder / EMBEDDINGS_FILE)
-    (folder / ADAPTER_FILE).write_text(info.to_json(), encoding="utf-8")
+    _save_facts(folder, tables, info)
     return folder
+
+
+def save_adapter_shard(
+    folder: str | Path,
+    policy: ControlledPolicy,
+    info: AdapterInfo,
+    shard: Mapping[str, Tensor],
+    owners: Mapping[str, int],
+    rank: int,
+    num_ranks: int,
+) -> None:
+    """Write one rank's part of a fully fine-tuned denoiser, in diffusers' sharded format; all ranks' parts together are
+    the adapter. shard: whole float32 tensors of the parameters that `owners` gives to this rank (others are ignored)."""
+    folder, prefix = Path(folder), "unet."
+    unet = folder / UNET_FOLDER
+    unet.mkdir(parents=True, exist_ok=True)
+    mine = {name.removeprefix(prefix): shard[name] for name in owners if name in shard and name.startswith(prefix)}
+    save_file(mine, unet / shard_file(_DENOISER, rank, num_ranks), metadata={"format": "pt"})
+    if rank:
+        return
+    policy.unet.save_config(unet)
+    if num_ranks > 1:
+        places = {
+            name.removeprefix(prefix): shard_file(_DENOISER, owner, num_ranks)
+            for name, owner in owners.items()
+            if name.startswith(prefix)
+        }
+        index = {"metadata": {}, "weight_map": places}
+        (unet / f"{_DENOISER}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    _save_facts(folder, {name: shard[f"controls.tables.{name}.weight"] for name in policy.controls.names}, info)
+
+
+def shard_file(stem: str, rank: int, num_ranks: int) -> str:
+    """File name of one part of several, as diffusers and transformers name them; the plain name when it is the only one."""
+    return f"{stem}.safetensors" if num_ranks == 1 else f"{stem}-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
+
+
+def _save_facts(folder: Path, tables: Mapping[str, Tensor], info: AdapterInfo) -> None:
+    save_file(dict(tables), folder / EMBEDDINGS_FILE)
+    (folder / ADAPTER_FILE).write_text(info.to_json(), encoding="utf-8")
 
 
 def read_embeddings(folder: str | Path, info: AdapterInfo) -> dict[str, Tensor]:

@@ -1,0 +1,327 @@
+"""What breaks on clusters, made to happen: a killed worker, a NaN, a full disk, a killed driver."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctrl_ray.config import SamplerConfig, TrainConfig, to_json
+from ctrl_ray.distributed.batches import training_batch
+from ctrl_ray.distributed.checkpoints import read_checkpoint
+from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.preflight import preflight
+from ctrl_ray.distributed.run import rewards_of
+from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.errors import CheckpointError, NonFiniteError
+from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
+from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+from ctrl_ray.rewards.protocol import PendingRewards
+from tests.integration.test_train import base_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+Rows = list[Mapping[str, Any]]
+
+
+@pytest.fixture
+def config(base_config: TrainConfig) -> TrainConfig:  # noqa: F811
+    """Two workers, six updates of two micro-batches, a checkpoint after every second one, evaluated at the end only."""
+    return dataclasses.replace(
+        base_config,
+        micro_batch_size_per_worker=2,
+        checkpoint_every_updates=2,
+        num_checkpoints_to_keep=2,
+        sampler=SamplerConfig(num_steps=2),
+        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
+        scaling=dataclasses.replace(base_config.scaling, num_workers=2, cpus_per_worker=0.5, threads_per_worker=1),
+    )
+
+
+def _train(
+    config: TrainConfig, folder: Path, rewards: Any, on_update: Callable[[int], None] = lambda update: None
+) -> tuple[Trained, Rows]:
+    """Stages 2 and 3 with checkpoints under a folder; on_update(updates done) is called after each one."""
+    plan = preflight(config)
+    rows: Rows = []
+
+    def on_row(row: Mapping[str, Any]) -> None:
+        rows.append(row)
+        if row["kind"] == "update":
+            on_update(row["update"])
+
+    job = TrainJob(
+        config=plan.config,
+        controls=plan.controls,
+        prompts=plan.prompts,
+        rewards=rewards,
+        info=plan.info,
+        channel=new_channel(),
+    )
+    return run_training(job, str(folder), on_row), rows
+
+
+def _local(config: TrainConfig) -> TrainConfig:
+    """Rewards in the workers."""
+    return dataclasses.replace(config, rewards=dataclasses.replace(config.rewards, num_actors=0))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "checkpoints").glob("checkpoint_*") if path.is_dir())
+
+
+def _updates_done(folder: Path) -> list[int]:
+    """Of every checkpoint whose progress is written."""
+    files = (folder / "checkpoints").glob("checkpoint_*/progress.json")
+    with contextlib.suppress(OSError, json.JSONDecodeError):  # being written or removed
+        return sorted(json.loads(file.read_text())["updates_done"] for file in files)
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class _Faulty:
+    """Rewards beside which something breaks on one worker, in the middle of an update."""
+
+    rewards: PooledRewards | RewardModelSpec
+    rank: int
+    request: int
+    """Counted from 0 in that worker's process."""
+    fault: Callable[[PendingRewards], PendingRewards]
+
+    def for_worker(self, rank: int) -> _FaultyRewards:
+        """What the worker calls."""
+        if isinstance(self.rewards, RewardModelSpec):
+            return _FaultyRewards(LocalRewards(load_reward_model(self.rewards)), self, rank)
+        return _FaultyRewards(self.rewards.for_worker(rank), self, rank)
+
+
+class _FaultyRewards:
+    def __init__(self, rewards: Any, plan: _Faulty, rank: int) -> None:
+        self._rewards, self._plan, self._rank, self._requests = rewards, plan, rank, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rewards, name)
+
+    def submit(self, *arguments: Any) -> PendingRewards:
+        """As the rewards do, but for one request of one rank."""
+        pending = self._rewards.submit(*arguments)
+        if (self._rank, self._requests) == (self._plan.rank, self._plan.request):
+            pending = self._plan.fault(pending)
+        self._requests += 1
+        return pending
+
+
+def _kill_once(marker: Path) -> Callable[[PendingRewards], PendingRewards]:
+    def fault(pending: PendingRewards) -> PendingRewards:
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pending
+
+    return fault
+
+
+def _poison(folder: Path, registered: int) -> Callable[[PendingRewards], PendingRewards]:
+    """A NaN in the cotangent, once Ray Train has registered the checkpoint after so many updates."""
+
+    def fault(pending: PendingRewards) -> PendingRewards:
+        snapshot, deadline = folder / "checkpoints" / "checkpoint_manager_snapshot.json", time.monotonic() + 120
+        while not (snapshot.exists() and re.search(rf'"updates_done": ?{registered}\b', snapshot.read_text())):
+            assert time.monotonic() < deadline, f"the checkpoint after {registered} updates was not registered"
+            time.sleep(0.05)
+        rewarded = pending.result()
+        assert rewarded.cotangent is not None
+        rewarded.cotangent[0, 0, 0, 0] = float("nan")
+        return LocalPendingRewards(rewarded)
+
+    return fault
+
+
+def _fill_once(disk: Path) -> Callable[[PendingRewards], PendingRewards]:
+    def fault(pending: PendingRewards) -> PendingRewards:
+        deadline = time.monotonic() + 120
+        # Ray Train removes the first of three checkpoints once the third one is registered
+        while _updates_done(disk) != [2, 3]:
+            assert time.monotonic() < deadline, _updates_done(disk)
+            time.sleep(0.05)
+        with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        return pending
+
+    return fault
+
+
+def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, tmp_path: Path) -> None:
+    """SIGKILL: the run goes on from the last checkpoint by itself, to the very adapter and moments it would have had."""
+    rank, request = random.SystemRandom().randrange(2), random.SystemRandom().randrange(2 * config.num_updates)
+    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=1))
+    marker = tmp_path / "killed"
+    left = []
+    with rewards_of(config) as rewards:
+        for name, client in (("whole", rewards), ("killed", _Faulty(rewards, rank, request, _kill_once(marker)))):
+            trained, rows = _train(config, tmp_path / name, client)
+            assert trained.updates_done == config.num_updates
+            adapter = export_adapter(trained, tmp_path / name / "adapter")
+            tensors: dict[str, Tensor] = {}
+            for file in adapter.glob("*.safetensors"):
+                tensors |= load_file(file)
+            state, _ = read_checkpoint(_checkpoints(tmp_path / name)[-1])
+            left.append(tensors | {f"state {key}": value for key, value in state.items()})
+    assert marker.exists()
+    fatal = request // 2  # updates done when the worker died
+    starts = [row["update"] for row in rows if row["kind"] == "started"]
+    assert starts[0] == 0 and len(starts) == 2 and starts[1] % 2 == 0 and starts[1] <= fatal, (fatal, starts)
+    whole, after = left
+    assert whole.keys() == after.keys() and len(whole) > 10
+    for key, value in whole.items():
+        assert torch.equal(value, after[key]), f"{key}: worker {rank} killed at its request {request}"
+
+
+def test_a_nan_in_one_micro_batch_stops_all_workers_before_the_step(config: TrainConfig, tmp_path: Path) -> None:
+    """The error names update, micro-batch and rank; nothing is tried again in vain; the last checkpoint is good."""
+    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=3))
+    updates: list[int] = []
+    with rewards_of(_local(config)) as spec:
+        poisoned = _Faulty(spec, rank=1, request=2 * 3 + 1, fault=_poison(tmp_path, 2))
+    with pytest.raises(NonFiniteError, match="update 3, micro-batch 1 on rank 1"):  # updates count from 0 here
+        _train(config, tmp_path, poisoned, updates.append)
+    assert updates == [1, 2, 3]  # the fourth update was not made, and no update was made again
+    (checkpoint,) = _checkpoints(tmp_path)
+    state, progress = read_checkpoint(checkpoint)
+    assert progress["updates_done"] == 2 and int(state["step"]) == 2
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+    trained, more = _train(config, tmp_path, spec)
+    assert [row["update"] for row in more if row["kind"] == "started"] == [2]
+    assert trained.updates_done == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "ctrl_ray_test", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_disk: Path) -> None:
+    """A clear error, no half-written checkpoint; with room again the run goes on."""
+    config = dataclasses.replace(_local(config), checkpoint_every_updates=1)
+    filler = small_disk / "filler"
+    with rewards_of(config) as spec:
+        with pytest.raises(CheckpointError, match=r"could not be written to .*[Nn]o space left.*--resume"):
+            _train(config, small_disk, _Faulty(spec, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
+        assert filler.exists()
+        good = _checkpoints(small_disk)[-1]
+        state, progress = read_checkpoint(good)
+        assert progress["updates_done"] == int(state["step"]) == 3
+        assert all(bool(torch.isfinite(value).all()) for value in state.values())
+        filler.unlink()
+        trained, rows = _train(config, small_disk, spec)
+    assert [row["update"] for row in rows if row["kind"] == "started"] == [3]
+    assert trained.updates_done == 6
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None:
+    """SIGKILL of the command: the same command with --resume does the rest."""
+    folder = tmp_path / "run"
+    file = tmp_path / "config.json"
+    file.write_text(to_json(dataclasses.replace(config, output_dir=str(folder))))
+    command = [sys.executable, "-m", "ctrl_ray.train", "--config", str(file)]
+    first = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not any(row["kind"] == "update" and row["update"] >= 4 for row in _rows(folder)):
+        assert first.poll() is None and time.monotonic() < deadline, "the run ended or hangs before its fourth update"
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    subprocess.run([*command, "--resume"], check=True, timeout=300)
+    updates = [row["update"] for row in read_metrics(folder) if row["kind"] == "update"]
+    assert updates == [1, 2, 3, 4, 5, 6]
+    assert (folder / "adapter" / "adapter.json").is_file() and (folder / "report" / "report.html").is_file()
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+
+
+@pytest.mark.slow
+def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConfig, tmp_path: Path) -> None:
+    """Two workers, one, two again: in every update the same eight samples, and the losses of a fixed group."""
+    config = dataclasses.replace(
+        _local(config),
+        num_updates=8,
+        checkpoint_every_updates=1,
+        scaling=dataclasses.replace(config.scaling, cpus_per_worker=1.0, max_failures=3),
+    )
+    _, rows = _train(config, tmp_path / "fixed", _spec(config))
+    losses = [row["metrics"]["loss"] for row in rows if row["kind"] == "update"]
+    folder = tmp_path / "elastic"
+    folder.mkdir()
+    elastic = dataclasses.replace(config.scaling, min_workers=1, resize_check_s=3.0)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(dataclasses.replace(config, scaling=elastic)))
+    quick = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        "RAY_health_check_initial_delay_ms": "2000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    command = [sys.executable, "-m", "tests.integration.elastic", str(file), str(folder)]
+    subprocess.run(command, check=True, timeout=500, env=os.environ | quick)
+    rows = json.loads((folder / "rows.json").read_text())
+    last = {row["update"]: row["metrics"]["loss"] for row in rows if row["kind"] == "update"}
+    assert [last[update] for update in range(1, 9)] == pytest.approx(losses, rel=1e-4)
+    starts = [row["update"] for row in rows if row["kind"] == "started"]
+    assert starts[0] == 0 and all(2 <= update <= 5 for update in starts[1:]), starts
+    seen: dict[tuple[int, int], set[str]] = {}
+    for line in (folder / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seen.setdefault((row["update"], row["workers"]), set()).update(map(json.dumps, row["samples"]))
+    plan = preflight(config)
+    for update, workers in ((0, 2), (1, 2), (2, 2), (4, 1), (6, 2), (7, 2)):
+        batch = training_batch(
+            config.seed,
+            update,
+            range(config.global_batch_size),
+            plan.prompts,
+            plan.controls,
+            tuple(config.controls),
+            config.control_dropout,
+        )
+        samples = zip(batch.prompts, batch.labels.tolist(), strict=True)
+        assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)
+
+
+def _spec(config: TrainConfig) -> RewardModelSpec:
+    with rewards_of(_local(config)) as spec:
+        assert isinstance(spec, RewardModelSpec)
+        return spec

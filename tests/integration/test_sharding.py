@@ -1,0 +1,169 @@
+"""ZeRO 0 to 3, LoRA and full fine-tuning: the same answer as one process, true shapes, state that moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ctrl_ray
+from ctrl_ray.config import ControlConfig, LoraConfig, OptimizerConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.distributed.training import Rank, train_update
+from ctrl_ray.policy.build import build_policy
+from tests.integration.sharding import Case, PlainEngine, make_learner, run_cases
+
+STAGES = {f"stage{stage}": ScalingConfig(zero_stage=stage, zero3_persistence_threshold=0) for stage in (0, 1, 2, 3)}
+OFFLOADED = {
+    "stage2-offloaded": ScalingConfig(zero_stage=2, offload="optimizer"),
+    "stage3-offloaded": ScalingConfig(zero_stage=3, zero3_persistence_threshold=0, offload="optimizer_and_parameters"),
+}
+SGD_CASES = {(False, name): scaling for name, scaling in STAGES.items()} | {
+    (True, name): scaling for name, scaling in (STAGES | OFFLOADED).items()
+}
+"""By (all weights are trained, name)."""
+
+
+@pytest.fixture(scope="module")
+def base_config(tiny_pipeline: Path) -> TrainConfig:
+    """Two controls on the tiny pipeline."""
+    return TrainConfig(
+        base_model=str(tiny_pipeline),
+        global_batch_size=8,
+        micro_batch_size_per_worker=2,
+        controls={
+            name: ControlConfig(classes=tuple(f"class {index}" for index in range(count)), guidance_strength=2.0)
+            for name, count in (("jpeg_size", 4), ("colourfulness", 3))
+        },
+        lora=LoraConfig(rank=2, alpha=2.0),
+    )
+
+
+def _config(config: TrainConfig, full: bool, scaling: ScalingConfig, optimizer: OptimizerConfig) -> TrainConfig:
+    """Updates of eight trajectories of two steps; a constant learning rate."""
+    optimizer = dataclasses.replace(optimizer, warmup_updates=0, final_learning_rate_fraction=1.0)
+    return dataclasses.replace(
+        config,
+        full_finetune=full,
+        num_updates=5 if optimizer.name == "sgd" else 4,
+        micro_batch_size_per_worker=2,
+        sampler=SamplerConfig(num_steps=2),
+        optimizer=optimizer,
+        scaling=dataclasses.replace(scaling, threads_per_worker=1),
+    )
+
+
+def _sgd(config: TrainConfig, full: bool, scaling: ScalingConfig) -> TrainConfig:
+    """Five updates of SGD with momentum, each with a gradient that is clipped."""
+    rate = 1e-2 if full else 1e-1
+    optimizer = OptimizerConfig(name="sgd", learning_rate=rate, embedding_learning_rate=rate, gradient_clipping=1.0)
+    return _config(config, full, scaling, optimizer)
+
+
+@pytest.fixture(scope="module")
+def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two workers leave: five SGD updates of every stage, and AdamW runs with a checkpoint half-way."""
+    folder = tmp_path_factory.mktemp("two_workers")
+    cases = {
+        f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling))
+        for (full, name), scaling in SGD_CASES.items()
+    }
+    for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
+        config = _config(base_config, full, STAGES[f"stage{stage}"], OptimizerConfig(learning_rate=3e-3))
+        cases[name] = Case(config=config, save_after=2)
+    run_cases(cases, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_two_workers_take_the_steps_of_one_process(
+    full: bool,
+    two_workers: Path,
+    base_config: TrainConfig,
+) -> None:
+    """Every stage, offloaded or not: the parameters' change after five SGD-with-momentum updates differs by at most 1e-4
+    (relative L2) from plain torch's in this process."""
+    config = _sgd(base_config, full, ScalingConfig())
+    policy = build_policy(config)
+    start = {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+    learner = make_learner(config, PlainEngine(policy, config), Rank(0, 1, torch.device("cpu")))
+    for update in range(config.num_updates):
+        train_update(learner, update)
+    change = {name: p.detach() - start[name] for name, p in policy.trainable_parameters().items()}
+    size = float(torch.cat([value.flatten() for value in change.values()]).norm())
+    for name in (name for trained_full, name in SGD_CASES if trained_full == full):
+        state = load_file(two_workers / f"{'full' if full else 'lora'}-{name}.safetensors")
+        assert {key: state[key].shape for key in start} == {key: value.shape for key, value in start.items()}
+        difference = float(torch.cat([(state[key] - start[key] - change[key]).flatten() for key in start]).norm())
+        print(f"{'full' if full else 'lora'} {name}: {difference / size:.2e} of a change of {size:.3g}")
+        assert difference / size <= 1e-4, name
+        assert int(state["step"]) == 5
+        # ZeRO-3 shards every parameter of the policy, frozen and reference weights included; the others none
+        expected = len(list(policy.parameters())) if name.startswith("stage3") else 0
+        assert int(state["sharded"]) == expected, name
+
+
+def _resumed(base: TrainConfig, load: str, stage: int) -> Case:
+    full, optimizer = "full" in load, OptimizerConfig(learning_rate=3e-3)
+    return Case(config=_config(base, full, STAGES[f"stage{stage}"], optimizer), first_update=2, load=load)
+
+
+def _check_losses(folder: Path, saved: str, names: list[str]) -> None:
+    whole = json.loads((folder / f"{saved}.json").read_text())
+    assert abs(whole[2] - whole[0]) > 1e-3 * abs(whole[0])  # a loss that tells one update from another
+    for name in names:
+        assert json.loads((folder / f"{name}.json").read_text()) == pytest.approx(whole[2:], rel=2e-5), name
+
+
+def test_a_checkpoint_of_two_workers_resumes_on_one(two_workers: Path, base_config: TrainConfig) -> None:
+    """LoRA and all weights, from ZeRO 1, 2 and 3 to other stages: the state is what was saved bit for bit, and the
+    losses of the next updates are those of the run that went on."""
+    loads = {"saved-lora": 0, "saved-full1": 0, "saved-full3": 1}
+    run_cases({f"{load}-at-1": _resumed(base_config, load, stage) for load, stage in loads.items()}, 1, two_workers)
+    for load in loads:
+        _check_losses(two_workers, load, [f"{load}-at-1"])
+
+
+def test_a_lora_checkpoint_of_two_workers_resumes_on_three(
+    two_workers: Path,
+    base_config: TrainConfig,
+) -> None:
+    """Neither the batch nor the tensors divide by three."""
+    cases = {f"saved-lora-at-3-stage{stage}": _resumed(base_config, "saved-lora", stage) for stage in (1, 3)}
+    run_cases(cases, 3, two_workers)
+    _check_losses(two_workers, "saved-lora", list(cases))
+
+
+def test_a_full_checkpoint_of_two_workers_resumes_on_four(two_workers: Path, base_config: TrainConfig) -> None:
+    """Saved under ZeRO-1, resumed under ZeRO-3, and the other way round."""
+    loads = {"saved-full1": 3, "saved-full3": 2}
+    run_cases({f"{load}-at-4": _resumed(base_config, load, stage) for load, stage in loads.items()}, 4, two_workers)
+    for load in loads:
+        _check_losses(two_workers, load, [f"{load}-at-4"])
+
+
+@pytest.mark.parametrize("saved", ["saved-lora", "saved-full1", "saved-full3"])
+def test_the_adapter_in_a_checkpoint_of_two_workers_loads(
+    saved: str,
+    two_workers: Path,
+    base_config: TrainConfig,
+) -> None:
+    """Tensors have their true shapes and the values of the state; plain diffusers code loads them."""
+    adapter = two_workers / saved / "adapter"
+    state: dict[str, torch.Tensor] = {}
+    for file in (two_workers / saved).glob("training_state*.safetensors"):
+        part = load_file(file)
+        assert not (part.keys() & state.keys()) - {"step"}
+        state |= part
+    policy = build_policy(dataclasses.replace(base_config, init_adapter=str(adapter), full_finetune="full" in saved))
+    for name, parameter in policy.trainable_parameters().items():
+        assert torch.equal(parameter, state[name]), name
+    ctrl_ray.ControlledPipeline.from_pretrained(str(adapter))
+    if "full" in saved:
+        files = sorted(path.name for path in (adapter / "unet").glob("*.safetensors"))
+        assert files == [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        sizes = [(adapter / "unet" / name).stat().st_size for name in files]
+        assert max(sizes) < 0.6 * sum(sizes)  # no rank wrote, or held, much more than its half
