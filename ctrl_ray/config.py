@@ -293,8 +293,9 @@ class RewardPoolConfig:
 class ScalingConfig:
     """Workers and how DeepSpeed shards over them."""
 
-    num_workers: int = 1
-    """Ray Train workers; each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs)."""
+    num_workers: int | Literal["auto"] = 1
+    """Ray Train workers; each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as the cluster
+    holds beside the reward pool and as divide the global batch, with a smaller micro-batch where that is needed."""
     use_gpu: bool = False
     """One GPU for each worker; False trains on CPU with gloo."""
     cpus_per_worker: float = 1.0
@@ -323,7 +324,13 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            self.num_workers == "auto" or (isinstance(self.num_workers, int) and self.num_workers >= 1),
+            f"scaling.num_workers is {self.num_workers}; expected at least 1, or auto",
+        )
+        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+        most = math.inf if self.num_workers == "auto" else self.num_workers
+        _require(
+            self.min_workers is None or 1 <= self.min_workers <= most,
             f"scaling.min_workers is {self.min_workers}; expected 1 to scaling.num_workers ({self.num_workers})",
         )
         _require(self.resize_check_s >= 0, f"scaling.resize_check_s is {self.resize_check_s}; expected >= 0")
@@ -340,13 +347,18 @@ class ScalingConfig:
             self.offload != "optimizer_and_parameters" or self.zero_stage == 3,
             f"scaling.offload 'optimizer_and_parameters' needs scaling.zero_stage 3; got {self.zero_stage}",
         )
-        _require(self.num_workers >= 1, f"scaling.num_workers is {self.num_workers}; expected at least 1")
-        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
 
     @property
     def num_threads(self) -> int:
         """torch threads of a worker on the CPU."""
         return self.threads_per_worker or max(1, math.ceil(self.cpus_per_worker))
+
+    @property
+    def fixed_num_workers(self) -> int:
+        """num_workers as a number; ConfigError while it is still to be decided (`resolve_num_workers`)."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        raise ConfigError(f"scaling.num_workers is {self.num_workers!r}: it becomes a number when a run is prepared")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -454,13 +466,14 @@ class TrainConfig:
             self.micro_batch_size_per_worker >= 1,
             f"micro_batch_size_per_worker is {self.micro_batch_size_per_worker}; expected at least 1",
         )
-        per_pass = self.scaling.num_workers * self.micro_batch_size_per_worker
-        _require(
-            self.global_batch_size % per_pass == 0,
-            f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
-            f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
-            f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
-        )
+        if self.scaling.num_workers != "auto":
+            per_pass = self.scaling.fixed_num_workers * self.micro_batch_size_per_worker
+            _require(
+                self.global_batch_size % per_pass == 0,
+                f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
+                f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
+                f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
+            )
         _require(
             self.group_size >= 1 and self.micro_batch_size_per_worker % self.group_size == 0,
             f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker "
@@ -491,7 +504,7 @@ class TrainConfig:
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches per worker and update."""
-        return self.global_batch_size // (self.scaling.num_workers * self.micro_batch_size_per_worker)
+        return self.global_batch_size // (self.scaling.fixed_num_workers * self.micro_batch_size_per_worker)
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     print(plan.summary, flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
-    folder.prepare(plan.config, resume=resume)
+    folder.prepare(plan.asked, resume=resume)
     with connected():
         check_cluster(plan.config)
         plan = prepare_classifiers(plan, folder, PipelineSampler(plan.config, plan.prompts))

@@ -149,9 +149,8 @@ def _trainer(
 
 def num_workers(scaling: OurScalingConfig) -> int | tuple[int, int]:
     """What Ray Train gets: a fixed number of workers, or (fewest, most) of an elastic group."""
-    if scaling.min_workers is None or scaling.min_workers == scaling.num_workers:
-        return scaling.num_workers
-    return scaling.min_workers, scaling.num_workers
+    most = scaling.fixed_num_workers
+    return most if scaling.min_workers in (None, most) else (scaling.min_workers, most)
 
 
 def _worker_environment(config: TrainConfig) -> dict[str, str]:

@@ -10,8 +10,11 @@ from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts
 from ctrl_ray.config_json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import Guidance
-from ctrl_ray.distributed.cluster import check_local_machine, needed_resources
+from ctrl_ray.distributed.cluster import check_local_machine, cluster_facts, needed_resources
+from ctrl_ray.distributed.planner import Plan, make_plan, num_branches, zero_options
+from ctrl_ray.distributed.planner_counts import PolicyCounter, PolicyCounts
+from ctrl_ray.distributed.planner_fit import fit_of, remedies, resolve_num_workers
+from ctrl_ray.distributed.planner_table import plan_lines
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.offline.reading import read_prompts_column
@@ -19,9 +22,7 @@ from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbone import load_scheduler, make_kernel
-from ctrl_ray.policy.build import build_policy, policy_controls
-
-_MEBIBYTE = 2**20
+from ctrl_ray.policy.build import policy_controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,10 @@ class Preflight:
     """A checked run, ready to start."""
 
     config: TrainConfig
-    """With absolute paths, and controls completed from their classifiers."""
+    """With absolute paths, controls completed from their classifiers, and the number of workers decided."""
+    asked: TrainConfig
+    """The same before the number of workers (and with it the micro-batch) was decided: what config.json records, so that
+    a resumed run may decide anew."""
     controls: dict[str, ControlConfig]
     """The policy's, in column order."""
     prompts: tuple[str, ...]
@@ -53,13 +57,20 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False) -> Preflig
     )
     for name, control in config.controls.items():
         _check_control(name, control, config)
-    check_local_machine(config)
     controls = policy_controls(config)
     prompts = training_prompts(config)
     evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
     scheduler = load_scheduler(config.base_model, config.base_revision)
     kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta, config.sampler.reference_steps)
     _check_kernel(kernel, config)
+    asked, planner = config, _Planner(controls, kernel, len(prompts))
+    facts = cluster_facts()
+    resolved = resolve_num_workers(config, facts, planner.plan)
+    config = resolved.config
+    check_local_machine(config)
+    plan = planner.plan(config)
+    fit = fit_of(plan, config, facts)
+    lines = plan_lines(plan, config, fit, remedies(config, planner.plan, facts) if fit.answer == "no" else [])
     info = make_adapter_info(
         base_model=config.base_model,
         base_revision=config.base_revision,
@@ -71,12 +82,37 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False) -> Preflig
     )
     return Preflight(
         config=config,
+        asked=asked,
         controls=controls,
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         info=info,
-        summary=_summary(config, controls, prompts),
+        summary=_summary(config, controls, prompts, planner.counts(config), lines, resolved.why),
     )
+
+
+class _Planner:
+    """Plans of configs that differ in scaling and micro-batch size only; what is counted is counted once."""
+
+    def __init__(self, controls: dict[str, ControlConfig], kernel: DDIMKernel, num_prompts: int) -> None:
+        self._controls, self._kernel, self._num_prompts = controls, kernel, num_prompts
+        self._counters: dict[tuple[str, bool, int], PolicyCounter] = {}
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """The plan of a config whose number of workers is decided."""
+        step = self._counter(config).step(config.micro_batch_size_per_worker)
+        return make_plan(config, self.counts(config), step, self._kernel, num_prompts=self._num_prompts)
+
+    def counts(self, config: TrainConfig) -> PolicyCounts:
+        """Parameters of the policy."""
+        return self._counter(config).counts()
+
+    def _counter(self, config: TrainConfig) -> PolicyCounter:
+        threshold = int(zero_options(config)["stage3_param_persistence_threshold"])
+        key = (config.scaling.precision, config.scaling.gradient_checkpointing, threshold)
+        if key not in self._counters:
+            self._counters[key] = PolicyCounter(config, self._controls, persistence_threshold=threshold)
+        return self._counters[key]
 
 
 def training_prompts(config: TrainConfig) -> tuple[str, ...]:
@@ -163,20 +199,18 @@ def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
         )
 
 
-def _summary(config: TrainConfig, controls: dict[str, ControlConfig], prompts: tuple[str, ...]) -> str:
-    policy = build_policy(config, controls)
-    trainable = {name: p.numel() for name, p in policy.trainable_parameters().items()}
-    tables = sum(count for name, count in trainable.items() if name.startswith("controls."))
-    total = sum(trainable.values())
-    all_parameters = sum(p.numel() for p in policy.parameters())
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    state = sum(trainable.values()) * 4 * 3
-    latents = 4 * config.micro_batch_size_per_worker * (config.sampler.num_steps + 1)
-    for size in policy.latent_shape:
-        latents *= size
-    branches = Guidance(config.sampler.guidance_scale, config.sampler.control_scale).num_branches
-    cost = make_estimator(config.estimator, config.sampler.num_steps).cost(config.sampler.num_steps, branches > 1)
-    workers = config.scaling.num_workers
+def _summary(
+    config: TrainConfig,
+    controls: dict[str, ControlConfig],
+    prompts: tuple[str, ...],
+    counts: PolicyCounts,
+    plan: list[str],
+    why: str,
+) -> str:
+    total, tables = counts.trainable_elements, counts.table_elements
+    guided = num_branches(config) > 1
+    cost = make_estimator(config.estimator, config.sampler.num_steps).cost(config.sampler.num_steps, guided)
+    workers = config.scaling.fixed_num_workers
     needed = needed_resources(config)
     kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}"
     lines = [
@@ -184,6 +218,7 @@ def _summary(config: TrainConfig, controls: dict[str, ControlConfig], prompts: t
         "",
         f"batch      {config.global_batch_size} trajectories per update = {workers} workers × {config.num_micro_batches} "
         f"micro-batches × {config.micro_batch_size_per_worker}; {len(prompts)} prompts",
+        *([f"workers    {why}"] if why else []),
         "controls   "
         + ", ".join(
             f"{name} ({c.num_classes} classes, guidance_strength {c.guidance_strength:g} / kl_coef {config.kl_coef:g})"
@@ -191,13 +226,11 @@ def _summary(config: TrainConfig, controls: dict[str, ControlConfig], prompts: t
         ),
         f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
         f"{config.sampler.guidance_scale:g}",
-        f"trainable  {total:,} of {all_parameters:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
+        f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
         f"denoiser   per sample and update {cost['forwards']:g} forwards and {cost['backwards']:g} backwards; "
         f"{cost['forwards'] * config.global_batch_size:,.0f} and {cost['backwards'] * config.global_batch_size:,.0f} an "
         "update",
-        f"memory     per worker: weights {weights / _MEBIBYTE:.1f} MiB, gradients and optimizer up to "
-        f"{state / _MEBIBYTE:.1f} MiB (ZeRO-{config.scaling.zero_stage} over {workers}), latents kept "
-        f"{latents / _MEBIBYTE:.2f} MiB, plus the activations of one denoising step",
+        *plan,
         f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",
     ]

@@ -55,7 +55,7 @@ def sample_policy(
 
     Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
     """
-    count = min(scaling.num_workers, len(job.sample_ids))
+    count = min(scaling.fixed_num_workers, len(job.sample_ids))
     threads = scaling.threads_per_worker or max(1, math.ceil(scaling.cpus_per_worker))
     remote = ray.remote(_sample_part).options(
         num_cpus=scaling.cpus_per_worker,

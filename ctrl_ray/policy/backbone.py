@@ -68,6 +68,17 @@ def load_unet(
     return unet.eval().requires_grad_(False)
 
 
+def empty_unet(
+    base_model: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """The same denoiser from its configuration alone, on torch's meta device: shapes and types without memory."""
+    folder = _checked_folder(base_model, revision)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    torch.nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
+    return unet.eval().requires_grad_(False)
+
+
 def load_scheduler(base_model: str, revision: str | None = None) -> DDIMScheduler:
     """DDIM with the pipeline's noise schedule, ending at ᾱ of the first training step so that the last step has a
     density, and with no clipping of x_0 (clipping is no part of the Gaussian step)."""

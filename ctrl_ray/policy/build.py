@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
-from ctrl_ray.policy.backbone import load_scheduler, load_unet
+from ctrl_ray.policy.backbone import empty_unet, load_scheduler, load_unet
 from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.policy import ControlledPolicy
 
@@ -28,23 +29,30 @@ def policy_controls(config: TrainConfig) -> dict[str, ControlConfig]:
     return controls
 
 
-def build_policy(config: TrainConfig, controls: Mapping[str, ControlConfig] | None = None) -> ControlledPolicy:
+def build_policy(
+    config: TrainConfig, controls: Mapping[str, ControlConfig] | None = None, *, empty: bool = False
+) -> ControlledPolicy:
     """The policy of a run before its first update; equal to the reference unless `init_adapter` is set.
+
+    empty: all of it on torch's meta device, for counting; no weights are read.
 
     bf16 keeps a frozen backbone in bfloat16 under float32 LoRA and tables; with full fine-tuning the denoiser's weights
     stay float32 and run under bfloat16 autocast.
     """
     bf16 = config.scaling.precision == "bf16"
     frozen = not config.full_finetune
-    policy = ControlledPolicy(
-        load_unet(config.base_model, config.base_revision, dtype=torch.bfloat16 if bf16 and frozen else torch.float32),
-        {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
-        lora=config.lora if frozen else None,
-        prediction_type=load_scheduler(config.base_model, config.base_revision).config.prediction_type,
-        autocast_dtype=torch.bfloat16 if bf16 and not frozen else None,
-        seed=config.seed,
-    )
-    if config.init_adapter:
+    dtype = torch.bfloat16 if bf16 and frozen else torch.float32
+    unet = (empty_unet if empty else load_unet)(config.base_model, config.base_revision, dtype=dtype)
+    with torch.device("meta") if empty else nullcontext():
+        policy = ControlledPolicy(
+            unet,
+            {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
+            lora=config.lora if frozen else None,
+            prediction_type=load_scheduler(config.base_model, config.base_revision).config.prediction_type,
+            autocast_dtype=torch.bfloat16 if bf16 and not frozen else None,
+            seed=config.seed,
+        )
+    if config.init_adapter and not empty:
         check_base_model(
             read_adapter_info(config.init_adapter), resolve_base_model(config.base_model, config.base_revision)
         )
