@@ -14,7 +14,7 @@ import ray
 import ray.train
 from ray.cluster_utils import Cluster
 
-from ctrl_ray.config import train_config_from_json
+from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.distributed.batches import num_rounds
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import new_channel, run_training

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctrl_ray.config import SamplerConfig, TrainConfig, to_json
+from ctrl_ray.config import SamplerConfig, TrainConfig
+from ctrl_ray.config_json import to_json
 from ctrl_ray.distributed.batches import training_batch
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
