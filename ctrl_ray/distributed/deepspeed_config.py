@@ -6,6 +6,9 @@ from typing import Any
 
 from ctrl_ray.config import TrainConfig
 
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""State that an optimizer keeps for every parameter."""
+
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """What `deepspeed.initialize` gets.

@@ -19,13 +19,9 @@ from torch import Tensor
 
 from ctrl_ray.config import OptimizerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
-from ctrl_ray.distributed.deepspeed_config import deepspeed_config
+from ctrl_ray.distributed.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.policy.condition import Condition, TrainablePolicy
-
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""State that an optimizer keeps for every parameter."""
-
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
     """Linear warm-up, then a cosine from 1 to `final_learning_rate_fraction` over the run; update counts from 0."""

@@ -4,11 +4,12 @@ Bytes are tensor bytes of one worker. What DeepSpeed 0.19 keeps at each ZeRO sta
 bytes on N workers, read from its source:
 
     stage   weights       master copies   gradients    moments   communication
-    0       P             0               P            2 P       one flat copy of the gradients at the update
-    1       P             P / N           P            2 P / N   one bucket
-    2       P             P / N           2 P / N      2 P / N   one bucket
-    3       P / N         P / N           P / N        2 P / N   one bucket, and the parameters gathered at a time
+    0       P             0               P            m P       one flat copy of the gradients at the update
+    1       P             P / N           P            m P / N   one bucket
+    2       P             P / N           2 P / N      m P / N   one bucket
+    3       P / N         P / N           P / N        m P / N   one bucket, and the parameters gathered at a time
 
+with m moments a parameter: 2 for AdamW, 1 for SGD.
 Frozen weights are whole in stages 0 to 2 and sharded in stage 3.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance
-from ctrl_ray.distributed.deepspeed_config import deepspeed_config
+from ctrl_ray.distributed.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.distributed.planner_counts import PolicyCounts, StepBytes
 from ctrl_ray.gradients.estimators import make_estimator
 
@@ -53,7 +54,7 @@ class MemoryPlan:
     """Float32 copies of this worker's partition (ZeRO 1 to 3)."""
     gradients: int
     optimizer: int
-    """AdamW's two moments."""
+    """AdamW's two moments, or SGD's momentum."""
     communication: int
     """DeepSpeed's reduction bucket; under ZeRO-3 also the parameters gathered at a time."""
     activations: int
@@ -153,7 +154,8 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, n
     zero = zero_options(config)
     trained, frozen = counts.trainable_bytes, counts.frozen_bytes - counts.reference_bytes
     shard = math.ceil(trained / workers)
-    master, moments = (shard, 2 * shard) if stage else (0, 2 * trained)
+    num_moments = len(MOMENTS[config.optimizer.name])
+    master, moments = (shard, num_moments * shard) if stage else (0, num_moments * trained)
     gradients = {0: trained, 1: trained, 2: 2 * shard, 3: shard}[stage]
     bucket = FLOAT * int(zero["reduce_bucket_size"]) if stage else 0
     weights = {"frozen": frozen, "reference": counts.reference_bytes, "trained": trained}
