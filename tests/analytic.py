@@ -11,8 +11,8 @@ from torch import Tensor
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.distributed.engine import learning_rate_factor
-from ctrl_ray.distributed.training import Learner, Rank, train_update
-from ctrl_ray.distributed.verification import case_config, case_learner, policy_means
+from ctrl_ray.distributed.training import Learner, Rank
+from ctrl_ray.distributed.verification import averaged_updates, case_config, case_learner, policy_means
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid
 from ctrl_ray.exact.suite import Case
 from ctrl_ray.gradients.estimators import Estimator
@@ -78,10 +78,9 @@ def train(
 ) -> tuple[Answer, Solution]:
     """Train the case to its end; the law of coordinate 0 that is reached, and the exact answers."""
     learner, policy = make_learner(case, estimator, engine)
-    for update in range(case.effort.num_updates):
-        train_update(learner, update)
+    *_, (_, averaged) = averaged_updates(learner, policy)
     solution = solve_on_grid(case.problem, num_bins=600, controlled_from=case.controlled_from)
-    return policy_answer(case.problem, solution.grid, means_on(solution.grid.centres, learner, policy)), solution
+    return policy_answer(case.problem, solution.grid, means_on(solution.grid.centres, learner, averaged)), solution
 
 
 def means_on(centres: np.ndarray, learner: Learner, policy: AnalyticPolicy) -> list[np.ndarray]:

@@ -127,8 +127,9 @@ def _gpu_memory(node_id: str, timeout_s: float = 30.0) -> int | None:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_retries=0, scheduling_strategy=strategy)(ask)
-    reference = task.remote()
+    task: Any = ray.remote(ask)
+    options = {"num_cpus": 0, "num_gpus": 0.01, "max_retries": 0, "scheduling_strategy": strategy}
+    reference = task.options(**options).remote()
     done, _ = ray.wait([reference], timeout=timeout_s)
     if not done:
         ray.cancel(reference, force=True)

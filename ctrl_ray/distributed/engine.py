@@ -23,6 +23,7 @@ from ctrl_ray.distributed.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.policy.condition import Condition, TrainablePolicy
 
+
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
     """Linear warm-up, then a cosine from 1 to `final_learning_rate_fraction` over the run; update counts from 0."""
     warmup = config.optimizer.warmup_updates

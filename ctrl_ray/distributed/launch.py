@@ -130,8 +130,8 @@ def _trainer(
     return TorchTrainer(
         function,
         train_loop_config=arguments,
-        scaling_config=ScalingConfig(
-            num_workers=num_workers(config.scaling),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=num_workers(config.scaling),  # type: ignore[arg-type]
             use_gpu=config.scaling.use_gpu,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,

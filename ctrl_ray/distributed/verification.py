@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from ctrl_ray.config import (
     ControlConfig,
@@ -44,6 +45,9 @@ from ctrl_ray.rewards.protocol import Rewards
 
 SNAPSHOTS = (0.85, 0.9, 0.95, 1.0)
 """Shares of the updates after which the policy is looked at; their scatter is the optimisation's noise."""
+
+AVERAGED_FROM = 0.4
+"""The policy that counts is the average over the updates after this share of them."""
 
 GROUP_SIZE = 64
 """Samples that the score function compares with each other."""
@@ -107,7 +111,7 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
         seed=case.seed,
         num_updates=effort.num_updates,
         global_batch_size=effort.batch_size,
-        micro_batch_size_per_worker=effort.batch_size // scaling.num_workers,
+        micro_batch_size_per_worker=effort.batch_size // scaling.fixed_num_workers,
         group_size=GROUP_SIZE if case.estimator == "reinforce" else 1,
         kl_coef=problem.kl_coef,
         latent_reduction=case.latent_reduction,
@@ -119,7 +123,7 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
             beta2=0.99,
             gradient_clipping=0.0,
             warmup_updates=0,
-            final_learning_rate_fraction=0.01,
+            final_learning_rate_fraction=0.3,
         ),
         scaling=scaling,
     )
@@ -170,11 +174,9 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
     centres = make_grid(case.problem).centres
     looks = {max(1, round(share * config.num_updates)) for share in SNAPSHOTS}
     taken = []
-    for update in range(config.num_updates):
-        train_update(learner, update)
-        done = update + 1
+    for done, averaged in averaged_updates(learner, policy):
         if rank.index == 0 and done in looks:
-            means = policy_means(learner, policy, centres)
+            means = policy_means(learner, averaged, centres)
             taken.append({coordinate: means[:, :, coordinate] for coordinate in case.coordinates})
         if rank.index == 0 and (done % 10 == 0 or done == config.num_updates):
             row = {"kind": "progress", "title": case.title, "update": done, "num_updates": config.num_updates}
@@ -182,6 +184,23 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
     if rank.index == 0:
         row = {"kind": "reached", "title": case.title, "means": taken[-1], "earlier": tuple(taken[:-1])}
         ray.get(channel.put.remote(row))
+
+
+def averaged_updates(learner: Learner, policy: AnalyticPolicy) -> Iterator[tuple[int, AnalyticPolicy]]:
+    """Make the updates of a case; yields (updates done, average of the policy so far) after each.
+
+    Polyak & Juditsky 1992: at a learning rate that stays large the average over the path is far closer to the optimum
+    than a last iterate at a small one. Which mode a trajectory ends in is decided by many small pushes that agree, and
+    Adam, which divides each by its noise, moves them together only slowly.
+    """
+    num_updates = learner.config.num_updates
+    averaged = AveragedModel(policy)
+    average: Any = averaged.module
+    for update in range(num_updates):
+        train_update(learner, update)
+        if update + 1 > AVERAGED_FROM * num_updates:
+            averaged.update_parameters(policy)
+        yield update + 1, average
 
 
 @torch.no_grad()

@@ -79,18 +79,32 @@ def _train(job: TrainJob) -> None:
             report_checkpoint(learner.engine, job.info, progress, UNSCORED, validate=True)
         else:
             _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
+    leaving: set[str] = set()
     for update in range(first_update, config.num_updates):
         metrics = train_update(learner, update)
         progress["updates_done"] = update + 1
         stop = _tell(job, rank, {"kind": "update", "update": update + 1, "metrics": metrics})
-        stop = _finish_update(job, learner, progress, stop)
+        announced = _announced_losses(leaving)
+        stop = _finish_update(job, learner, progress, stop, save=bool(announced))
+        for node in announced:
+            text = f"node {node[:8]} will be taken away: left a checkpoint after update {update + 1}"
+            _tell(job, rank, {"kind": "notice", "text": text})
         if stop:
             _tell(job, rank, {"kind": "stopped", "update": update + 1, "reason": stop})
             return
 
 
-def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], stop: str) -> str:
-    """Evaluate and checkpoint when it is time; returns the reason for stopping, '' to go on."""
+def _announced_losses(known: set[str]) -> list[str]:
+    """Nodes of this group that are about to be taken away (a spot notice, as Ray's drain of the node), each of them once;
+    collective. Ray Train starts the group anew, without them, when they are gone."""
+    notice = ray.train.get_preemption_info()
+    new = [] if notice is None else [node for node in notice.preempted_node_ids if node not in known]
+    known.update(new)
+    return new
+
+
+def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], stop: str, *, save: bool) -> str:
+    """Evaluate and checkpoint when it is time (or `save` is set); returns the reason for stopping, '' to go on."""
     config, done = job.config, progress["updates_done"]
     every, last = config.evaluation.every_updates, progress["updates_done"] == config.num_updates
     score = UNSCORED
@@ -99,7 +113,7 @@ def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], st
         metrics = _evaluate(job, learner, progress)
         score = evaluation_score(metrics, config)
         stop = exceeds_target_kl(config, metrics)
-    if evaluate or stop or done % config.checkpoint_every_updates == 0:
+    if evaluate or stop or save or done % config.checkpoint_every_updates == 0:
         info = dataclasses.replace(job.info, training={**job.info.training, **progress})
         validate = evaluate and config.evaluation.asynchronous
         report_checkpoint(learner.engine, info, progress, score, validate=validate)

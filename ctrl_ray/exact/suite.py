@@ -145,16 +145,16 @@ def all_cases() -> list[Case]:
         *(gaussian(name) for name in ("full", "random_suffix", "adjoint_matching")),
         last_steps(),
         dataclasses.replace(gaussian("reinforce", effort=REINFORCE_EFFORT), bars=REINFORCE_BARS),
-        component(),
+        component(effort=MIXTURE_EFFORT),
         *(logistic(strength, effort=MIXTURE_EFFORT) for strength in (1.0, 4.0)),
-        logistic(1.0, 200, effort=dataclasses.replace(MIXTURE_EFFORT, num_updates=150, learning_rate=0.02)),
+        logistic(1.0, 200, effort=MIXTURE_EFFORT),
         *(three_modes(slope, steps, effort=MIXTURE_EFFORT) for slope, steps in ((1.0, 50), (2.5, 50), (2.5, 100))),
         two_controls(),
         *(dimension(size, effort=Effort(batch_size=512)) for size in (1, 16, 256)),
     ]
 
 
-MIXTURE_EFFORT = Effort(num_updates=300, batch_size=8192, learning_rate=0.012)
+MIXTURE_EFFORT = Effort(num_updates=300, batch_size=4096, learning_rate=0.03)
 """Which mode to go to is decided in the first steps, by a small push under much noise."""
 
 REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, num_nodes=13)
@@ -162,7 +162,7 @@ REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, 
 _PROBLEMS: dict[str, Callable[[], Case]] = {
     "gaussian": gaussian,
     "mixture": lambda: three_modes(1.0, 50, effort=MIXTURE_EFFORT),
-    "component": component,
+    "component": lambda: component(effort=MIXTURE_EFFORT),
     "logistic": lambda: logistic(effort=MIXTURE_EFFORT),
     "two-controls": two_controls,
     "dimension": lambda: dimension(256, effort=Effort(batch_size=512)),

@@ -138,7 +138,7 @@ class _Call:
 
     def __init__(self, client: PooledRewards, method: str, arguments: tuple[Any, ...], num_samples: int) -> None:
         self._client, self._method, self._num_samples = client, method, num_samples
-        self._payload = ray.put(arguments)
+        self._payload: Any = ray.put(arguments)
         self._losses = 0
         self._value: Any = None
         self._error: CtrlRayError | None = None

@@ -64,7 +64,8 @@ class RequestQueue:
         head = self._requests[0]
         if not self._may_share(head):
             return [self._requests.popleft()], 0.0
-        batch, num_samples, full = [], 0, False
+        batch: list[Request] = []
+        num_samples, full = 0, False
         for request in filter(self._may_share, self._requests):
             full = full or num_samples + request.num_samples > self._max_batch_size
             if batch and full:

@@ -1,4 +1,5 @@
-"""A run on two nodes of which one is lost and comes back: `python -m tests.integration.elastic CONFIG FOLDER`."""
+"""A run on two nodes of which one is lost and comes back, or is announced to be taken away:
+`python -m tests.integration.elastic lost|spot CONFIG FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.distributed.batches import num_rounds
@@ -24,8 +27,11 @@ from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 
-LOST_AT, BACK_AT = 3, 5
-"""The group of two waits in this update (from 0) for the node's loss, the group of one in that for its return."""
+HOLDS = {"lost": ((3, 2, ""), (5, 1, "")), "spot": ((2, 2, "drained"), (3, 2, ""))}
+"""(update from 0, workers, file): in this update a group of this size waits for a change of the cluster; for the file
+until it goes on, without one until Ray Train ends the group."""
+DEADLINE_S = 15
+"""Between a spot notice and the loss of its node."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Recording:
     folder: Path
     batch_size: int
     micro_batch_size: int
+    holds: tuple[tuple[int, int, str], ...]
 
     def for_worker(self, rank: int) -> RecordingRewards:
         """What the worker calls."""
@@ -63,16 +70,21 @@ class RecordingRewards(LocalRewards):
         row = {"update": update, "workers": self._size, "samples": list(zip(prompts, labels.tolist(), strict=True))}
         with (self._plan.folder / "samples.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if (update, self._size, self._first) == (LOST_AT, 2, 0) or (update, self._size) == (BACK_AT, 1):
-            (self._plan.folder / f"waiting{self._size}").touch()
-            deadline = time.monotonic() + 200
-            while time.monotonic() < deadline:  # Ray Train ends this group
-                time.sleep(0.1)
-            raise TimeoutError(f"a group of {self._size} was not changed in update {update}")
+        for at, size, file_name in self._plan.holds:
+            if (update, self._size) == (at, size) and (size == 1 or self._first == 0):
+                self._hold(update, self._plan.folder / file_name if file_name else None)
         return super().submit(latents, prompts, labels, weights)
 
+    def _hold(self, update: int, until: Path | None) -> None:
+        (self._plan.folder / f"waiting{update}").touch()
+        deadline = time.monotonic() + 200
+        while until is None or not until.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a group of {self._size} was not changed in update {update}")
+            time.sleep(0.1)
 
-def main(file: str, folder: Path) -> None:
+
+def main(scenario: str, file: str, folder: Path) -> None:
     """`folder`/rows.json is what the workers told."""
     config = train_config_from_json(Path(file).read_text())
     cluster = Cluster(
@@ -82,12 +94,18 @@ def main(file: str, folder: Path) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     ray.init(address=cluster.address, log_to_driver=False)
     rows: list[Mapping[str, Any]] = []
-    changes = {"waiting2": lambda: cluster.remove_node(node, allow_graceful=False)}
-    changes["waiting1"] = lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    changes: dict[str, Callable[[], Any]] = {
+        "waiting3": lambda: cluster.remove_node(node, allow_graceful=False),
+        "waiting5": lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20),
+    }
+    if scenario == "spot":
+        changes = {"waiting2": lambda: _announce(cluster.address, node.node_id, folder / "drained")}
     plan = preflight(config)
     with rewards_of(config) as spec:
         assert isinstance(spec, RewardModelSpec)
-        rewards: Any = Recording(spec, folder, config.global_batch_size, config.micro_batch_size_per_worker)
+        rewards: Any = Recording(
+            spec, folder, config.global_batch_size, config.micro_batch_size_per_worker, HOLDS[scenario]
+        )
         job = TrainJob(
             config=plan.config,
             controls=plan.controls,
@@ -100,6 +118,16 @@ def main(file: str, folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
     ray.shutdown()
     cluster.shutdown()
+
+
+def _announce(address: str, node_id: str, noticed: Path) -> None:
+    """Drain a node as for a spot notice; the file is written when Ray Train must have seen it."""
+    deadline_ms = int(1000 * (time.time() + DEADLINE_S))
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why_not = GcsClient(address=address).drain_node(node_id, reason, "spot notice", deadline_ms)
+    assert accepted, why_not
+    time.sleep(3)
+    noticed.touch()
 
 
 class _Watched:
@@ -125,4 +153,4 @@ def _same(channel: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import time
+from typing import Any
 
 import ray
 import torch
@@ -90,27 +91,39 @@ def kill_at_random(pool: RewardPool, clients: list[Client]) -> tuple[int, int]:
     return len(killed), len(set(killed))
 
 
+def objects() -> list[Any]:
+    """What Ray's state API lists of this Ray (others may run on the machine), without the handles of actors, which take
+    no room in the object store."""
+    listed = list_objects(address=ray.get_runtime_context().gcs_address, limit=10_000)
+    return [item for item in listed if item.reference_type != "ACTOR_HANDLE"]
+
+
 def objects_left(given: int) -> list[str]:
     """What Ray's state API lists beside `given` objects, once it has settled, for at most a minute."""
     deadline = time.monotonic() + 60
     while True:
         gc.collect()
-        objects = list_objects(limit=10_000)
-        if len(objects) <= given or time.monotonic() > deadline:
-            return [f"{item.object_size} {item.reference_type} {item.call_site}" for item in objects]
+        left = objects()
+        if len(left) <= given or time.monotonic() > deadline:
+            return [f"{item.object_size} {item.reference_type} {item.call_site}" for item in left]
         time.sleep(0.3)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     ray.init(
-        address="local", num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=True, configure_logging=False
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=True,
+        configure_logging=False,
+        log_to_driver=False,
     )
     spec = RewardModelSpec(base_model="unused: the model is given", classifiers={})
     config = RewardPoolConfig(num_actors=2, cpus_per_actor=0.25, timeout_s=120, max_pending_per_worker=PENDING)
     with start_reward_pool(spec, config, model=make_model()) as pool:
         held = pool.client().submit(*request(-1))
-        seen = len(list_objects(limit=10_000))
+        seen = len(objects())
         held.result()
         del held
         stop = threading.Event()

@@ -285,20 +285,7 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
     _, rows = _train(config, tmp_path / "fixed", _spec(config))
     losses = [row["metrics"]["loss"] for row in rows if row["kind"] == "update"]
     folder = tmp_path / "elastic"
-    folder.mkdir()
-    elastic = dataclasses.replace(config.scaling, min_workers=1, resize_check_s=3.0)
-    file = tmp_path / "config.json"
-    file.write_text(to_json(dataclasses.replace(config, scaling=elastic)))
-    quick = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-        "RAY_health_check_initial_delay_ms": "2000",
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "2000",
-        "RAY_health_check_failure_threshold": "3",
-    }
-    command = [sys.executable, "-m", "tests.integration.elastic", str(file), str(folder)]
-    subprocess.run(command, check=True, timeout=500, env=os.environ | quick)
-    rows = json.loads((folder / "rows.json").read_text())
+    rows = _run_on_two_nodes("lost", config, folder)
     last = {row["update"]: row["metrics"]["loss"] for row in rows if row["kind"] == "update"}
     assert [last[update] for update in range(1, 9)] == pytest.approx(losses, rel=1e-4)
     starts = [row["update"] for row in rows if row["kind"] == "started"]
@@ -320,6 +307,41 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
         )
         samples = zip(batch.prompts, batch.labels.tolist(), strict=True)
         assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)
+
+
+@pytest.mark.slow
+def test_a_spot_notice_leaves_a_checkpoint_before_the_node_goes(config: TrainConfig, tmp_path: Path) -> None:
+    """No checkpoint was due; the smaller group goes on with the update after the one in which the notice came."""
+    config = dataclasses.replace(
+        _local(config),
+        checkpoint_every_updates=100,
+        scaling=dataclasses.replace(config.scaling, cpus_per_worker=1.0, max_failures=0),
+    )
+    rows = _run_on_two_nodes("spot", config, tmp_path / "run")
+    assert [row["update"] for row in rows if row["kind"] == "started"] == [0, 3]
+    (notice,) = [row["text"] for row in rows if row["kind"] == "notice"]
+    assert re.fullmatch(r"node \w{8} will be taken away: left a checkpoint after update 3", notice)
+    assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
+
+
+def _run_on_two_nodes(scenario: str, config: TrainConfig, folder: Path) -> Rows:
+    """What the workers of an elastic group on a cluster of two nodes told."""
+    folder.mkdir()
+    elastic = dataclasses.replace(config.scaling, min_workers=1, resize_check_s=3.0)
+    file = folder / "config.json"
+    file.write_text(to_json(dataclasses.replace(config, scaling=elastic)))
+    quick = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.3",
+        "RAY_health_check_initial_delay_ms": "2000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    command = [sys.executable, "-m", "tests.integration.elastic", scenario, str(file), str(folder)]
+    subprocess.run(command, check=True, timeout=500, env=os.environ | quick)
+    rows: Rows = json.loads((folder / "rows.json").read_text())
+    return rows
 
 
 def _spec(config: TrainConfig) -> RewardModelSpec:

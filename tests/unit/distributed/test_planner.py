@@ -18,9 +18,8 @@ from ctrl_ray.config import (
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
-    to_json,
-    train_config_from_json,
 )
+from ctrl_ray.config_json import to_json, train_config_from_json
 from ctrl_ray.distributed.cluster import ClusterFacts, NodeFacts, cluster_facts
 from ctrl_ray.distributed.planner import CallPlan, Plan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
 from ctrl_ray.distributed.planner_counts import LiveBytes, PolicyCounter, PolicyCounts, StepBytes, stored_elements
@@ -192,7 +191,7 @@ def test_stable_diffusion_is_planned_without_its_weights(stable_diffusion: Path)
     assert counts.trainable_elements - counts.table_elements == 797_184
     assert counts.frozen_bytes == 2 * 859_520_964
     step = counter.step(1)
-    assert 1 * GIB < step.policy_kept < 6 * GIB
+    assert 0.5 * GIB < step.policy_kept < 6 * GIB
     checkpointed = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, gradient_checkpointing=True))
     less = PolicyCounter(checkpointed, CONTROLS).step(1)
     assert less.policy_kept < step.policy_kept / 4
