@@ -24,6 +24,7 @@ from ctrl_ray.exact.problems import (
 from ctrl_ray.exact.suite import PROBLEMS, Case, all_cases, default_cases, named_case
 
 if TYPE_CHECKING:
+    from ctrl_ray.distributed.verification import Reached
     from ctrl_ray.evaluation.verification import Verified
 
 EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
@@ -235,13 +236,27 @@ def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Ve
     from ctrl_ray.evaluation.verification import verify_case
 
     progress = _Progress(quiet=options.json)
+    verified: list[Verified] = []
+
+    def compare(case: Case, reached: Reached) -> None:
+        items = verify_case(case, reached.means, reached.earlier)
+        verified.extend(items)
+        missed = [f"{row.quantity} {row.error:+.4f}" for item in items for row in item.rows if not row.passed]
+        progress.say(f"{case.title}: {'missed ' + ', '.join(missed) if missed else 'every bar is met'}")
+
     with connected():
-        trained = train_cases(cases, num_workers=options.num_workers, use_gpu=options.use_gpu, on_progress=progress)
-        return [item for case, reached in trained for item in verify_case(case, reached.means, reached.earlier)]
+        train_cases(
+            cases,
+            num_workers=options.num_workers,
+            use_gpu=options.use_gpu,
+            on_progress=progress,
+            on_reached=compare,
+        )
+    return verified
 
 
 class _Progress:
-    """A line each ten seconds, on stderr."""
+    """A line each ten seconds and at the end of each case, on stderr."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet, self._last = quiet, time.monotonic()
@@ -250,7 +265,12 @@ class _Progress:
         now = time.monotonic()
         if not self._quiet and (now - self._last > 10 or update == num_updates):
             self._last = now
-            print(f"{title}: update {update}/{num_updates}", file=sys.stderr, flush=True)
+            self.say(f"{title}: update {update}/{num_updates}")
+
+    def say(self, text: str) -> None:
+        """One line, unless quiet."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
 
 
 def _first(given: Any, default: Any) -> Any:

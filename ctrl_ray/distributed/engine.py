@@ -74,8 +74,14 @@ class PolicyEngine:
         *,
         reference: bool,
     ) -> ModelOutput:
-        """The policy's forward, through the engine (which gathers what ZeRO-3 has sharded)."""
-        return self.engine(latents, time, condition, labels, guidance, reference=reference)
+        """The policy's forward, through the engine.
+
+        The reference goes past it where its weights are whole: it has no parameter gradients, and the engine refuses
+        `torch.autograd.grad` through its output under ZeRO-0.
+        """
+        past = reference and self._config.scaling.zero_stage < 3
+        forward = self.policy if past else self.engine
+        return forward(latents, time, condition, labels, guidance, reference=reference)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the parameter gradients of a scalar; leaves such as the step's latents get theirs unscaled."""

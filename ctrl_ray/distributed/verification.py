@@ -64,14 +64,19 @@ class Reached:
 
 
 def train_cases(
-    cases: Sequence[Case], *, num_workers: int = 1, use_gpu: bool = False, on_progress: Callable[[str, int, int], None]
-) -> Iterator[tuple[Case, Reached]]:
-    """Train each case on one worker group, in order; yields each with its policy once all are done.
+    cases: Sequence[Case],
+    *,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    on_progress: Callable[[str, int, int], None],
+    on_reached: Callable[[Case, Reached], None],
+) -> None:
+    """Train each case on one worker group, in order; on_reached gets each with its policy as soon as it is done.
 
     num_workers: they share every batch, each on half a CPU (which Ray reserves) or a GPU.
     on_progress(title, update, num_updates) is called while they run. Ray must be connected.
     """
-    reached: dict[str, Reached] = {}
+    by_title = {case.title: case for case in cases}
     model = AnalyticRewardModel({case.title: case.problem.rewards for case in cases})
     pool_config = RewardPoolConfig(cpus_per_actor=0.5, threads_per_actor=1)
     scaling = ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, cpus_per_worker=0.5, threads_per_worker=1)
@@ -81,7 +86,7 @@ def train_cases(
         if row["kind"] == "progress":
             on_progress(row["title"], row["update"], row["num_updates"])
         elif row["kind"] == "reached":
-            reached[row["title"]] = Reached(row["means"], row["earlier"])
+            on_reached(by_title[row["title"]], Reached(row["means"], row["earlier"]))
 
     def poll() -> None:
         for row in ray.get(channel.drain.remote()):
@@ -94,9 +99,6 @@ def train_cases(
     ):
         arguments = {"cases": list(cases), "scaling": scaling, "rewards": pool.client(), "channel": channel}
         run_workers(_verify_worker, arguments, TrainConfig(scaling=scaling), storage, channel, poll, on_row)
-    for case in cases:
-        if case.title in reached:
-            yield case, reached[case.title]
 
 
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
@@ -123,7 +125,7 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
             beta2=0.99,
             gradient_clipping=0.0,
             warmup_updates=0,
-            final_learning_rate_fraction=0.3,
+            final_learning_rate_fraction=0.5,
         ),
         scaling=scaling,
     )

@@ -154,7 +154,7 @@ def all_cases() -> list[Case]:
     ]
 
 
-MIXTURE_EFFORT = Effort(num_updates=300, batch_size=4096, learning_rate=0.03)
+MIXTURE_EFFORT = Effort(num_updates=300, batch_size=8192)
 """Which mode to go to is decided in the first steps, by a small push under much noise."""
 
 REINFORCE_EFFORT = Effort(num_updates=400, batch_size=4096, learning_rate=0.03, num_nodes=13)

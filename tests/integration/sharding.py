@@ -50,7 +50,9 @@ def make_learner(config: TrainConfig, engine: Any, rank: Rank) -> Learner:
     return Learner(
         config=config,
         engine=engine,
-        kernel=make_kernel(load_scheduler(config.base_model, None), sampler.num_steps, sampler.eta),
+        kernel=make_kernel(
+            load_scheduler(config.base_model, None), sampler.num_steps, sampler.eta, sampler.reference_steps
+        ),
         encoder=load_prompt_encoder(config.base_model, None, device=rank.device),
         rewards=LocalRewards(small_model(Path(config.base_model))),
         estimator=make_estimator(config.estimator, sampler.num_steps),

@@ -173,7 +173,7 @@ def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, 
     """SIGKILL: the run goes on from the last checkpoint by itself, to the very adapter and moments it would have had."""
     rank, request = random.SystemRandom().randrange(2), random.SystemRandom().randrange(2 * config.num_updates)
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=1))
-    marker = tmp_path / "killed"
+    marker = tmp_path / "it_was_killed"
     left = []
     with rewards_of(config) as rewards:
         for name, client in (("whole", rewards), ("killed", _Faulty(rewards, rank, request, _kill_once(marker)))):
