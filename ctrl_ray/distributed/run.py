@@ -75,14 +75,7 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
 def fine_tune(plan: Preflight, folder: RunFolder, rewards: Scorer, *, resume: bool) -> Trained:
     """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter."""
     log = _RunLog(plan.config, folder, resume=resume)
-    job = TrainJob(
-        config=plan.config,
-        controls=plan.controls,
-        prompts=plan.prompts,
-        rewards=rewards,
-        info=plan.info,
-        channel=new_channel(),
-    )
+    job = train_job(plan, rewards)
     try:
         trained = run_training(job, folder.storage_path, log)
     finally:
@@ -90,6 +83,18 @@ def fine_tune(plan: Preflight, folder: RunFolder, rewards: Scorer, *, resume: bo
     export_adapter(trained, folder / ADAPTER)
     folder.upload()
     return trained
+
+
+def train_job(plan: Preflight, rewards: Scorer) -> TrainJob:
+    """What the workers of a checked run get, with a channel of their own to this process."""
+    return TrainJob(
+        config=plan.config,
+        controls=plan.controls,
+        prompts=plan.prompts,
+        rewards=rewards,
+        info=plan.info,
+        channel=new_channel(),
+    )
 
 
 def evaluate_and_report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,12 +55,11 @@ def sample_policy(
     Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
     """
     count = min(scaling.fixed_num_workers, len(job.sample_ids))
-    threads = scaling.threads_per_worker or max(1, math.ceil(scaling.cpus_per_worker))
     remote = ray.remote(_sample_part).options(
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
         max_retries=scaling.max_failures,
-        runtime_env={"env_vars": {} if scaling.use_gpu else {"OMP_NUM_THREADS": str(threads)}},
+        runtime_env={"env_vars": {} if scaling.use_gpu else {"OMP_NUM_THREADS": str(scaling.num_threads)}},
     )
     parts = [
         remote.remote(

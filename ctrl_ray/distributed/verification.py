@@ -46,7 +46,7 @@ from ctrl_ray.rewards.protocol import Rewards
 SNAPSHOTS = (0.85, 0.9, 0.95, 1.0)
 """Shares of the updates after which the policy is looked at; their scatter is the optimisation's noise."""
 
-AVERAGED_FROM = 0.4
+AVERAGED_FROM = 0.5
 """The policy that counts is the average over the updates after this share of them."""
 
 GROUP_SIZE = 64

@@ -20,10 +20,9 @@ from ray.core.generated import autoscaler_pb2
 from ctrl_ray.config_json import train_config_from_json
 from ctrl_ray.distributed.batches import num_rounds
 from ctrl_ray.distributed.checkpoints import read_checkpoint
-from ctrl_ray.distributed.launch import new_channel, run_training
+from ctrl_ray.distributed.launch import run_training
 from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.distributed.run import rewards_of
-from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.distributed.run import rewards_of, train_job
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 
@@ -100,21 +99,14 @@ def main(scenario: str, file: str, folder: Path) -> None:
     }
     if scenario == "spot":
         changes = {"waiting2": lambda: _announce(cluster.address, node.node_id, folder / "drained")}
-    plan = preflight(config)
     with rewards_of(config) as spec:
         assert isinstance(spec, RewardModelSpec)
         rewards: Any = Recording(
             spec, folder, config.global_batch_size, config.micro_batch_size_per_worker, HOLDS[scenario]
         )
-        job = TrainJob(
-            config=plan.config,
-            controls=plan.controls,
-            prompts=plan.prompts,
-            rewards=rewards,
-            info=plan.info,
-            channel=_Watched(new_channel(), folder, changes),
-        )
-        run_training(job, str(folder), rows.append)
+        job = train_job(preflight(config), rewards)
+        channel = _Watched(job.channel, folder, changes)
+        run_training(dataclasses.replace(job, channel=channel), str(folder), rows.append)
     (folder / "rows.json").write_text(json.dumps(rows))
     ray.shutdown()
     cluster.shutdown()

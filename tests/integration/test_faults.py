@@ -25,10 +25,9 @@ from ctrl_ray.config import SamplerConfig, TrainConfig
 from ctrl_ray.config_json import to_json
 from ctrl_ray.distributed.batches import training_batch
 from ctrl_ray.distributed.checkpoints import read_checkpoint
-from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.launch import Trained, export_adapter, run_training
 from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.distributed.run import rewards_of
-from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.distributed.run import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
 from ctrl_ray.evaluation.tracking import read_metrics
 from ctrl_ray.rewards.client import PooledRewards
@@ -59,7 +58,6 @@ def _train(
     config: TrainConfig, folder: Path, rewards: Any, on_update: Callable[[int], None] = lambda update: None
 ) -> tuple[Trained, Rows]:
     """Stages 2 and 3 with checkpoints under a folder; on_update(updates done) is called after each one."""
-    plan = preflight(config)
     rows: Rows = []
 
     def on_row(row: Mapping[str, Any]) -> None:
@@ -67,15 +65,7 @@ def _train(
         if row["kind"] == "update":
             on_update(row["update"])
 
-    job = TrainJob(
-        config=plan.config,
-        controls=plan.controls,
-        prompts=plan.prompts,
-        rewards=rewards,
-        info=plan.info,
-        channel=new_channel(),
-    )
-    return run_training(job, str(folder), on_row), rows
+    return run_training(train_job(preflight(config), rewards), str(folder), on_row), rows
 
 
 def _local(config: TrainConfig) -> TrainConfig:
