@@ -271,8 +271,12 @@ def test_auto_without_room_says_what_is_missing() -> None:
         _auto([NodeFacts(1.0, 0.0, GIB)])
 
 
-def test_auto_is_recorded_as_asked_and_resumes(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_auto_is_recorded_as_asked_and_resumes(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Command line, config.json and a resumed run; the plan itself has a number."""
+    facts = ClusterFacts("this machine", (NodeFacts(cpus=2.0, gpus=0.0, memory_bytes=24 * GIB),))
+    monkeypatch.setattr("ctrl_ray.distributed.preflight.cluster_facts", lambda: facts)  # others may have started Ray
     assert parse(["--scaling.num-workers", "auto"]).config.scaling.num_workers == "auto"
     config = TrainConfig(
         output_dir=str(tmp_path / "run"),
