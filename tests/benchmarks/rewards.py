@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--pool-cores", type=int, nargs="*", default=[], help="cores for the pool alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")  # DeepSpeed wants both; Ray Train sets them for a worker
     config = benchmark_config(arguments.samples, arguments.micro_batch)
     spec = RewardModelSpec(
         base_model=config.base_model,
