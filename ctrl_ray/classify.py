@@ -18,7 +18,7 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.errors import CtrlRayError
 

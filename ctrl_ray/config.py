@@ -321,6 +321,9 @@ class ScalingConfig:
     the global batch and its samples stay the same. None: always num_workers."""
     resize_check_s: float = 60.0
     """Elastic: seconds between looks whether the group can grow; growing goes back to the last checkpoint."""
+    placement_timeout_s: float = 1800.0
+    """End the run (it can be resumed) when workers or reward actors have waited for machines for this long, so that the
+    machines that did come are not paid for in vain."""
 
     def __post_init__(self) -> None:
         _require(
@@ -332,6 +335,10 @@ class ScalingConfig:
         _require(
             self.min_workers is None or 1 <= self.min_workers <= most,
             f"scaling.min_workers is {self.min_workers}; expected 1 to scaling.num_workers ({self.num_workers})",
+        )
+        _require(
+            self.placement_timeout_s > 0,
+            f"scaling.placement_timeout_s is {self.placement_timeout_s}; expected a positive number of seconds",
         )
         _require(self.resize_check_s >= 0, f"scaling.resize_check_s is {self.resize_check_s}; expected >= 0")
         _require(

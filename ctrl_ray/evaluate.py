@@ -121,7 +121,7 @@ def sample_before_and_after(
 
     import torch
 
-    from ctrl_ray.distributed.cluster import connected
+    from ctrl_ray.distributed.connection import connected
     from ctrl_ray.distributed.finished_run import run_classifiers, run_prompts
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
     from ctrl_ray.rewards.model import RewardModelSpec

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +39,8 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     resume: go on from the last checkpoint under `config.output_dir`. dry_run: check and print the plan only.
     Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C left a checkpoint.
     """
-    from ctrl_ray.distributed.cluster import check_cluster, connected
+    from ctrl_ray.distributed.cluster import check_cluster
+    from ctrl_ray.distributed.connection import connected, ray_job
     from ctrl_ray.distributed.preflight import preflight
     from ctrl_ray.distributed.progress import duration
     from ctrl_ray.distributed.run import (
@@ -47,29 +51,61 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         rewards_of,
     )
     from ctrl_ray.distributed.run_folder import RunFolder
+    from ctrl_ray.distributed.shared_paths import check_shared
     from ctrl_ray.policy.pretrained import PipelineSampler
 
-    started = time.monotonic()
+    started, job = time.monotonic(), ray_job()
     folder = RunFolder(config.output_dir)
-    plan = preflight(config, refit_classifier=refit_classifier)
+    plan = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run)
     print(plan.summary, flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
-    folder.prepare(plan.asked, resume=resume)
-    with connected():
+    folder.check(plan.asked, resume=resume)
+    print(f"run        {folder.name}, written to {folder.storage_path}", flush=True)
+    if job is not None:
+        print(job.hint, flush=True)
+    with connected(), _stoppable(folder.storage_path):
         check_cluster(plan.config)
+        check_shared(plan.config, folder)
+        folder.prepare(plan.asked, resume=resume)
         plan = prepare_classifiers(plan, folder, PipelineSampler(plan.config, plan.prompts))
         with rewards_of(plan.config) as rewards:
             trained = fine_tune(plan, folder, rewards, resume=resume)
             if trained.stopped.endswith("received"):
                 raise InterruptedRunError(
                     f"stopped after update {trained.updates_done} of {plan.config.num_updates}; a checkpoint is in "
-                    f"{folder.output_dir}/checkpoints. Go on with the same command and --resume"
+                    f"{folder.storage_path}/checkpoints. Go on with the same command and --resume"
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
             summary = evaluate_and_report(plan, folder, rewards, trained, facts)
     _print_end(folder.local, summary, time.monotonic() - started)
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
+
+
+@contextmanager
+def _stoppable(where: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C outside of fine-tuning, which leaves a checkpoint at them, end the run with a word on how to go on.
+
+    Only in the main thread, the one that gets signals.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except InterruptedRunError:
+        raise
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"stopped; what was finished is in {where}. Go on with the same command and --resume"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:

@@ -231,7 +231,7 @@ def verify_error_budget(options: VerifyOptions) -> bool:
 
 
 def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Verified]:
-    from ctrl_ray.distributed.cluster import connected
+    from ctrl_ray.distributed.connection import connected
     from ctrl_ray.distributed.verification import train_cases
     from ctrl_ray.evaluation.verification import verify_case
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,15 @@ def fit_classifier(
     on_bad_row: OnBadRow = "error",
     overwrite: bool = False,
     quiet: bool = False,
+    storage_path: str | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Fit and calibrate the classifier of one control of `config`, and write it into `output_dir`.
 
     Runs `config.classifier.num_workers` Ray Train workers (Ray is started when it is not running), with the CPUs,
     devices and threads of `config.scaling`. They decode the images once into a folder below `output_dir`, which must be
-    on storage that all of them share and is removed at the end; then they fit. The result depends on the seed, not on
+    on storage that all of them share and is removed at the end; then they fit. With `storage_path` the one worker may be
+    on another host: it decodes into a temporary folder of its own. The result depends on the seed, not on
     the number of workers (up to rounding).
 
     Args:
@@ -65,6 +68,9 @@ def fit_classifier(
         on_bad_row: 'error', or 'skip' to set bad rows of the data set aside.
         overwrite: Replace a classifier that `output_dir` already holds.
         quiet: Print no progress.
+        storage_path: Where the workers leave the classifier for this process to fetch (any path that pyarrow.fs opens),
+            when they may run on hosts that do not have `output_dir`.
+        on_wait: Called about twice a second while the workers run.
 
     Raises:
         ConfigError: The control, its classes, or a combination of settings cannot be fitted.
@@ -76,18 +82,24 @@ def fit_classifier(
     check_fit(config, control, sample_pipeline=sample_pipeline)
     if (folder / SETTINGS).exists() and not overwrite:
         raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
+    if storage_path is not None and config.classifier.num_workers > 1:
+        raise ConfigError(
+            f"classifier.num_workers is {config.classifier.num_workers}, but they would share decoded images in a local "
+            f"folder, and the run is written to {storage_path}; set classifier.num_workers to 1, or fit the classifier first "
+            "(python -m ctrl_ray.classify) and give it by --control"
+        )
     scratch = folder / f".fit-{uuid.uuid4().hex[:12]}"
     (scratch / "examples").mkdir(parents=True)
     job = FitJob(
         config=config,
         control=control,
         image_size=image_size_of(config.base_model, config.base_revision),
-        folder=str(scratch / "examples"),
+        folder=str(scratch / "examples") if storage_path is None else None,
         sample_pipeline=sample_pipeline,
         on_bad_row=on_bad_row,
     )
     try:
-        _run(job, scratch, folder, quiet)
+        _run(job, storage_path or str(scratch), folder, quiet, on_wait)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read_result(folder)
@@ -145,7 +157,8 @@ def _control(config: TrainConfig, control: str) -> ControlConfig:
     return config.controls[control]
 
 
-def _run(job: FitJob, scratch: Path, folder: Path, quiet: bool) -> None:
+def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool, on_wait: Callable[[], None]) -> None:
+    import pyarrow.fs
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -161,12 +174,15 @@ def _run(job: FitJob, scratch: Path, folder: Path, quiet: bool) -> None:
         scaling_config=ScalingConfig(
             num_workers=job.config.classifier.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(name="fit", storage_path=str(scratch)),
+        # a name of its own: Ray Train would go on with an earlier fit of the same name
+        run_config=RunConfig(name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}", storage_path=storage_path),
     )
-    result = _follow(trainer, lines, quiet)
+    result = _follow(trainer, lines, quiet, on_wait)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as written:
         shutil.copytree(written, folder, dirs_exist_ok=True)
+    filesystem: pyarrow.fs.FileSystem = result.filesystem
+    filesystem.delete_dir(result.path)
 
 
 class _Lines:
@@ -183,7 +199,7 @@ class _Lines:
         return lines
 
 
-def _follow(trainer: Any, lines: Any, quiet: bool) -> Any:
+def _follow(trainer: Any, lines: Any, quiet: bool, on_wait: Callable[[], None]) -> Any:
     """Run the trainer in a thread and print the workers' lines meanwhile; raises the error that a worker meant."""
     import ray
 
@@ -191,6 +207,7 @@ def _follow(trainer: Any, lines: Any, quiet: bool) -> Any:
         future = executor.submit(trainer.fit)
         while True:
             finished = wait([future], timeout=0.5).done
+            on_wait()
             for line in ray.get(lines.drain.remote()):
                 if not quiet:
                     print(line, flush=True)

@@ -41,8 +41,8 @@ class FitJob:
     config: TrainConfig
     control: str
     image_size: int
-    folder: str
-    """Where the decoded examples go: storage that all workers share."""
+    folder: str | None
+    """Where the decoded examples go: storage that all workers share; None: a temporary folder of the only worker."""
     sample_pipeline: SamplePipeline | None = None
     on_bad_row: OnBadRow = "error"
     say: Any = None
@@ -65,12 +65,17 @@ class Best(NamedTuple):
 def fit_worker(train_loop_config: dict[str, Any]) -> None:
     """The Ray Train worker function: fits `train_loop_config["job"]` and reports the classifier as a checkpoint."""
     job: FitJob = train_loop_config["job"]
+    with tempfile.TemporaryDirectory(prefix="ctrl_ray_fit_") as own:
+        _fit(job, Path(job.folder or own))
+
+
+def _fit(job: FitJob, folder: Path) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     scaling = job.config.scaling
     torch.set_num_threads(scaling.threads_per_worker or max(1, math.ceil(scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    examples = _prepare(job, rank, num_workers, device)
+    examples = _prepare(job, folder, rank, num_workers, device)
     torch.manual_seed(job.config.seed)
     spec, settings = job.config.controls[job.control], job.config.classifier
     network, arguments = new_network(settings.network, spec.num_classes, prompt_conditional=settings.prompt_conditional)
@@ -90,10 +95,9 @@ def fit_worker(train_loop_config: dict[str, Any]) -> None:
     _report(classifier, best, examples, logits, labels, rows, rank)
 
 
-def _prepare(job: FitJob, rank: int, num_workers: int, device: torch.device) -> Examples:
+def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: torch.device) -> Examples:
     """Decode and label this worker's blocks, wait for the others, and open all of them."""
     start = time.monotonic()
-    folder = Path(job.folder)
     writer = BlockWriter(job.config, job.control, folder, device)
     bad_rows_file = None if rank == 0 else str(folder / f"bad_rows-{rank}.jsonl")
     rows = read_examples(

@@ -1,11 +1,9 @@
-"""Connecting to Ray, and asking whether a run fits the cluster before it starts."""
+"""What a cluster has, and whether a run fits it before it starts."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,41 +12,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.autoscaler import Growth, growth
+from ctrl_ray.distributed.connection import connected, names_cluster
 from ctrl_ray.errors import ResourceError
-
-_LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
-
-
-@contextmanager
-def connected(num_cpus: int | None = None) -> Iterator[None]:
-    """Use the Ray that is there (initialised, or named by RAY_ADDRESS), else start a local one and end it after.
-
-    num_cpus: CPUs of a local Ray; None: this machine's, at least 2.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(log_to_driver=True)
-        except ConnectionError as error:
-            raise ResourceError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({error}); if the cluster uses token "
-                "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-            ) from error
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=bool(os.environ.get("CTRL_RAY_VERBOSE")),
-            logging_level=logging.WARNING,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,7 @@ def cluster_facts() -> ClusterFacts:
     """Of the connected Ray, else of the cluster that RAY_ADDRESS names (connecting for a moment), else of this machine."""
     if ray.is_initialized():
         return _ray_facts()
-    if os.environ.get("RAY_ADDRESS"):
+    if names_cluster():
         with connected():
             return _ray_facts()
     import torch
@@ -153,26 +119,35 @@ def needed_resources(config: TrainConfig) -> dict[str, float]:
     }
 
 
-def check_resources(config: TrainConfig, available: Mapping[str, float], where: str) -> None:
-    """ResourceError, with both numbers, when the run can never be placed."""
+def check_resources(
+    config: TrainConfig, available: Mapping[str, float], where: str, may_grow: Growth | None = None
+) -> None:
+    """ResourceError, with both numbers, when the run can never be placed, whatever an autoscaler adds."""
+    may_grow = may_grow or Growth()
     needed = needed_resources(config)
     for kind, amount in needed.items():
-        have = available.get(kind, 0.0)
-        if amount > have + 1e-9:
-            share = (
-                f"{config.scaling.num_workers} workers × {config.scaling.cpus_per_worker:g} + "
-                f"{config.rewards.num_actors} reward actors × {config.rewards.cpus_per_actor:g}"
-                if kind == "CPU"
-                else f"{config.scaling.num_workers} workers + {config.rewards.num_actors} reward actors × "
-                f"{config.rewards.gpus_per_actor:g}"
-            )
-            if config.evaluation.asynchronous:
-                beside = config.evaluation.num_cpus if kind == "CPU" else config.evaluation.num_gpus
-                share += f" + {beside:g} for asynchronous evaluation"
+        have, more = available.get(kind, 0.0), may_grow.most(kind)
+        if amount > have + more + 1e-9:
+            has = f"{where} has {have:g}" + (f", and its autoscaler may add {more:g}" if may_grow.node_types else "")
             raise ResourceError(
-                f"the run needs {amount:g} {kind}s ({share}), but {where} has {have:g}; lower scaling.num_workers or "
+                f"the run needs {amount:g} {kind}s ({_shares(config, kind)}), but {has}; lower scaling.num_workers or "
                 "rewards.num_actors, or use a larger cluster"
             )
+
+
+def _shares(config: TrainConfig, kind: str) -> str:
+    """'2 workers × 1 + 1 reward actors × 0.5', of CPUs or GPUs."""
+    scaling, rewards, beside = config.scaling, config.rewards, config.evaluation
+    workers = f"{scaling.num_workers} workers"
+    if kind == "CPU":
+        share = (
+            f"{workers} × {scaling.cpus_per_worker:g} + {rewards.num_actors} reward actors × {rewards.cpus_per_actor:g}"
+        )
+    else:
+        share = f"{workers} + {rewards.num_actors} reward actors × {rewards.gpus_per_actor:g}"
+    if beside.asynchronous:
+        share += f" + {beside.num_cpus if kind == 'CPU' else beside.num_gpus:g} for asynchronous evaluation"
+    return share
 
 
 def check_local_machine(config: TrainConfig) -> None:
@@ -181,7 +156,7 @@ def check_local_machine(config: TrainConfig) -> None:
     if ray.is_initialized():
         check_cluster(config)
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if names_cluster():
         return
     import torch
 
@@ -193,5 +168,5 @@ def check_local_machine(config: TrainConfig) -> None:
 
 
 def check_cluster(config: TrainConfig) -> None:
-    """`check_resources` against the connected cluster."""
-    check_resources(config, ray.cluster_resources(), "the Ray cluster")
+    """`check_resources` against the connected cluster and what its autoscaler may add."""
+    check_resources(config, ray.cluster_resources(), "the Ray cluster", growth())

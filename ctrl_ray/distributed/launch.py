@@ -23,6 +23,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
 from ctrl_ray.distributed.validation import validation_config
+from ctrl_ray.distributed.waiting import ClusterWait
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
 
@@ -43,21 +44,37 @@ class Trained:
     """Why it ended before num_updates; '' when it did not."""
 
 
-def run_training(job: TrainJob, storage_path: str, on_row: RowHandler) -> Trained:
+def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHandler) -> Trained:
     """Run the Train worker group of a job to its end and return its best checkpoint.
 
-    Resumes by itself from the latest checkpoint under `storage_path`/checkpoints. The first SIGINT or SIGTERM asks the
-    workers to leave a checkpoint and return; the second interrupts at once. `on_row` gets every row of the channel.
-    Raises the error that a worker raised on purpose, else Ray's.
+    Resumes by itself from the latest checkpoint under `storage_path`/checkpoints/`run_name`. The first SIGINT or SIGTERM
+    asks the workers to leave a checkpoint and return; the second interrupts at once. `on_row` gets every row of the
+    channel. Raises the error that a worker raised on purpose, ResourceError after `scaling.placement_timeout_s` without
+    room, else Ray's.
     """
     config = job.config
     keep = CheckpointConfig(
         num_to_keep=config.num_checkpoints_to_keep, checkpoint_score_attribute="score", checkpoint_score_order="max"
     )
     follower = _Follower(job.channel, on_row)
+    wait = ClusterWait(config, lambda text: on_row({"kind": "notice", "text": text}))
+
+    def poll() -> None:
+        follower.poll()
+        wait.poll()
+
     validation = validation_config(job) if config.evaluation.asynchronous else None
     result = run_workers(
-        train_worker, {"job": job}, config, storage_path, job.channel, follower.poll, on_row, keep, validation
+        train_worker,
+        {"job": job},
+        config,
+        f"{storage_path}/{CHECKPOINTS}",
+        job.channel,
+        poll,
+        on_row,
+        run_name=run_name,
+        keep=keep,
+        validation=validation,
     )
     return _trained(result, follower)
 
@@ -70,6 +87,8 @@ def run_workers(
     channel: Any,
     poll: Callable[[], None],
     on_row: RowHandler,
+    *,
+    run_name: str,
     keep: CheckpointConfig | None = None,
     validation: ValidationConfig | None = None,
 ) -> Result:
@@ -79,7 +98,7 @@ def run_workers(
     raised on purpose, else Ray's.
     """
     _shorten_polling()
-    trainer = _trainer(function, arguments, config, storage_path, keep, validation)
+    trainer = _trainer(function, arguments, config, storage_path, run_name, keep, validation)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -123,6 +142,7 @@ def _trainer(
     arguments: dict[str, Any],
     config: TrainConfig,
     storage_path: str,
+    run_name: str,
     keep: CheckpointConfig | None,
     validation: ValidationConfig | None,
 ) -> TorchTrainer:
@@ -138,7 +158,7 @@ def _trainer(
         ),
         validation_config=validation,
         run_config=RunConfig(
-            name=CHECKPOINTS,
+            name=run_name,
             storage_path=storage_path,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=keep,

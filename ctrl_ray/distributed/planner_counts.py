@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
@@ -29,6 +30,14 @@ from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.condition import Condition
 from ctrl_ray.policy.policy import ControlledPolicy
+
+_FLOPS_BATCH = 2
+_CPU_ATTENTION = {  # torch's counter knows the GPU's kernels only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -91,6 +100,18 @@ class StepBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """Floating-point operations of one denoising step of a micro-batch, with all its guidance branches: two for each
+    multiply-add of convolutions, matrix products and attention; the rest hardly counts."""
+
+    forward: float
+    """A denoiser forward without gradient."""
+    backward: float
+    """A backward, with what gradient checkpointing computes again; the mean over policy and reference. 0 where the
+    estimator sweeps no step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyCounts:
     """Parameters of a policy and of what a worker loads beside it."""
 
@@ -141,6 +162,7 @@ class PolicyCounter:
             _as_fake_cpu(self._policy)
         self._persistence_threshold = persistence_threshold
         self._steps: dict[int, StepBytes] = {}
+        self._flops: list[float] | None = None
         self._text_shape = _text_shape(resolve_base_model(config.base_model, config.base_revision))
 
     def counts(self) -> PolicyCounts:
@@ -181,6 +203,21 @@ class PolicyCounter:
                 )
         return self._steps[batch_size]
 
+    def flops(self, batch_size: int) -> StepFlops:
+        """Operations of one step of a micro-batch, counted at two samples; all of them are proportional to the batch."""
+        if self._flops is None:
+            counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            totals: list[float] = []
+            with self._fake, counter, LiveBytes() as live:
+                _count_step(
+                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, self._text_shape, live),
+                    mark=lambda: totals.append(counter.get_total_flops()),
+                )
+            self._flops = [total / _FLOPS_BATCH for total in totals]
+        forward, _, reference, whole = (total * batch_size for total in self._flops)
+        backward = (whole - reference) / max(1.0, (reference - forward) / forward)
+        return StepFlops(forward=forward, backward=backward)
+
 
 def _count_step(
     policy: ControlledPolicy,
@@ -189,8 +226,10 @@ def _count_step(
     batch_size: int,
     text_shape: tuple[int, int],
     live: LiveBytes,
+    mark: Callable[[], None] = lambda: None,
 ) -> StepBytes:
-    """One step as `ctrl_ray.gradients.sweep` does it, and one of the rollout, on fake tensors."""
+    """One step as `ctrl_ray.gradients.sweep` does it, and one of the rollout, on fake tensors; `mark` is called after the
+    rollout's forward, the policy's, the reference's, and the backward."""
     plan = make_estimator(config.estimator, config.sampler.num_steps).plan(config.sampler.num_steps, config.seed, 0, 0)
     step_index = next(k for k in range(kernel.num_steps) if kernel.controlled(k))
     guidance = Guidance(config.sampler.guidance_scale, config.sampler.control_scale)
@@ -208,15 +247,18 @@ def _count_step(
     start = live.restart_peak()
     with torch.no_grad():
         run(latents, reference=False)
+    mark()
     rollout_peak = live.peak - start
     start = live.restart_peak()
     leaf = latents.detach().requires_grad_(plan.pullback == "policy")
     if plan.pullback == "reference":
         _through_reference(run, latents, cotangent)
     step = run(leaf, reference=False)
+    mark()
     policy_kept = live.bytes - start
     with torch.set_grad_enabled(plan.pullback == "policy"):
         ref = run(leaf, reference=True)
+    mark()
     reference_kept = live.bytes - start - policy_kept
     kl = step_kl(step, ref, config.latent_reduction)
     if plan.pullback == "score":
@@ -224,6 +266,7 @@ def _count_step(
     else:
         loss = (step.mean * cotangent).sum() + kl.sum()
     loss.backward()
+    mark()
     peak = live.peak - start
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None

@@ -11,8 +11,9 @@ from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts
 from ctrl_ray.config_json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.distributed.cluster import check_local_machine, cluster_facts, needed_resources
+from ctrl_ray.distributed.cost import estimate_lines
 from ctrl_ray.distributed.planner import Plan, make_plan, num_branches, zero_options
-from ctrl_ray.distributed.planner_counts import PolicyCounter, PolicyCounts
+from ctrl_ray.distributed.planner_counts import PolicyCounter, PolicyCounts, StepFlops
 from ctrl_ray.distributed.planner_fit import fit_of, remedies, resolve_num_workers
 from ctrl_ray.distributed.planner_table import plan_lines
 from ctrl_ray.errors import ConfigError
@@ -43,8 +44,11 @@ class Preflight:
     """Config, batch arithmetic, trainable parameters and the memory plan, for people."""
 
 
-def preflight(config: TrainConfig, *, refit_classifier: bool = False) -> Preflight:
-    """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change."""
+def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> Preflight:
+    """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change.
+
+    with_estimate: the summary tells time and cost too (a few seconds of counting).
+    """
     if not config.controls:
         raise ConfigError(
             "the run has no control; give --control NAME=CLASSIFIER_FOLDER, a preset such as shapes, or set controls in "
@@ -71,6 +75,8 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False) -> Preflig
     plan = planner.plan(config)
     fit = fit_of(plan, config, facts)
     lines = plan_lines(plan, config, fit, remedies(config, planner.plan, facts) if fit.answer == "no" else [])
+    if with_estimate:
+        lines += estimate_lines(config, plan, planner.flops(config))
     info = make_adapter_info(
         base_model=config.base_model,
         base_revision=config.base_revision,
@@ -102,6 +108,10 @@ class _Planner:
         """The plan of a config whose number of workers is decided."""
         step = self._counter(config).step(config.micro_batch_size_per_worker)
         return make_plan(config, self.counts(config), step, self._kernel, num_prompts=self._num_prompts)
+
+    def flops(self, config: TrainConfig) -> StepFlops:
+        """Operations of a denoising step of a micro-batch."""
+        return self._counter(config).flops(config.micro_batch_size_per_worker)
 
     def counts(self, config: TrainConfig) -> PolicyCounts:
         """Parameters of the policy."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ctrl_ray.config import ScalingConfig
-from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.finished_run import run_classifiers, run_prompts
 from ctrl_ray.distributed.progress import duration
 from ctrl_ray.distributed.sampling import SamplingJob, sample_policy

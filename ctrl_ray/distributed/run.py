@@ -13,17 +13,19 @@ import numpy as np
 
 from ctrl_ray.classifiers.fitting import SamplePipeline, fit_classifier
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.launch import CHECKPOINTS, Trained, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.preflight import Preflight
 from ctrl_ray.distributed.progress import RunProgress
 from ctrl_ray.distributed.run_folder import RunFolder
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
+from ctrl_ray.distributed.shared_paths import copies_of
+from ctrl_ray.distributed.waiting import ClusterWait, pool_waits
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.report import Evaluation, write_report
 from ctrl_ray.evaluation.samples import caption
-from ctrl_ray.evaluation.tracking import RunTracker, read_metrics
+from ctrl_ray.evaluation.tracking import METRICS_FILE, RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.pool import start_reward_pool
@@ -42,9 +44,16 @@ def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: Sam
                 shutil.copytree(control.classifier, target, dirs_exist_ok=True)
             else:
                 wants_samples = plan.config.classifier.num_pipeline_samples > 0
+                wait = ClusterWait(plan.config, lambda line: print(line, flush=True))
                 fitted = fit_classifier(
-                    plan.config, name, output_dir=target, sample_pipeline=sample_pipeline if wants_samples else None
+                    plan.config,
+                    name,
+                    output_dir=target,
+                    sample_pipeline=sample_pipeline if wants_samples else None,
+                    storage_path=f"{folder.storage_path}/{CHECKPOINTS}" if not folder.is_local else None,
+                    on_wait=wait.poll,
                 )
+                folder.upload()
                 print(
                     f"classifier of {name}: accuracy {fitted.after['accuracy']:.3f}, ECE {fitted.after['ece']:.3f} on "
                     "held-out images",
@@ -64,11 +73,14 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         revision=config.base_revision,
         classifiers=classifiers,
         decode_chunk_size=config.rewards.decode_chunk_size,
+        copies=copies_of(list(classifiers.values())),
     )
     if config.rewards.num_actors == 0:
         yield spec
         return
-    with start_reward_pool(spec, config.rewards) as pool:
+    wait = ClusterWait(config, lambda line: print(line, flush=True), waits=lambda: pool_waits(config))
+    limit = config.scaling.placement_timeout_s
+    with start_reward_pool(spec, config.rewards, placement_timeout_s=limit, on_wait=wait.poll) as pool:
         yield pool.client()
 
 
@@ -77,11 +89,11 @@ def fine_tune(plan: Preflight, folder: RunFolder, rewards: Scorer, *, resume: bo
     log = _RunLog(plan.config, folder, resume=resume)
     job = train_job(plan, rewards)
     try:
-        trained = run_training(job, folder.storage_path, log)
+        trained = run_training(job, folder.storage_path, folder.name, log)
+        export_adapter(trained, folder / ADAPTER)
     finally:
         log.close()
-    export_adapter(trained, folder / ADAPTER)
-    folder.upload()
+        folder.upload()
     return trained
 
 
@@ -94,6 +106,7 @@ def train_job(plan: Preflight, rewards: Scorer) -> TrainJob:
         rewards=rewards,
         info=plan.info,
         channel=new_channel(),
+        copies=copies_of([plan.config.init_adapter] if plan.config.init_adapter else []),
     )
 
 
@@ -127,7 +140,7 @@ def evaluate_and_report(
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     with RunTracker(
-        folder.local, run_name=folder.local.name, config=config, aim=config.aim, resume_from_update=updates_done
+        folder.local, run_name=folder.name, config=config, aim=config.aim, resume_from_update=updates_done
     ) as tracker:
         tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
         _log_images(tracker, updates_done, config, evaluations)
@@ -174,7 +187,7 @@ class _RunLog:
         self._early: list[Mapping[str, Any]] = []
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        if self._tracker is None and row["kind"] in ("evaluation", "samples", "notice"):
+        if self._tracker is None and row["kind"] in ("evaluation", "samples"):
             self._early.append(row)  # an evaluation that the resumed run makes up for, before its workers have started
             return
         getattr(self, f"_on_{row['kind']}")(row)
@@ -191,7 +204,7 @@ class _RunLog:
         self.close()
         self._tracker = RunTracker(
             self._folder.local,
-            run_name=self._folder.local.name,
+            run_name=self._folder.name,
             config=self._config,
             aim=self._config.aim,
             resume_from_update=row["update"] if again else None,
@@ -207,10 +220,13 @@ class _RunLog:
         assert self._tracker is not None and self._progress is not None
         self._tracker.log("update", row["update"], row["metrics"])
         self._progress.update(row["update"], row["metrics"])
+        if row["update"] % self._config.checkpoint_every_updates == 0:
+            self._folder.upload(METRICS_FILE)
 
     def _on_evaluation(self, row: Mapping[str, Any]) -> None:
         assert self._tracker is not None and self._progress is not None
         self._tracker.log("evaluation", row["update"], row["metrics"])
+        self._folder.upload(METRICS_FILE)
         accuracy = row["metrics"].get("accuracy")
         text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
         self._progress.note(f"evaluation after update {row['update']}: {text}KL {row['metrics']['kl']:.2f} nats")
@@ -220,8 +236,7 @@ class _RunLog:
         self._tracker.log_images(row["update"], "during", row["images"], row["captions"])
 
     def _on_notice(self, row: Mapping[str, Any]) -> None:
-        assert self._progress is not None
-        self._progress.note(row["text"])
+        self._progress.note(row["text"]) if self._progress is not None else print(row["text"], flush=True)
 
     def _on_stopping(self, row: Mapping[str, Any]) -> None:
         text = f"{row['reason']}: leaving a checkpoint after this update (once more to stop at once)"

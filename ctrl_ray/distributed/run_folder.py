@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ class RunFolder:
         self.output_dir = output_dir
         self._filesystem: pyarrow.fs.FileSystem | None = None
         self._remote_path = ""
+        self._uploaded: dict[str, tuple[int, int]] = {}
         if "://" in output_dir and not output_dir.startswith("file://"):
             try:
                 self._filesystem, self._remote_path = pyarrow.fs.FileSystem.from_uri(output_dir)
@@ -37,7 +40,17 @@ class RunFolder:
             key = hashlib.sha256(output_dir.encode()).hexdigest()[:12]
             self.local = Path(tempfile.gettempdir()) / f"ctrl_ray_{key}"
         else:
-            self.local = Path(output_dir.removeprefix("file://")).expanduser().resolve()
+            self.local = _kept_folder(Path(output_dir.removeprefix("file://")).expanduser())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run is written to this machine's file system (which may be a shared one) alone."""
+        return self._filesystem is None
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its path. Ray Train and Aim show it."""
+        return self.output_dir.rstrip("/").rpartition("/")[2] if self._filesystem is not None else self.local.name
 
     @property
     def storage_path(self) -> str:
@@ -47,10 +60,13 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.local / name
 
-    def prepare(self, config: TrainConfig, *, resume: bool) -> None:
-        """Make the folder and write config.json; RunFolderError / ConfigError when it does not fit `resume`."""
-        if self._filesystem is not None and resume:
-            self._download()
+    def check(self, config: TrainConfig, *, resume: bool) -> None:
+        """RunFolderError / ConfigError when what is there does not fit `resume`; a remote run to resume is fetched."""
+        if self._filesystem is not None:
+            if resume:
+                self._download()
+            elif not self._remote_exists():
+                shutil.rmtree(self.local, ignore_errors=True)  # what a run that is gone left here
         stored = self.local / CONFIG_FILE
         if not resume:
             if (self.local.exists() and any(self.local.iterdir())) or self._remote_exists():
@@ -70,20 +86,32 @@ class RunFolder:
                     f"cannot resume {self.output_dir} with other settings: {'; '.join(changed)}. Give the old values, or "
                     "start a new run with another --output-dir"
                 )
-        self.local.mkdir(parents=True, exist_ok=True)
-        stored.write_text(to_json(config) + "\n", encoding="utf-8")
 
-    def upload(self) -> None:
-        """Copy everything but the checkpoints (Ray Train puts them there itself) to the remote place."""
+    def prepare(self, config: TrainConfig, *, resume: bool) -> None:
+        """`check`, then make the folder and write config.json."""
+        self.check(config, resume=resume)
+        self.local.mkdir(parents=True, exist_ok=True)
+        (self.local / CONFIG_FILE).write_text(to_json(config) + "\n", encoding="utf-8")
+        self.upload()
+
+    def upload(self, *names: str) -> None:
+        """Copy what changed to the remote place, if there is one: everything but the checkpoints (Ray Train puts them
+        there itself), or the files `names` alone."""
         if self._filesystem is None:
             return
-        for path in sorted(self.local.rglob("*")):
-            relative = path.relative_to(self.local)
-            if path.is_file() and relative.parts[0] != "checkpoints":
-                target = f"{self._remote_path}/{relative.as_posix()}"
-                self._filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
-                with path.open("rb") as source, self._filesystem.open_output_stream(target) as sink:
-                    sink.write(source.read())
+        paths = [self.local / name for name in names] if names else sorted(self.local.rglob("*"))
+        for path in paths:
+            relative = path.relative_to(self.local).as_posix()
+            if not path.is_file() or relative.partition("/")[0] == "checkpoints":
+                continue
+            state = (path.stat().st_size, path.stat().st_mtime_ns)
+            if self._uploaded.get(relative) == state:
+                continue
+            target = f"{self._remote_path}/{relative}"
+            self._filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
+            with path.open("rb") as source, self._filesystem.open_output_stream(target) as sink:
+                shutil.copyfileobj(source, sink, 2**20)
+            self._uploaded[relative] = state
 
     def _remote_exists(self) -> bool:
         if self._filesystem is None:
@@ -102,6 +130,19 @@ class RunFolder:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with self._filesystem.open_input_stream(info.path) as source:
                     target.write_bytes(source.read())
+
+
+def _kept_folder(path: Path) -> Path:
+    """Absolute. In a Ray job the working directory is a copy that Ray removes: a relative path is then meant from the
+    home folder."""
+    working = Path.cwd()
+    if (
+        not path.is_absolute()
+        and "runtime_resources" in working.parts
+        and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    ):
+        working = Path.home()
+    return (working / path).resolve()
 
 
 def changed_settings(old: TrainConfig, new: TrainConfig) -> list[str]:

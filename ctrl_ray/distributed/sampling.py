@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
+from ctrl_ray.distributed.shared_paths import copies_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
+from ctrl_ray.folder_copy import FolderCopy, folder_here
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbone import ddim_scheduler, load_prompt_encoder, load_scheduler, load_unet, make_kernel
@@ -45,6 +47,8 @@ class SamplingJob:
     """Sample the pre-trained model instead of the adapter's policy (labels are still recorded)."""
     with_kl: bool = True
     precision: str = "fp32"
+    copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
+    """The adapter folder by value, for hosts that do not have it; `sample_policy` sets it where it is needed."""
 
 
 def sample_policy(
@@ -55,6 +59,10 @@ def sample_policy(
     Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
     """
     count = min(scaling.fixed_num_workers, len(job.sample_ids))
+    if job.adapter is not None:
+        job = dataclasses.replace(job, copies=copies_of([job.adapter]))
+    if isinstance(rewards, RewardModelSpec):
+        rewards = dataclasses.replace(rewards, copies=copies_of(list(rewards.classifiers.values())))
     remote = ray.remote(_sample_part).options(
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
@@ -128,7 +136,8 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
         counts = {name: control.num_classes for name, control in controls.items()}
         policy = ControlledPolicy(unet, counts, lora=None, prediction_type=scheduler.config.prediction_type)
         return policy.eval(), controls, scheduler
-    info = read_adapter_info(job.adapter)
+    adapter = folder_here(job.adapter, job.copies)
+    info = read_adapter_info(adapter)
     check_base_model(info, resolve_base_model(job.base_model, job.revision))
     for name, control in info.controls.items():
         controls.setdefault(name, control)
@@ -136,7 +145,7 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
     counts = {name: control.num_classes for name, control in controls.items()}
     scheduler = ddim_scheduler(dict(info.scheduler))
     policy = ControlledPolicy(unet, counts, lora=info.lora, prediction_type=scheduler.config.prediction_type)
-    load_into_policy(job.adapter, policy)
+    load_into_policy(adapter, policy)
     return policy.eval(), controls, scheduler
 
 

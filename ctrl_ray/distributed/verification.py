@@ -98,7 +98,9 @@ def train_cases(
         start_reward_pool(spec, pool_config, model=model) as pool,
     ):
         arguments = {"cases": list(cases), "scaling": scaling, "rewards": pool.client(), "channel": channel}
-        run_workers(_verify_worker, arguments, TrainConfig(scaling=scaling), storage, channel, poll, on_row)
+        run_workers(
+            _verify_worker, arguments, TrainConfig(scaling=scaling), storage, channel, poll, on_row, run_name="verify"
+        )
 
 
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:

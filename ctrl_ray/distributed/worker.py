@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from ctrl_ray.distributed.training import (
     train_update,
 )
 from ctrl_ray.errors import HOPELESS
+from ctrl_ray.folder_copy import FolderCopy, folder_here
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
@@ -52,6 +53,8 @@ class TrainJob:
     info: AdapterInfo
     channel: Any
     """MetricsChannel handle."""
+    copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
+    """The adapter that the run goes on from, by value, for hosts that do not have it."""
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -148,7 +151,8 @@ def set_up_process(config: TrainConfig) -> Rank:
 
 def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
     config = job.config
-    policy = build_policy(config, job.controls).to(rank.device)
+    start = config.init_adapter and folder_here(config.init_adapter, job.copies)
+    policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
     engine, first_update = restore_engine(policy, config)
     _tell(job, rank, {"kind": "started", "update": first_update})
     return make_learner(job, rank, engine), first_update

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
+from ctrl_ray.folder_copy import folder_here
 from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
 from ctrl_ray.rewards.protocol import Rewarded
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -185,7 +186,7 @@ def load_reward_model(spec: RewardModelSpec) -> RewardModel:
     )
     classifiers = []
     for control, folder in spec.classifiers.items():
-        classifier = ImageClassifier.from_pretrained(folder, spec.device)
+        classifier = ImageClassifier.from_pretrained(folder_here(folder, spec.copies), spec.device)
         if classifier.control != control:
             raise ModelError(
                 f"classifier folder {folder} was fitted for control {classifier.control!r}, but it is given for "

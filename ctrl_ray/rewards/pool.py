@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -21,8 +20,6 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.dispatcher import RewardDispatcher
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec
 from ctrl_ray.rewards.telemetry import PoolStats
-
-logger = logging.getLogger(__name__)
 
 _NODE_RESOURCE_SHARE = 0.001
 _LARGEST_INLINE_BYTES = 50_000
@@ -74,12 +71,14 @@ def start_reward_pool(
     model: RewardModel | AnalyticRewardModel | None = None,
     placement_timeout_s: float = 300.0,
     actor_options: Mapping[str, Any] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> RewardPool:
     """Start `config.num_actors` actors on the connected cluster and wait until each has loaded the model of `spec`.
 
     The config decides an actor's device, threads and chunk size, whatever the spec says. `model` is a reward model
     (on the CPU) that the actors use instead of loading one; `actor_options` goes to Ray (`scheduling_strategy`,
-    `resources`, `runtime_env`, ...) and overrides `actor_options_of(config)`. Raises ResourceError when the actors have
+    `resources`, `runtime_env`, ...) and overrides `actor_options_of(config)`; `on_wait` is called about once a second
+    until the pool stands. Raises ResourceError when the actors have
     not started within `placement_timeout_s`, ModelError when the model cannot be loaded, RewardError when an actor dies
     while loading or takes longer than `config.timeout_s`.
     """
@@ -110,7 +109,7 @@ def start_reward_pool(
         .remote(given, config, options, uuid4().hex[:8])
     )
     try:
-        controls = _start(dispatcher, config, placement_timeout_s)
+        controls = _start(dispatcher, config, placement_timeout_s, on_wait)
     except BaseException:
         _stop(dispatcher)
         raise
@@ -130,10 +129,12 @@ def actor_options_of(config: RewardPoolConfig) -> dict[str, Any]:
     return options
 
 
-def _start(dispatcher: Any, config: RewardPoolConfig, placement_timeout_s: float) -> dict[str, int]:
+def _start(
+    dispatcher: Any, config: RewardPoolConfig, placement_timeout_s: float, on_wait: Callable[[], None]
+) -> dict[str, int]:
     started = dispatcher.start.remote(placement_timeout_s)
-    while not ray.wait([started], timeout=15.0)[0]:
-        logger.info("%d reward actors start", config.num_actors)
+    while not ray.wait([started], timeout=1.0)[0]:
+        on_wait()
     try:
         return ray.get(started)
     except RayTaskError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ctrl_ray.folder_copy import FolderCopy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,8 @@ class RewardModelSpec:
     """Hub revision of base_model."""
     classifiers: Mapping[str, str]
     """Folder of each control's classifier; their order is the order of the label columns."""
+    copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
+    """Classifier folders by value, for hosts that do not have them."""
     device: str = "cpu"
     """torch device of decoder and classifiers."""
     threads: int | None = None

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.distributed.training import Learner, Rank, train_update

@@ -23,7 +23,7 @@ import torch
 
 from ctrl_ray.classifiers.fitting import fit_classifier
 from ctrl_ray.config import ScalingConfig, TrainConfig
-from ctrl_ray.distributed.cluster import connected
+from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.launch import new_channel, run_workers
 from ctrl_ray.distributed.training import train_update
@@ -90,7 +90,7 @@ def _measure(config: TrainConfig, workers: int, updates: int) -> dict[int, list[
     channel = new_channel()
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_benchmark_") as storage:
         arguments = {"configs": configs, "updates": updates, "channel": channel}
-        run_workers(_work, arguments, configs[0], storage, channel, lambda: None, rows.append)
+        run_workers(_work, arguments, configs[0], storage, channel, lambda: None, rows.append, run_name="sharding")
     (row,) = ray.get(channel.drain.remote())
     times: dict[int, list[float]] = row["times"]
     return times

@@ -106,7 +106,7 @@ def main(scenario: str, file: str, folder: Path) -> None:
         )
         job = train_job(preflight(config), rewards)
         channel = _Watched(job.channel, folder, changes)
-        run_training(dataclasses.replace(job, channel=channel), str(folder), rows.append)
+        run_training(dataclasses.replace(job, channel=channel), str(folder), "run", rows.append)
     (folder / "rows.json").write_text(json.dumps(rows))
     ray.shutdown()
     cluster.shutdown()

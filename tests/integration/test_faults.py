@@ -65,7 +65,7 @@ def _train(
         if row["kind"] == "update":
             on_update(row["update"])
 
-    return run_training(train_job(preflight(config), rewards), str(folder), on_row), rows
+    return run_training(train_job(preflight(config), rewards), str(folder), "run", on_row), rows
 
 
 def _local(config: TrainConfig) -> TrainConfig:
@@ -74,12 +74,12 @@ def _local(config: TrainConfig) -> TrainConfig:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("checkpoint_*") if path.is_dir())
+    return sorted(path for path in (folder / "checkpoints" / "run").glob("checkpoint_*") if path.is_dir())
 
 
 def _updates_done(folder: Path) -> list[int]:
     """Of every checkpoint whose progress is written."""
-    files = (folder / "checkpoints").glob("checkpoint_*/progress.json")
+    files = (folder / "checkpoints").glob("*/checkpoint_*/progress.json")
     with contextlib.suppress(OSError, json.JSONDecodeError):  # being written or removed
         return sorted(json.loads(file.read_text())["updates_done"] for file in files)
     return []
@@ -132,7 +132,7 @@ def _poison(folder: Path, registered: int) -> Callable[[PendingRewards], Pending
     """A NaN in the cotangent, once Ray Train has registered the checkpoint after so many updates."""
 
     def fault(pending: PendingRewards) -> PendingRewards:
-        snapshot, deadline = folder / "checkpoints" / "checkpoint_manager_snapshot.json", time.monotonic() + 120
+        snapshot, deadline = folder / "checkpoints" / "run" / "checkpoint_manager_snapshot.json", time.monotonic() + 120
         while not (snapshot.exists() and re.search(rf'"updates_done": ?{registered}\b', snapshot.read_text())):
             assert time.monotonic() < deadline, f"the checkpoint after {registered} updates was not registered"
             time.sleep(0.05)

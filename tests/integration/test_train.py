@@ -80,7 +80,7 @@ def _one_update(config: TrainConfig) -> TrainConfig:
 
 
 def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
-    checkpoints = sorted(path for path in (run_folder / "checkpoints").glob("checkpoint_*") if path.is_dir())
+    checkpoints = sorted(path for path in (run_folder / "checkpoints").glob("*/checkpoint_*") if path.is_dir())
     return load_file(checkpoints[-1] / "training_state.safetensors")
 
 

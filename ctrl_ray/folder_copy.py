@@ -1,0 +1,64 @@
+"""A folder by value: its files travel to a process on another host, which has no disk in common with this one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FolderCopy:
+    """The files of a small folder (an adapter, a classifier), to be sent to another host."""
+
+    files: Mapping[str, bytes]
+    """Content by path relative to the folder, with '/'."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> FolderCopy:
+        """Everything below `folder`, links followed."""
+        root = Path(folder)
+        paths = sorted(path for path in root.rglob("*") if path.is_file())
+        return cls({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and contents."""
+        total = hashlib.sha256()
+        for name, content in sorted(self.files.items()):
+            total.update(f"{name}\0{len(content)}\0".encode())
+            total.update(content)
+        return total.hexdigest()
+
+    def here(self) -> Path:
+        """The folder on this host: written at the first call, found again by its content afterwards.
+
+        It lies below a folder of the temporary directory that only this user can enter.
+        """
+        parent = Path(tempfile.gettempdir()) / f"ctrl_ray_copies_{os.getuid()}"
+        parent.mkdir(mode=0o700, exist_ok=True)
+        if parent.stat().st_uid != os.getuid() or parent.is_symlink():
+            raise PermissionError(f"{parent} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+        target = parent / self.digest
+        if not target.is_dir():
+            half = parent / f".{uuid.uuid4().hex}"
+            for name, content in self.files.items():
+                file = (half / name).resolve()
+                assert file.is_relative_to(half.resolve()), name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            try:
+                half.rename(target)
+            except OSError:  # another process of this host was faster; its files are the same
+                if not target.is_dir():
+                    raise
+        return target
+
+
+def folder_here(path: str, copies: Mapping[str, FolderCopy]) -> str:
+    """Where `path` lies on this host: itself, or its copy where one travelled along."""
+    return str(copies[path].here()) if path in copies else path

@@ -1,0 +1,110 @@
+"""A run on a cluster that has to grow: Ray's autoscaler, with nodes that are processes of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clusters import Head, free_ports, started_head
+
+_WAITS = """
+import sys
+from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
+from ctrl_ray.distributed.autoscaler import growth
+from ctrl_ray.distributed.cluster import check_cluster
+from ctrl_ray.distributed.connection import connected
+from ctrl_ray.distributed.run_folder import RunFolder
+from ctrl_ray.distributed.shared_paths import check_shared, several_hosts
+from ctrl_ray.distributed.waiting import ClusterWait
+from ctrl_ray.errors import CtrlRayError
+import ray
+from ray.util import placement_group
+
+def config(cpus, limit=600.0):
+    scaling = ScalingConfig(num_workers=2, cpus_per_worker=cpus, placement_timeout_s=limit)
+    return TrainConfig(global_batch_size=64, scaling=scaling, rewards=RewardPoolConfig(num_actors=0))
+
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except CtrlRayError as error:
+        return f"{type(error).__name__}: {error}"
+
+with connected():
+    print("GROWTH", growth().most("CPU"), several_hosts())
+    print("FITS", refusal(check_cluster, config(2)))
+    print("TOO LARGE", refusal(check_cluster, config(30)))
+    print("LOCAL FOLDER", refusal(check_shared, config(2), RunFolder(sys.argv[1])))
+    group = placement_group([{"CPU": 50}])
+    short = ClusterWait(config(2, limit=3), lambda line: None, patience_s=1)
+    while (text := refusal(short.poll)) is None: pass
+    print("ENDS", text)
+    ray.util.remove_placement_group(group)
+    group = placement_group([{"CPU": 2}, {"CPU": 2}], strategy="STRICT_SPREAD")
+    wait = ClusterWait(config(2), lambda line: print("SAYS", line, flush=True), patience_s=0, every_s=2)
+    while not ray.wait([group.ready()], timeout=0.3)[0]:
+        wait.poll()
+    print("PLACED", ray.cluster_resources()["CPU"])
+"""
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[Head]:
+    """A head without CPUs and an autoscaler that may add two nodes of two CPUs."""
+    (port,) = free_ports(1)
+    file = tmp_path / "cluster.json"
+    empty: dict[str, object] = {name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")}
+    empty |= {name: [] for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands")}
+    empty |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
+    node: dict[str, object] = {"node_config": {}}
+    file.write_text(
+        json.dumps(
+            {
+                **empty,
+                "cluster_name": "growing",
+                "max_workers": 2,
+                "upscaling_speed": 1.0,
+                "idle_timeout_minutes": 5,
+                "provider": {
+                    "type": "fake_multinode",
+                    "use_node_id_as_ip": True,
+                    "disable_node_updaters": True,
+                    "disable_launch_config_check": True,
+                    "gcs_address": f"127.0.0.1:{port}",
+                },
+                "available_node_types": {
+                    "head": {**node, "resources": {"CPU": 0}, "max_workers": 0},
+                    "cpu_worker": {**node, "resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2},
+                },
+                "head_node_type": "head",
+                "file_mounts": {},
+                "file_mounts_sync_continuously": False,
+                "auth": {},
+                "docker": {},
+            }
+        )
+    )
+    flags = ("--num-cpus=0", f"--autoscaling-config={file}")
+    with started_head(*flags, port=port, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1") as head:
+        yield head
+
+
+def test_a_growing_cluster_is_waited_for_in_words(growing: Head, tmp_path: Path) -> None:
+    """What may come counts as room, what cannot come is refused, and while nodes start the run says what is missing."""
+    folder = tmp_path / "run"
+    done = growing.python("-c", _WAITS, str(folder))
+    lines = [line for line in done.stdout.splitlines() if line.split(" ")[0].isupper()]
+    found = {line.split(" ")[0]: line for line in reversed(lines)}
+    assert found["GROWTH"] == "GROWTH 4.0 True", done.stdout
+    assert found["FITS"] == "FITS None"
+    assert "needs 60 CPUs" in found["TOO"] and "has 0, and its autoscaler may add 4" in found["TOO"]
+    assert "RunFolderError" in found["LOCAL"] and "the autoscaler has yet to start" in found["LOCAL"]
+    assert not folder.exists(), "a refused run leaves nothing"
+    assert "ResourceError: waiting for machines (" in found["ENDS"] and "placement_timeout_s (3)" in found["ENDS"]
+    said = [line for line in lines if line.startswith("SAYS")]
+    assert any("asks for 4 CPUs; there: 1 node with 0 CPUs (0 free); missing: 4 CPUs" in line for line in said), said
+    assert any("starting: " in line and "× cpu_worker" in line for line in said), said
+    assert found["PLACED"] == "PLACED 4.0"

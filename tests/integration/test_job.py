@@ -1,0 +1,181 @@
+"""`ray job submit` as a user types it, on a cluster of `ray start` with token authentication: submit, stop, resume, finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ctrl_ray
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    EvaluationConfig,
+    LoraConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.config_json import to_json
+from tests.clusters import ROOT, Head, started_head
+
+_UPDATES = 60  # with one of a fraction of a second, a stop has time to arrive
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Head]:
+    """A head with two CPUs and a token."""
+    with started_head("--num-cpus=2", '--resources={"driver": 100}') as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run with its classifier still to be fitted: the whole of the main job."""
+    return TrainConfig(
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        num_drawn_images=96,
+        num_updates=_UPDATES,
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+        checkpoint_every_updates=20,
+        controls={
+            "jpeg_size": ControlConfig(
+                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
+            )
+        },
+        classifier=ClassifierConfig(epochs=1, batch_size=32),
+        sampler=SamplerConfig(num_steps=3),
+        lora=LoraConfig(rank=2, alpha=2.0),
+        scaling=ScalingConfig(max_failures=0),
+        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
+    )
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors") | load_file(folder / "control_embeddings.safetensors")
+
+
+def _submit(cluster: Head, config_file: Path, output_dir: str, *more: str, name: str, wait: bool = True) -> str:
+    """The README's command; what it printed."""
+    entry = ["python", "-m", "ctrl_ray.train", "--config", str(config_file), "--output-dir", output_dir, *more]
+    flags = ["--submission-id", name, "--runtime-env", "cluster/job.yaml", "--working-dir", "."]
+    flags += ["--entrypoint-resources", '{"driver": 1}', *([] if wait else ["--no-wait"])]
+    return cluster.ray("job", "submit", *flags, "--", *entry, timeout=400).stdout
+
+
+def _status(cluster: Head, name: str) -> str:
+    return cluster.ray("job", "status", name).stdout
+
+
+def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_run(
+    cluster: Head, config: TrainConfig, tmp_path: Path
+) -> None:
+    """Bitwise, on CPU with a deterministic pool; the stop leaves a checkpoint and says how to go on."""
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    whole = _submit(cluster, file, str(tmp_path / "whole"), name="whole")
+    assert "succeeded" in whole, whole
+    ours = [line for line in whole.splitlines() if line.startswith(("update ", "run ", "job ", "classifier of"))]
+    assert f"update {_UPDATES}/{_UPDATES} · reward" in whole
+    assert not any(_CONTROL_CHARACTER.search(line) for line in ours), ours
+    assert re.search(r"^run +whole, written to ", whole, re.M) and re.search(r"^job +whole: ", whole, re.M)
+    assert "perhaps too few" not in whole, "cluster/job.yaml gives the stop enough time"
+
+    folder = tmp_path / "stopped"
+    _submit(cluster, file, str(folder), name="stopped", wait=False)
+    _wait_for_update(cluster, folder, 2, "stopped")
+    cluster.ray("job", "stop", "stopped")
+    log = cluster.ray("job", "logs", "stopped").stdout
+    assert "was stopped" in _status(cluster, "stopped"), log
+    done = re.search(rf"stopped after update (\d+) of {_UPDATES}; a checkpoint is in \S+\. Go on with .* --resume", log)
+    assert done and 2 <= int(done[1]) < _UPDATES, log
+
+    again = _submit(cluster, file, str(folder), "--resume", name="resumed")
+    assert f"resumed after update {done[1]}" in again and "succeeded" in again, again
+    expected, reached = _adapter(tmp_path / "whole" / "adapter"), _adapter(folder / "adapter")
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(expected[name], reached[name]) for name in expected)
+
+
+def _wait_for_update(cluster: Head, folder: Path, update: int, name: str) -> None:
+    deadline, metrics = time.monotonic() + 300, folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        if any(row["kind"] == "update" and row["update"] >= update for row in rows):
+            return
+        assert "failed" not in _status(cluster, name), cluster.ray("job", "logs", name).stdout
+        time.sleep(0.2)
+    raise AssertionError(f"update {update} was not reached: " + cluster.ray("job", "logs", name).stdout)
+
+
+@pytest.mark.parametrize("token", ["wrong", "none"])
+def test_no_way_in_without_the_token(cluster: Head, token: str, tmp_path: Path) -> None:
+    """The job CLI, the HTTP API and `ray.init` refuse; ours says why and what to do, at once."""
+    (tmp_path / "token").write_text("f" * 64)
+    given = {
+        "wrong": {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+        "none": {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""},
+    }[token]
+    submitted = cluster.ray("job", "submit", "--submission-id", f"bad-{token}", "--", "true", **given)
+    assert submitted.returncode != 0 and re.search("401|403|[Aa]uthentication", submitted.stdout), submitted.stdout
+    assert f"bad-{token}" not in cluster.ray("job", "list").stdout
+
+    for path in ("/api/jobs/", "/api/version", "/nodes?view=summary"):
+        headers = {"Authorization": f"Bearer {'f' * 64}"} if token == "wrong" else {}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(cluster.dashboard + path, headers=headers), timeout=20)
+        assert refused.value.code in (401, 403), path
+
+    environment = {**cluster.environment, **given, "RAY_ADDRESS": cluster.address}
+    started = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "ctrl_ray.train", "--output-dir", str(tmp_path / "run")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 1 and "refuses the token" in run.stderr and "RAY_AUTH_TOKEN_PATH" in run.stderr, run.stderr
+    assert run.stderr.count("\n") <= 2, "one clear message, no stack"
+    assert time.monotonic() - started < 60
+    bare = [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", cluster.address]
+    refused_init = subprocess.run(bare, env=environment, capture_output=True, text=True, timeout=180)
+    assert refused_init.returncode != 0
+
+
+def test_a_run_on_a_cluster_that_is_not_there_says_so(tmp_path: Path) -> None:
+    """A dead address, and addresses of other services."""
+    for address, text in (
+        ("127.0.0.1:1", "no Ray cluster answers"),
+        ("http://127.0.0.1:8265", "ray job submit"),
+        ("ray://127.0.0.1:10001", "ray job submit"),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "ctrl_ray.train", "--output-dir", str(tmp_path / "run")],
+            env={**os.environ, "RAY_ADDRESS": address},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode in (1, 2) and text in run.stderr, run.stderr
+
+
+def test_package_is_the_one_that_is_submitted() -> None:
+    """The job's working directory is the repository, so the driver imports the package from there."""
+    assert Path(ctrl_ray.__file__).is_relative_to(ROOT)
