@@ -162,9 +162,8 @@ def test_a_notice_drains_this_node_once_with_the_time_that_is_left(node: Node, m
 
 @pytest.mark.filterwarnings("ignore")  # importing Ray's command line imports Ray Serve, with pydantic's deprecations
 def test_ray_knows_the_command_and_its_options(node: Node, metadata: Metadata) -> None:
-    """What the shim was given, given to Ray's own parser; it stops before it connects, at an id that is none."""
+    """What the shim was given, given to the parser of the real command, which is not run."""
     import click
-
     from ray.scripts.scripts import drain_node
 
     metadata.notice = _notice(60)
@@ -186,9 +185,7 @@ def test_ray_knows_the_command_and_its_options(node: Node, metadata: Metadata) -
         ('{\n "action" : "terminate",\n "time" : "soon"\n}', 110, 110),
     ],
 )
-def test_an_odd_notice_is_passed_on_as_well(
-    node: Node, metadata: Metadata, notice: str, least: int, most: int
-) -> None:
+def test_an_odd_notice_is_passed_on_as_well(node: Node, metadata: Metadata, notice: str, least: int, most: int) -> None:
     metadata.notice = notice
     assert node.start().wait(timeout=20) == 0
     assert least <= int(node.calls()[0].rsplit(" ", 1)[1]) <= most
