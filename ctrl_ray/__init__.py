@@ -6,6 +6,7 @@ Importing the package takes no time: what is named here is loaded when it is fir
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from ctrl_ray.policy.pipeline import ControlledPipeline
     from ctrl_ray.presets import preset
     from ctrl_ray.train import Run, fit
+
+# transformers warns at every start that torchvision, which nothing here uses, is not installed.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
 

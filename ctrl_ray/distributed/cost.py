@@ -91,12 +91,12 @@ def estimate(config: TrainConfig, work: Work, flops_per_s: float, machine: Machi
 
 
 def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
-    """Operations a second of this machine: float32 convolutions of a usual size, forward and backward, the best of
-    several."""
+    """Operations a second of `num_threads` cores of this machine: float32 convolutions of a usual size, forward and
+    backward, the best of several on one core, so that what else runs here hardly counts."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)
     try:
         images = torch.randn(16, 64, 16, 16, requires_grad=True)
         weights = torch.randn(64, 64, 3, 3, requires_grad=True)
@@ -108,7 +108,7 @@ def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
             best = min(best, time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return operations / best
+    return num_threads * operations / best
 
 
 def estimate_lines(config: TrainConfig, plan: Plan, flops: StepFlops) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -95,6 +96,9 @@ def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_
     assert re.search(r"^run +whole, written to ", whole, re.M) and re.search(r"^job +whole: ", whole, re.M)
     assert "perhaps too few" not in whole, "cluster/job.yaml gives the stop enough time"
 
+    # the classifier that the whole run has fitted is given to the other
+    given = dataclasses.replace(config.controls["jpeg_size"], classifier=str(tmp_path / "whole/classifier/jpeg_size"))
+    file.write_text(to_json(dataclasses.replace(config, controls={"jpeg_size": given})))
     folder = tmp_path / "stopped"
     _submit(cluster, file, str(folder), name="stopped", wait=False)
     _wait_for_update(cluster, folder, 2, "stopped")
