@@ -159,11 +159,11 @@ class Hosts(Mapping[str, Host]):
 
     def cut_off(self, name: str) -> None:
         """Pull the host's cable."""
-        self._ip(self._switch, f"link set {name} down")
+        self._ip(self._switch, f"link set dev {name} down")
 
     def plug_in(self, name: str) -> None:
         """Put it back."""
-        self._ip(self._switch, f"link set {name} up")
+        self._ip(self._switch, f"link set dev {name} up")
 
     def foreign(self) -> list[dict[str, Any]]:
         """Attempts to reach an address outside of the hosts' network, so far."""
@@ -194,8 +194,8 @@ class Hosts(Mapping[str, Host]):
         keeper = stack.enter_context(_kept(["unshare", *spaces, *script], folder / "host.log"))
         (pid,) = _children(keeper.pid)
         host = Host(name, address, folder, pid)
-        self._ip(self._switch, f"link add {name} type veth peer name eth0 netns {pid}")
-        self._ip(self._switch, f"link set {name} up master {BRIDGE}")
+        self._ip(self._switch, f"link add name {name} type veth peer name eth0 netns {pid}")
+        self._ip(self._switch, f"link set dev {name} up master {BRIDGE}")
         for command in (
             "link set lo up",
             "link set eth0 up",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -104,9 +105,9 @@ def test_a_job_on_several_machines_outlives_one_of_them(tmp_path: Path, say: Say
             say(f"train2 is cut off after update {done}")
             _until(job, lambda: len(_updates(run)) > done + 1)
             say("the job goes on")
-            assert job.process.wait(timeout=300) == 0, job.said()
+            assert job.process.wait(timeout=300) == 0, job.said()[-6000:]
             say("the job is done; ray down")
-        _check_run(run, done)
+        _check_run(run, done, job)
         left = _eventually(lambda: {host.name: host.processes() for host in hosts.values()}, _all_empty, 90)
         assert _all_empty(left), left
         say("no process is left on any host")
@@ -126,8 +127,8 @@ class _Job:
         self.process = host.start(*words, log=log, env=LAPTOP_ENV)
 
     def said(self) -> str:
-        """The end of what it printed."""
-        return self._log.read_text(errors="replace")[-6000:]
+        """What it printed, its own output and that of the job."""
+        return self._log.read_text(errors="replace")
 
 
 class _Laptop:
@@ -222,13 +223,16 @@ def _check_places(hosts: Hosts) -> None:
     def runs(name: str, what: str) -> bool:
         return any(what in line for line in hosts[name].processes())
 
-    assert runs("head", "ctrl_ray.train")
+    assert runs("head", "ctrl_ray.train") and runs("head", "RewardDispatcher")
     assert runs("train1", "RayTrainWorker") and runs("train2", "RayTrainWorker")
     assert runs("pool", "RewardActor") and not runs("pool", "RayTrainWorker")
 
 
-def _check_run(run: Path, cut_off_after: int) -> None:
-    assert cut_off_after < NUM_UPDATES - 1
+def _check_run(run: Path, cut_off_after: int, job: _Job) -> None:
+    """It went on from the checkpoint of the last update or of the one before, and did the rest."""
+    resumed = [int(update) for update in re.findall(r"resumed after update (\d+)", job.said())]
+    assert resumed and all(cut_off_after - 2 <= update <= cut_off_after + 1 for update in resumed), resumed
+    assert resumed[-1] < NUM_UPDATES
     assert _updates(run) == list(range(1, NUM_UPDATES + 1))
     assert (run / "report" / "report.html").is_file()
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
@@ -251,7 +255,7 @@ def _until(job: _Job, condition: Callable[[], bool], timeout_s: float = 300) -> 
     def look() -> bool:
         return condition() or job.process.poll() is not None
 
-    assert _eventually(look, bool, timeout_s) and condition(), job.said()
+    assert _eventually(look, bool, timeout_s) and condition(), job.said()[-6000:]
 
 
 def _eventually(look: Callable[[], Any], enough: Callable[[Any], bool], timeout_s: float) -> Any:
