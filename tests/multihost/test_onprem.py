@@ -108,9 +108,10 @@ def test_a_job_on_several_machines_outlives_one_of_them(tmp_path: Path, say: Say
             assert job.process.wait(timeout=300) == 0, job.said()[-6000:]
             say("the job is done; ray down")
         _check_run(run, done, job)
-        left = _eventually(lambda: {host.name: host.processes() for host in hosts.values()}, _all_empty, 90)
-        assert _all_empty(left), left
-        say("no process is left on any host")
+        for host in hosts.values():
+            left = _eventually(host.processes, lambda lines: not lines, 90)
+            assert not left, f"{host.name}: {left}"
+            say(f"no process is left on {host.name}")
         assert hosts.foreign() == []
         assert laptop.host.run("python", "-c", SEND_ABROAD).returncode == 0
         (attempt,) = _eventually(hosts.foreign, bool, 5)  # so it would have been noticed
@@ -243,10 +244,6 @@ def _check_run(run: Path, cut_off_after: int, job: _Job) -> None:
 def _updates(run: Path) -> list[int]:
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     return [row["update"] for row in rows if row["kind"] == "update"]
-
-
-def _all_empty(processes: dict[str, list[str]]) -> bool:
-    return not any(processes.values())
 
 
 def _until(job: _Job, condition: Callable[[], bool], timeout_s: float = 300) -> None:
