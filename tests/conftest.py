@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 _TESTS = Path(__file__).resolve().parent
-_FOLDER_MARKS = ("unit", "integration", "gpu")
+_FOLDER_MARKS = ("unit", "integration", "gpu", "multihost")
 
 
 def _prepare_environment() -> None:

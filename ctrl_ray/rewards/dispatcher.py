@@ -25,6 +25,7 @@ from ctrl_ray.config import RewardPoolConfig
 from ctrl_ray.errors import CtrlRayError, RewardError
 from ctrl_ray.rewards.fleet import Fleet, Member, first_line, own_error
 from ctrl_ray.rewards.queue import Request, RequestQueue
+from ctrl_ray.rewards.reservation import Reservation
 from ctrl_ray.rewards.scaling import Scaler
 from ctrl_ray.rewards.telemetry import ActorStats, PoolStats, Telemetry
 
@@ -59,6 +60,7 @@ class RewardDispatcher:
             timeout_s=config.timeout_s,
             on_ready=self._advance,
         )
+        self._reservation = Reservation(f"ctrl_ray-rewards-{name}", options)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -116,6 +118,7 @@ class RewardDispatcher:
     async def stop(self) -> None:
         """End all actors; requests under way fail."""
         self._fleet.target = 0
+        self._reservation.hold(0)
         for actor in self._fleet:
             for request in [request for call in actor.calls for request in call]:
                 self._fail(request, RewardError("the reward pool was stopped before it had answered"))
@@ -239,6 +242,7 @@ class RewardDispatcher:
                     self._lose(actor, f"gave no answer within {self._config.timeout_s:g} s", stuck=True)
             self._fleet.fill()
             self._advance()
+            self._reservation.hold(self._fleet.target)
             self._give_up_waiting(now_s)
             await self.stats()  # sets the gauges
             await asyncio.sleep(_TICK_S)

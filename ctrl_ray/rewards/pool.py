@@ -103,7 +103,8 @@ def start_reward_pool(
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=_MAX_CONCURRENT_REQUESTS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+            # soft would let Ray put it on any node
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
         # a large one by reference: a restart of the dispatcher then needs this process, as the run does anyway
         .remote(given, config, options, uuid4().hex[:8])
