@@ -62,9 +62,8 @@ class Best(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def fit_worker(train_loop_config: dict[str, Any]) -> None:
-    """The Ray Train worker function: fits `train_loop_config["job"]` and reports the classifier as a checkpoint."""
-    job: FitJob = train_loop_config["job"]
+def fit_worker(job: FitJob) -> None:
+    """The Ray Train worker function: fits the classifier and reports it as a checkpoint."""
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_fit_") as own:
         _fit(job, Path(job.folder or own))
 

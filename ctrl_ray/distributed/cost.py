@@ -12,7 +12,7 @@ from ctrl_ray.distributed.planner_counts import StepFlops
 from ctrl_ray.distributed.planner_fit import GPU_CONTEXT_BYTES, USABLE
 from ctrl_ray.distributed.progress import duration
 
-PRICES_OF = "us-west-2 on demand, as known in November 2026"
+PRICES_OF = "us-west-2 on demand, remembered from 2025 and looked up nowhere"
 """What the prices below are; look yours up before you rely on them."""
 
 
@@ -42,8 +42,8 @@ HEAD_DOLLARS_PER_HOUR = 0.38
 
 GPU_UTILISATION = 0.25
 """Share of a GPU's peak that a denoiser of diffusers reaches at the presets' batch sizes. Stated, not measured by us."""
-CPU_UTILISATION = 0.5
-"""Share of the rate of `measured_cpu_flops` that the example reached on two cores (458 GFLOP in 7.9 s an update)."""
+CPU_UTILISATION = 0.36
+"""Share of the rate of `measured_cpu_flops` that the example reaches on two cores (`python -m tests.benchmarks.estimate`)."""
 _START_S = 60.0
 
 
@@ -111,9 +111,8 @@ def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
     return num_threads * operations / best
 
 
-def estimate_lines(config: TrainConfig, plan: Plan, flops: StepFlops) -> list[str]:
+def estimate_lines(config: TrainConfig, plan: Plan, work: Work) -> list[str]:
     """Time, and on rented machines the price, with what is assumed."""
-    work = work_of(config, plan, flops)
     counted = f"{_flops_text(work.update_flops)} an update and worker (counted)"
     updates = f"{config.num_updates} updates"
     if not config.scaling.use_gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -65,8 +66,7 @@ def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHan
 
     validation = validation_config(job) if config.evaluation.asynchronous else None
     result = run_workers(
-        train_worker,
-        {"job": job},
+        functools.partial(train_worker, job),
         config,
         f"{storage_path}/{CHECKPOINTS}",
         job.channel,
@@ -80,8 +80,7 @@ def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHan
 
 
 def run_workers(
-    function: Callable[[dict[str, Any]], None],
-    arguments: dict[str, Any],
+    worker: Callable[[], None],
     config: TrainConfig,
     storage_path: str,
     channel: Any,
@@ -94,11 +93,12 @@ def run_workers(
 ) -> Result:
     """Run a worker group of `config.scaling` to its end; `poll` is called while it runs and once after.
 
-    The first signal goes to the workers through the channel, the second interrupts. Raises the error that a worker
-    raised on purpose, else Ray's.
+    `worker` holds what it needs (functools.partial): what Ray Train gets as train_loop_config is loaded by its controller
+    too, which would import torch, diffusers and DeepSpeed for it (7 s) before it starts a worker. The first signal goes to
+    the workers through the channel, the second interrupts. Raises the error that a worker raised on purpose, else Ray's.
     """
     _shorten_polling()
-    trainer = _trainer(function, arguments, config, storage_path, run_name, keep, validation)
+    trainer = _trainer(worker, config, storage_path, run_name, keep, validation)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -138,8 +138,7 @@ def new_channel() -> Any:
 
 
 def _trainer(
-    function: Callable[[dict[str, Any]], None],
-    arguments: dict[str, Any],
+    worker: Callable[[], None],
     config: TrainConfig,
     storage_path: str,
     run_name: str,
@@ -148,8 +147,7 @@ def _trainer(
 ) -> TorchTrainer:
     resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
     return TorchTrainer(
-        function,
-        train_loop_config=arguments,
+        worker,
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=num_workers(config.scaling),  # type: ignore[arg-type]
             use_gpu=config.scaling.use_gpu,

@@ -58,15 +58,13 @@ def fit_of(plan: Plan, config: TrainConfig, facts: ClusterFacts | None) -> Fit:
         return _compare(needed, have, "a worker", f"the smallest GPU of {facts.where}")
     needed, have, who = 0, 0, ""
     for node in facts.nodes:
-        workers, actors = _on_node(node, config)
-        if not workers + actors:
-            continue
-        if node.memory_bytes is None:
-            return Fit("unknown", f"{facts.where} does not say what memory it has")
-        wanted = workers * (plan.memory.peak + PROCESS_BYTES) + actors * (plan.actor_bytes + PROCESS_BYTES)
-        if not have or wanted / node.memory_bytes > needed / have:
-            needed, have = wanted, node.memory_bytes
-            who = f"{workers} workers and {actors} reward actors on one node"
+        for workers, actors in _on_node(node, config):
+            if node.memory_bytes is None:
+                return Fit("unknown", f"{facts.where} does not say what memory it has")
+            wanted = workers * (plan.memory.peak + PROCESS_BYTES) + actors * (plan.actor_bytes + PROCESS_BYTES)
+            if not have or wanted / node.memory_bytes > needed / have:
+                needed, have = wanted, node.memory_bytes
+                who = f"{_count(workers, 'worker')} and {_count(actors, 'reward actor')} on one node"
     if not have:
         return Fit("unknown", f"no node of {facts.where} has room for a worker")
     return _compare(needed, have, who, facts.where)
@@ -177,12 +175,20 @@ def _room(config: TrainConfig, cpus: float, gpus: float) -> int:
     return max(0, min(by_cpu, math.floor(gpus + 1e-9)) if config.scaling.use_gpu else by_cpu)
 
 
-def _on_node(node: NodeFacts, config: TrainConfig) -> tuple[int, int]:
-    """(workers, actors) that may share a node at worst: all actors it holds, and workers in the rest."""
-    free, actors = [[node.cpus, node.gpus]], 0
-    while actors < config.rewards.num_actors and _take_actor(config, free):
-        actors += 1
-    return min(config.scaling.fixed_num_workers, _room(config, *free[0])), actors
+def _on_node(node: NodeFacts, config: TrainConfig) -> list[tuple[int, int]]:
+    """Every (workers, actors) that may share a node: any number of actors that it holds, and workers in the rest."""
+    free, found = [[node.cpus, node.gpus]], []
+    for actors in range(config.rewards.num_actors + 1):
+        if actors and not _take_actor(config, free):
+            break
+        workers = min(config.scaling.fixed_num_workers, _room(config, *free[0]))
+        if workers + actors:
+            found.append((workers, actors))
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _micro_batches(config: TrainConfig, workers: int, largest: int) -> list[int]:

@@ -11,7 +11,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts
 from ctrl_ray.config_json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.distributed.cluster import check_local_machine, cluster_facts, needed_resources
-from ctrl_ray.distributed.cost import estimate_lines
+from ctrl_ray.distributed.cost import Work, estimate_lines, work_of
 from ctrl_ray.distributed.planner import Plan, make_plan, num_branches, zero_options
 from ctrl_ray.distributed.planner_counts import PolicyCounter, PolicyCounts, StepFlops
 from ctrl_ray.distributed.planner_fit import fit_of, remedies, resolve_num_workers
@@ -42,6 +42,8 @@ class Preflight:
     info: AdapterInfo
     summary: str
     """Config, batch arithmetic, trainable parameters and the memory plan, for people."""
+    work: Work | None = None
+    """What a worker computes; counted for an estimate only."""
 
 
 def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> Preflight:
@@ -75,8 +77,9 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
     plan = planner.plan(config)
     fit = fit_of(plan, config, facts)
     lines = plan_lines(plan, config, fit, remedies(config, planner.plan, facts) if fit.answer == "no" else [])
-    if with_estimate:
-        lines += estimate_lines(config, plan, planner.flops(config))
+    work = work_of(config, plan, planner.flops(config)) if with_estimate else None
+    if work is not None:
+        lines += estimate_lines(config, plan, work)
     info = make_adapter_info(
         base_model=config.base_model,
         base_revision=config.base_revision,
@@ -94,6 +97,7 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         evaluation_prompts=evaluation_prompts,
         info=info,
         summary=_summary(config, controls, prompts, planner.counts(config), lines, resolved.why),
+        work=work,
     )
 
 

@@ -7,6 +7,7 @@ solver's grid, from which its law is computed without sampling.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,10 +98,8 @@ def train_cases(
         tempfile.TemporaryDirectory(prefix="ctrl_ray_verify_") as storage,
         start_reward_pool(spec, pool_config, model=model) as pool,
     ):
-        arguments = {"cases": list(cases), "scaling": scaling, "rewards": pool.client(), "channel": channel}
-        run_workers(
-            _verify_worker, arguments, TrainConfig(scaling=scaling), storage, channel, poll, on_row, run_name="verify"
-        )
+        worker = functools.partial(_verify_worker, tuple(cases), scaling, pool.client(), channel)
+        run_workers(worker, TrainConfig(scaling=scaling), storage, channel, poll, on_row, run_name="verify")
 
 
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
@@ -133,10 +132,9 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
     )
 
 
-def _verify_worker(arguments: dict[str, Any]) -> None:
-    scaling: ScalingConfig = arguments["scaling"]
-    for case in arguments["cases"]:
-        _train_case(case, case_config(case, scaling), arguments["rewards"], arguments["channel"])
+def _verify_worker(cases: tuple[Case, ...], scaling: ScalingConfig, rewards: PooledRewards, channel: Any) -> None:
+    for case in cases:
+        _train_case(case, case_config(case, scaling), rewards, channel)
 
 
 def case_learner(

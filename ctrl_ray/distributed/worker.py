@@ -57,12 +57,11 @@ class TrainJob:
     """The adapter that the run goes on from, by value, for hosts that do not have it."""
 
 
-def train_worker(arguments: dict[str, Any]) -> None:
+def train_worker(job: TrainJob) -> None:
     """Stages 2 and 3 on one worker: build the policy, resume if there is a checkpoint, update, evaluate, checkpoint.
 
     An error that a restart cannot cure is left with the channel; the workers that Ray Train restarts return at once.
     """
-    job: TrainJob = arguments["job"]
     if ray.get(job.channel.failure.remote()) is not None:
         return
     try:

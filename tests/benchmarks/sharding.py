@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -90,7 +91,15 @@ def _measure(config: TrainConfig, workers: int, updates: int) -> dict[int, list[
     channel = new_channel()
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_benchmark_") as storage:
         arguments = {"configs": configs, "updates": updates, "channel": channel}
-        run_workers(_work, arguments, configs[0], storage, channel, lambda: None, rows.append, run_name="sharding")
+        run_workers(
+            functools.partial(_work, arguments),
+            configs[0],
+            storage,
+            channel,
+            lambda: None,
+            rows.append,
+            run_name="sharding",
+        )
     (row,) = ray.get(channel.drain.remote())
     times: dict[int, list[float]] = row["times"]
     return times

@@ -48,10 +48,12 @@ def test_ray_accepts_the_file_as_it_is(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_bash_reads_every_command(file: Path) -> None:
+    """Whole: a ' #' in a plain YAML scalar begins a comment and cuts the rest off; then its quotes do not match."""
     commands = [line for key, lines in _read(file).items() if key.endswith("_commands") for line in lines]
     assert commands
     for command in commands:
         _bash_reads(command)
+        assert shlex.split(command), command
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda file: file.name)
@@ -94,15 +96,21 @@ def test_nothing_that_ray_would_choose_too_openly_is_left_to_it(aws: dict[str, A
 def test_the_token_is_mounted_and_switched_on_everywhere(aws: dict[str, Any], tmp_path: Path) -> None:
     assert aws["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     (line,) = [line for line in aws["setup_commands"] if ".bashrc" in line]
-    show = 'for i in 1 2; do eval "$LINE"; done; . ~/.bashrc; echo "$RAY_AUTH_MODE ${PATH%%:*}"; wc -l < ~/.bashrc'
+    show = 'echo "$RAY_AUTH_MODE ${PATH%%:*} $RAY_USAGE_STATS_REPORT_URL"; wc -l < ~/.bashrc'
+    script = f'for i in 1 2; do eval "$LINE"; done; . ~/.bashrc; {show}'
     done = subprocess.run(
-        ["bash", "-c", show],
+        ["bash", "-c", script],
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LINE": f"touch ~/.bashrc; {line}"},
         text=True,
         capture_output=True,
         check=True,
     )
-    assert done.stdout.split() == ["token", f"{tmp_path}/venv/bin", "1"]  # once, however often setup runs
+    assert done.stdout.split() == [
+        "token",
+        f"{tmp_path}/venv/bin",
+        "http://127.0.0.1:9/",
+        "1",
+    ]  # once, however often setup runs
 
 
 def test_workers_install_this_project_with_the_versions_of_the_head(aws: dict[str, Any]) -> None:

@@ -245,7 +245,8 @@ def test_it_finds_the_raylet_by_its_name(node: Node, metadata: Metadata, tmp_pat
     options = [f"--node-id={NODE[::-1]}", f"--gcs_address={HEAD}"]  # the other spelling of both
     raylet = subprocess.Popen(["./raylet", "-c", "while :; do sleep 0.1; done", "raylet", *options], cwd=tmp_path)
     try:
-        assert (Path("/proc") / str(raylet.pid) / "comm").read_text().strip() == "raylet"
+        comm = Path("/proc") / str(raylet.pid) / "comm"
+        _wait(lambda: comm.read_text().strip() == "raylet")  # the kernel renames it a moment after Popen returns
         del node.environment["SPOT_WATCH_RAYLET_PID"]
         metadata.notice = _notice(100)
         assert node.start().wait(timeout=20) == 0
