@@ -50,7 +50,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         prepare_classifiers,
         rewards_of,
     )
-    from ctrl_ray.distributed.run_folder import RunFolder
+    from ctrl_ray.distributed.run_folder import CHECKPOINTS, RunFolder, below
     from ctrl_ray.distributed.shared_paths import check_shared
     from ctrl_ray.policy.pretrained import PipelineSampler
 
@@ -74,7 +74,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
             if trained.stopped.endswith("received"):
                 raise InterruptedRunError(
                     f"stopped after update {trained.updates_done} of {plan.config.num_updates}; a checkpoint is in "
-                    f"{folder.storage_path}/checkpoints. Go on with the same command and --resume"
+                    f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
             summary = evaluate_and_report(plan, folder, rewards, trained, facts)

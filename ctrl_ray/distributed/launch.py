@@ -23,12 +23,12 @@ from ctrl_ray.config import ScalingConfig as OurScalingConfig
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
+from ctrl_ray.distributed.run_folder import CHECKPOINTS, below
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.waiting import ClusterWait
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
 
-CHECKPOINTS = "checkpoints"
 _POLL_S = 0.3
 RowHandler = Callable[[Mapping[str, Any]], None]
 
@@ -68,7 +68,7 @@ def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHan
     result = run_workers(
         functools.partial(train_worker, job),
         config,
-        f"{storage_path}/{CHECKPOINTS}",
+        below(storage_path, CHECKPOINTS),
         job.channel,
         poll,
         on_row,

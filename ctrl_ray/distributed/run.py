@@ -13,10 +13,10 @@ import numpy as np
 
 from ctrl_ray.classifiers.fitting import SamplePipeline, fit_classifier
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.distributed.launch import CHECKPOINTS, Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.preflight import Preflight
 from ctrl_ray.distributed.progress import RunProgress
-from ctrl_ray.distributed.run_folder import RunFolder
+from ctrl_ray.distributed.run_folder import CHECKPOINTS, RunFolder, below
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.shared_paths import copies_of
 from ctrl_ray.distributed.waiting import ClusterWait, pool_waits
@@ -50,7 +50,7 @@ def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: Sam
                     name,
                     output_dir=target,
                     sample_pipeline=sample_pipeline if wants_samples else None,
-                    storage_path=f"{folder.storage_path}/{CHECKPOINTS}" if not folder.is_local else None,
+                    storage_path=below(folder.storage_path, CHECKPOINTS) if not folder.is_local else None,
                     on_wait=wait.poll,
                 )
                 folder.upload()

@@ -17,6 +17,7 @@ from ctrl_ray.config_json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 _MAY_CHANGE = ("output_dir", "num_updates", "scaling", "rewards", "evaluation", "num_checkpoints_to_keep", "aim",
                "checkpoint_every_updates", "target_kl", "export_images")  # fmt: skip
 
@@ -31,7 +32,8 @@ class RunFolder:
         self._uploaded: dict[str, tuple[int, int]] = {}
         if "://" in output_dir and not output_dir.startswith("file://"):
             try:
-                self._filesystem, self._remote_path = pyarrow.fs.FileSystem.from_uri(output_dir)
+                self._filesystem, path = pyarrow.fs.FileSystem.from_uri(output_dir)
+                self._remote_path = path.rstrip("/")
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise ConfigError(
                     f"output_dir {output_dir!r} cannot be opened: {error}; give a local path or a URI that pyarrow.fs "
@@ -50,7 +52,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The run's name: the last part of its path. Ray Train and Aim show it."""
-        return self.output_dir.rstrip("/").rpartition("/")[2] if self._filesystem is not None else self.local.name
+        return self._remote_path.rpartition("/")[2] if self._filesystem is not None else self.local.name
 
     @property
     def storage_path(self) -> str:
@@ -102,7 +104,7 @@ class RunFolder:
         paths = [self.local / name for name in names] if names else sorted(self.local.rglob("*"))
         for path in paths:
             relative = path.relative_to(self.local).as_posix()
-            if not path.is_file() or relative.partition("/")[0] == "checkpoints":
+            if not path.is_file() or relative.partition("/")[0] == CHECKPOINTS:
                 continue
             state = (path.stat().st_size, path.stat().st_mtime_ns)
             if self._uploaded.get(relative) == state:
@@ -125,11 +127,19 @@ class RunFolder:
         selector = pyarrow.fs.FileSelector(self._remote_path, recursive=True, allow_not_found=True)
         for info in self._filesystem.get_file_info(selector):
             relative = Path(info.path).relative_to(self._remote_path)
-            if info.type == pyarrow.fs.FileType.File and relative.parts[0] != "checkpoints":
+            if info.type == pyarrow.fs.FileType.File and relative.parts[0] != CHECKPOINTS:
                 target = self.local / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with self._filesystem.open_input_stream(info.path) as source:
                     target.write_bytes(source.read())
+
+
+def below(storage_path: str, name: str) -> str:
+    """A folder in a local folder or below a URI, whose options (`?region=…`) stay at its end."""
+    if "://" not in storage_path:
+        return f"{storage_path}/{name}"
+    path, mark, options = storage_path.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def _kept_folder(path: Path) -> Path:

@@ -6,16 +6,20 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 import ctrl_ray
@@ -29,6 +33,7 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.config_json import to_json
+from ctrl_ray.distributed.run_folder import RunFolder
 from tests.clusters import ROOT, Head, started_head
 
 _UPDATES = 40  # with one of a fraction of a second, a stop has time to arrive
@@ -36,9 +41,27 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Head]:
-    """A head with two CPUs and a token."""
-    with started_head("--num-cpus=2", '--resources={"driver": 100}') as head:
+def bucket() -> Iterator[pyarrow.fs.S3FileSystem]:
+    """The bucket `s3://runs` of an S3 server in a thread of this process (moto's), for it and all that it starts."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ACCESS_KEY_ID", "none")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "none")
+            environment.setenv("AWS_ENDPOINT_URL", url)
+            filesystem = pyarrow.fs.S3FileSystem(region="us-west-2", endpoint_override=url, allow_bucket_creation=True)
+            filesystem.create_dir("runs")
+            yield filesystem
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: pyarrow.fs.S3FileSystem) -> Iterator[Head]:
+    """A head with a token and room for two jobs."""
+    with started_head("--num-cpus=4", '--resources={"driver": 100}') as head:
         yield head
 
 
@@ -83,12 +106,20 @@ def _status(cluster: Head, name: str) -> str:
 
 
 def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_run(
-    cluster: Head, config: TrainConfig, tmp_path: Path
+    cluster: Head, bucket: pyarrow.fs.S3FileSystem, config: TrainConfig, tmp_path: Path
 ) -> None:
-    """Bitwise, on CPU with a deterministic pool; the stop leaves a checkpoint and says how to go on."""
-    file = tmp_path / "config.json"
+    """Bitwise, on CPU with a deterministic pool. The stopped one writes to S3, and goes on from what is there alone."""
+    file, given_file = tmp_path / "config.json", tmp_path / "given.json"
     file.write_text(to_json(config))
-    whole = _submit(cluster, file, str(tmp_path / "whole"), name="whole")
+    classifier = tmp_path / "whole" / "classifier" / "jpeg_size"
+    with ThreadPoolExecutor(1) as executor:
+        uninterrupted = executor.submit(_submit, cluster, file, str(tmp_path / "whole"), name="whole")
+        # the classifier that the whole run has fitted is given to the other, which runs beside it
+        given = dataclasses.replace(config.controls["jpeg_size"], classifier=str(classifier))
+        given_file.write_text(to_json(dataclasses.replace(config, controls={"jpeg_size": given})))
+        _wait(lambda: (tmp_path / "whole" / "metrics.jsonl").exists() or uninterrupted.done())
+        _stop_and_resume(cluster, given_file, "s3://runs/stopped")
+        whole = uninterrupted.result()
     assert "succeeded" in whole, whole
     ours = [line for line in whole.splitlines() if line.startswith(("update ", "run ", "job ", "classifier of"))]
     assert f"update {_UPDATES}/{_UPDATES} · reward" in whole
@@ -96,37 +127,51 @@ def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_
     assert re.search(r"^run +whole, written to ", whole, re.M) and re.search(r"^job +whole: ", whole, re.M)
     assert "perhaps too few" not in whole, "cluster/job.yaml gives the stop enough time"
 
-    # the classifier that the whole run has fitted is given to the other
-    given = dataclasses.replace(config.controls["jpeg_size"], classifier=str(tmp_path / "whole/classifier/jpeg_size"))
-    file.write_text(to_json(dataclasses.replace(config, controls={"jpeg_size": given})))
-    folder = tmp_path / "stopped"
-    _submit(cluster, file, str(folder), name="stopped", wait=False)
-    _wait_for_update(cluster, folder, 2, "stopped")
+    pyarrow.fs.copy_files("runs/stopped", str(tmp_path / "stopped"), source_filesystem=bucket)
+    assert (tmp_path / "stopped" / "report" / "report.html").is_file()
+    expected, reached = _adapter(tmp_path / "whole" / "adapter"), _adapter(tmp_path / "stopped" / "adapter")
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(expected[name], reached[name]) for name in expected)
+
+
+def _stop_and_resume(cluster: Head, file: Path, uri: str) -> None:
+    """The stop leaves a checkpoint and says how to go on; the head's own copy of the run is lost in between."""
+    copy = RunFolder(uri).local
+    _submit(cluster, file, uri, name="stopped", wait=False)
+    _wait_for_update(cluster, copy, 2, "stopped")
     cluster.ray("job", "stop", "stopped")
     log = cluster.ray("job", "logs", "stopped").stdout
     assert "was stopped" in _status(cluster, "stopped"), log
     done = re.search(rf"stopped after update (\d+) of {_UPDATES}; a checkpoint is in \S+\. Go on with .* --resume", log)
     assert done and 2 <= int(done[1]) < _UPDATES, log
 
-    again = _submit(cluster, file, str(folder), "--resume", name="resumed")
+    shutil.rmtree(copy)
+
+    again = _submit(cluster, file, uri, "--resume", name="resumed")
+    shutil.rmtree(copy)
     assert f"resumed after update {done[1]}" in again and "succeeded" in again, again
-    expected, reached = _adapter(tmp_path / "whole" / "adapter"), _adapter(folder / "adapter")
-    assert expected.keys() == reached.keys()
-    assert all(torch.equal(expected[name], reached[name]) for name in expected)
 
 
 def _wait_for_update(cluster: Head, folder: Path, update: int, name: str) -> None:
     """The command that asks for the status takes a core for seconds, so it is asked seldom."""
-    deadline, metrics, asked = time.monotonic() + 300, folder / "metrics.jsonl", time.monotonic()
-    while time.monotonic() < deadline:
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        if any(row["kind"] == "update" and row["update"] >= update for row in rows):
-            return
+    metrics, asked = folder / "metrics.jsonl", time.monotonic()
+
+    def reached() -> bool:
+        nonlocal asked
         if time.monotonic() > asked + 40:
             assert "failed" not in _status(cluster, name), cluster.ray("job", "logs", name).stdout
             asked = time.monotonic()
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return any(row["kind"] == "update" and row["update"] >= update for row in rows)
+
+    _wait(reached)
+
+
+def _wait(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.1)
-    raise AssertionError(f"update {update} was not reached: " + cluster.ray("job", "logs", name).stdout)
 
 
 @pytest.mark.parametrize("token", ["wrong", "none"])
@@ -149,38 +194,32 @@ def test_no_way_in_without_the_token(cluster: Head, token: str, tmp_path: Path) 
 
     environment = {**cluster.environment, **given, "RAY_ADDRESS": cluster.address}
     started = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, "-m", "ctrl_ray.train", "--output-dir", str(tmp_path / "run")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    bare = [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", cluster.address]
+    with ThreadPoolExecutor(1) as executor:
+        init = executor.submit(subprocess.run, bare, env=environment, capture_output=True, text=True, timeout=180)
+        run = _train(tmp_path / "run", environment)
+        assert init.result().returncode != 0
     assert run.returncode == 1 and "refuses the token" in run.stderr and "RAY_AUTH_TOKEN_PATH" in run.stderr, run.stderr
     assert run.stderr.count("\n") <= 2, "one clear message, no stack"
-    assert time.monotonic() - started < 60
-    bare = [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", cluster.address]
-    refused_init = subprocess.run(bare, env=environment, capture_output=True, text=True, timeout=180)
-    assert refused_init.returncode != 0
+    assert time.monotonic() - started < 90
+
+
+def _train(folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ctrl_ray.train", "--output-dir", str(folder)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
 
 
 def test_a_run_on_a_cluster_that_is_not_there_says_so(tmp_path: Path) -> None:
     """A dead address, and addresses of other services."""
-    for address, text in (
-        ("127.0.0.1:1", "no Ray cluster answers"),
-        ("http://127.0.0.1:8265", "ray job submit"),
-        ("ray://127.0.0.1:10001", "ray job submit"),
-    ):
-        run = subprocess.run(
-            [sys.executable, "-m", "ctrl_ray.train", "--output-dir", str(tmp_path / "run")],
-            env={**os.environ, "RAY_ADDRESS": address},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert run.returncode in (1, 2) and text in run.stderr, run.stderr
+    expected = {
+        "127.0.0.1:1": "no Ray cluster answers",
+        "http://127.0.0.1:8265": "ray job submit",
+        "ray://127.0.0.1:10001": "ray job submit",
+    }
+    with ThreadPoolExecutor(len(expected)) as executor:
+        runs = executor.map(lambda address: _train(tmp_path, {**os.environ, "RAY_ADDRESS": address}), expected)
+        for run, text in zip(runs, expected.values(), strict=True):
+            assert run.returncode in (1, 2) and text in run.stderr, run.stderr
 
 
 def test_package_is_the_one_that_is_submitted() -> None:

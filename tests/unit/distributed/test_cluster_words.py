@@ -15,7 +15,7 @@ from ctrl_ray.distributed.autoscaler import Activity, growth_of
 from ctrl_ray.distributed.cluster import check_resources
 from ctrl_ray.distributed.connection import check_address, ray_job
 from ctrl_ray.distributed.cost import AWS_MACHINES, HEAD_DOLLARS_PER_HOUR, Work, estimate
-from ctrl_ray.distributed.run_folder import RunFolder
+from ctrl_ray.distributed.run_folder import RunFolder, below
 from ctrl_ray.distributed.waiting import waiting_line
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.folder_copy import FolderCopy, folder_here
@@ -143,3 +143,11 @@ def test_a_price_is_time_on_whole_machines_and_the_head() -> None:
     assert three.dollars == pytest.approx(4000 / 3600 * (3 * small.dollars_per_hour + HEAD_DOLLARS_PER_HOUR))
     assert estimate(config, work, 1e12, eight).num_machines == 1
     assert estimate(config, work, 1e12).dollars is None
+
+
+def test_the_options_of_a_uri_stay_at_its_end() -> None:
+    uri = "s3://some-bucket/runs/mine/?region=us-west-2&endpoint_override=http://127.0.0.1:1"
+    assert RunFolder(uri).name == "mine"
+    options = uri.partition("?")[2]
+    assert below(uri, "checkpoints") == f"s3://some-bucket/runs/mine/checkpoints?{options}"
+    assert below("/runs/what?", "checkpoints") == "/runs/what?/checkpoints"
