@@ -42,7 +42,7 @@ HEAD_DOLLARS_PER_HOUR = 0.38
 
 GPU_UTILISATION = 0.25
 """Share of a GPU's peak that a denoiser of diffusers reaches at the presets' batch sizes. Stated, not measured by us."""
-CPU_UTILISATION = 0.36
+CPU_UTILISATION = 0.3
 """Share of the rate of `measured_cpu_flops` that the example reaches on two cores (`python -m tests.benchmarks.estimate`)."""
 _START_S = 60.0
 
