@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ctrl_ray.policy.pipeline import ControlledPipeline
     from ctrl_ray.presets import preset
     from ctrl_ray.train import Run, fit
+    from ctrl_ray.tune import SweepResult, sweep
+    from ctrl_ray.tuning.space import Space
 
 # transformers warns at every start that torchvision, which nothing here uses, is not installed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,12 +28,26 @@ _WHERE = {
     "ControlledPipeline": "ctrl_ray.policy.pipeline",
     "CtrlRayError": "ctrl_ray.errors",
     "Run": "ctrl_ray.train",
+    "Space": "ctrl_ray.tuning.space",
+    "SweepResult": "ctrl_ray.tune",
     "TrainConfig": "ctrl_ray.config",
     "fit": "ctrl_ray.train",
     "preset": "ctrl_ray.presets",
+    "sweep": "ctrl_ray.tune",
 }
 
-__all__ = ["ControlConfig", "ControlledPipeline", "CtrlRayError", "Run", "TrainConfig", "fit", "preset"]
+__all__ = [
+    "ControlConfig",
+    "ControlledPipeline",
+    "CtrlRayError",
+    "Run",
+    "Space",
+    "SweepResult",
+    "TrainConfig",
+    "fit",
+    "preset",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -449,6 +449,8 @@ class TrainConfig:
     """Images per class in the report and in Aim."""
     aim: bool = True
     """Write the metrics and images to an Aim repository under output_dir as well."""
+    aim_repo: str | None = None
+    """Another Aim repository: a folder that no other process writes to, or aim://HOST:PORT of a tracking server."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Reverse process."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)

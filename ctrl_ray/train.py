@@ -64,7 +64,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     print(f"run        {folder.name}, written to {folder.storage_path}", flush=True)
     if job is not None:
         print(job.hint, flush=True)
-    with connected(), _stoppable(folder.storage_path):
+    with connected(), stoppable(folder.storage_path):
         check_cluster(plan.config)
         check_shared(plan.config, folder)
         folder.prepare(plan.asked, resume=resume)
@@ -83,7 +83,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
 
 
 @contextmanager
-def _stoppable(where: str) -> Iterator[None]:
+def stoppable(where: str) -> Iterator[None]:
     """SIGTERM and Ctrl-C outside of fine-tuning, which leaves a checkpoint at them, end the run with a word on how to go on.
 
     Only in the main thread, the one that gets signals.

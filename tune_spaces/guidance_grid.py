@@ -1,4 +1,5 @@
-"""What more guidance buys and costs: one run for each strength, all else fixed. Accuracy and KL should both rise."""
+"""What more guidance buys and costs: every pair of a small grid, for a figure. Accuracy and KL should both rise with
+the strength, and fall with the price of the KL."""
 
 from __future__ import annotations
 
@@ -13,4 +14,7 @@ MODE = "max"
 
 def space() -> dict[str, Any]:
     """Dotted config path to the values of the grid."""
-    return {"controls.jpeg_size.guidance_strength": tune.grid_search([0.5, 1.0, 2.0, 4.0])}
+    return {
+        "kl_coef": tune.grid_search([0.5, 1.0, 2.0]),
+        "controls.jpeg_size.guidance_strength": tune.grid_search([0.5, 1.0, 2.0, 4.0]),
+    }

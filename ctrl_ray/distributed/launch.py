@@ -7,14 +7,14 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -45,13 +45,15 @@ class Trained:
     """Why it ended before num_updates; '' when it did not."""
 
 
-def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHandler) -> Trained:
+def run_training(
+    job: TrainJob, storage_path: str, run_name: str, on_row: RowHandler, *, callbacks: Sequence[UserCallback] = ()
+) -> Trained:
     """Run the Train worker group of a job to its end and return its best checkpoint.
 
     Resumes by itself from the latest checkpoint under `storage_path`/checkpoints/`run_name`. The first SIGINT or SIGTERM
     asks the workers to leave a checkpoint and return; the second interrupts at once. `on_row` gets every row of the
-    channel. Raises the error that a worker raised on purpose, ResourceError after `scaling.placement_timeout_s` without
-    room, else Ray's.
+    channel, `callbacks` (Ray Train's) every report of the workers. Raises the error that a worker raised on purpose,
+    ResourceError after `scaling.placement_timeout_s` without room, else Ray's.
     """
     config = job.config
     keep = CheckpointConfig(
@@ -75,6 +77,7 @@ def run_training(job: TrainJob, storage_path: str, run_name: str, on_row: RowHan
         run_name=run_name,
         keep=keep,
         validation=validation,
+        callbacks=callbacks,
     )
     return _trained(result, follower)
 
@@ -90,6 +93,7 @@ def run_workers(
     run_name: str,
     keep: CheckpointConfig | None = None,
     validation: ValidationConfig | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Run a worker group of `config.scaling` to its end; `poll` is called while it runs and once after.
 
@@ -98,7 +102,7 @@ def run_workers(
     the workers through the channel, the second interrupts. Raises the error that a worker raised on purpose, else Ray's.
     """
     _shorten_polling()
-    trainer = _trainer(worker, config, storage_path, run_name, keep, validation)
+    trainer = _trainer(worker, config, storage_path, run_name, keep, validation, callbacks)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -144,6 +148,7 @@ def _trainer(
     run_name: str,
     keep: CheckpointConfig | None,
     validation: ValidationConfig | None,
+    callbacks: Sequence[UserCallback],
 ) -> TorchTrainer:
     resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
     return TorchTrainer(
@@ -160,6 +165,7 @@ def _trainer(
             storage_path=storage_path,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=keep,
+            callbacks=list(callbacks),  # type: ignore[arg-type]
             worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]
         ),
     )

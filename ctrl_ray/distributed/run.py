@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.train import UserCallback
 
 from ctrl_ray.classifiers.fitting import SamplePipeline, fit_classifier
 from ctrl_ray.config import ControlConfig, TrainConfig
@@ -24,7 +25,7 @@ from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.report import Evaluation, write_report
-from ctrl_ray.evaluation.samples import caption
+from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.evaluation.tracking import METRICS_FILE, RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
@@ -84,12 +85,22 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         yield pool.client()
 
 
-def fine_tune(plan: Preflight, folder: RunFolder, rewards: Scorer, *, resume: bool) -> Trained:
-    """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter."""
+def fine_tune(
+    plan: Preflight,
+    folder: RunFolder,
+    rewards: Scorer,
+    *,
+    resume: bool,
+    callbacks: Sequence[UserCallback] = (),
+) -> Trained:
+    """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter.
+
+    callbacks: Ray Train's, such as the one that tells Ray Tune.
+    """
     log = _RunLog(plan.config, folder, resume=resume)
     job = train_job(plan, rewards)
     try:
-        trained = run_training(job, folder.storage_path, folder.name, log)
+        trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
     finally:
         log.close()
@@ -110,17 +121,11 @@ def train_job(plan: Preflight, rewards: Scorer) -> TrainJob:
     )
 
 
-def evaluate_and_report(
-    plan: Preflight, folder: RunFolder, rewards: Scorer, trained: Trained, facts: Mapping[str, str]
-) -> dict[str, Any]:
-    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements.
-
-    facts: what else the report should tell, such as times.
-    """
-    updates_done = trained.updates_done
+def reference_job(plan: Preflight) -> SamplingJob:
+    """Sampling the pre-trained model for the final evaluation of a checked run."""
     config = plan.config
-    job = SamplingJob(
-        adapter=str(folder / ADAPTER),
+    return SamplingJob(
+        adapter=None,
         base_model=config.base_model,
         revision=config.base_revision,
         controls=config.controls,
@@ -129,18 +134,47 @@ def evaluate_and_report(
         sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
         seed=config.evaluation.seed,
         batch_size=config.evaluation.batch_size,
-        reference=False,
+        reference=True,
         precision=config.scaling.precision,
     )
+
+
+def evaluate_and_report(
+    plan: Preflight,
+    folder: RunFolder,
+    rewards: Scorer,
+    trained: Trained,
+    facts: Mapping[str, str],
+    *,
+    before: EvaluationSamples | None = None,
+) -> dict[str, Any]:
+    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements, the report's
+    page, and the samples after.
+
+    facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
+    (`reference_job` of the same config).
+    """
+    updates_done = trained.updates_done
+    config = plan.config
+    job = reference_job(plan)
     evaluations = {}
     for name, reference in (("before", True), ("after", False)):
-        samples = sample_policy(dataclasses.replace(job, reference=reference), rewards, config.scaling)
+        if reference and before is not None:
+            samples = before
+        else:
+            part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
+            samples = sample_policy(part, rewards, config.scaling)
         height, width = samples.images.shape[1:3]
         fidelity = choose_fidelity(plan.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     with RunTracker(
-        folder.local, run_name=folder.name, config=config, aim=config.aim, resume_from_update=updates_done
+        folder.local,
+        run_name=folder.name,
+        config=config,
+        aim=config.aim,
+        aim_repo=config.aim_repo,
+        resume_from_update=updates_done,
     ) as tracker:
         tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
         _log_images(tracker, updates_done, config, evaluations)
@@ -157,7 +191,8 @@ def evaluate_and_report(
         images_per_class=config.export_images,
     )
     folder.upload()
-    return {"report": str(page), **{name: e.judged for name, e in evaluations.items()}}
+    judged = {name: evaluation.judged for name, evaluation in evaluations.items()}
+    return {"report": str(page), "samples": evaluations["after"].samples, **judged}
 
 
 def _reliability(config: TrainConfig) -> dict[str, Path]:
@@ -207,6 +242,7 @@ class _RunLog:
             run_name=self._folder.name,
             config=self._config,
             aim=self._config.aim,
+            aim_repo=self._config.aim_repo,
             resume_from_update=row["update"] if again else None,
         )
         self._progress = RunProgress(self._config.num_updates, row["update"])

@@ -18,7 +18,7 @@ from ctrl_ray.errors import ConfigError, RunFolderError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-_MAY_CHANGE = ("output_dir", "num_updates", "scaling", "rewards", "evaluation", "num_checkpoints_to_keep", "aim",
+_MAY_CHANGE = ("output_dir", "num_updates", "scaling", "rewards", "evaluation", "num_checkpoints_to_keep", "aim", "aim_repo",
                "checkpoint_every_updates", "target_kl", "export_images")  # fmt: skip
 
 

@@ -47,6 +47,8 @@ class SamplingJob:
     """Sample the pre-trained model instead of the adapter's policy (labels are still recorded)."""
     with_kl: bool = True
     precision: str = "fp32"
+    adapter_scale: float = 1.0
+    """Scales LoRA and control embeddings, as `python -m ctrl_ray.sample --adapter-scale` does."""
     copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
     """The adapter folder by value, for hosts that do not have it; `sample_policy` sets it where it is needed."""
 
@@ -67,6 +69,7 @@ def sample_policy(
         num_cpus=scaling.cpus_per_worker,
         num_gpus=1 if scaling.use_gpu else 0,
         max_retries=scaling.max_failures,
+        scheduling_strategy="DEFAULT",  # not the placement group of a Tune trial, which holds its driver alone
         runtime_env={"env_vars": {} if scaling.use_gpu else {"OMP_NUM_THREADS": str(scaling.num_threads)}},
     )
     parts = [
@@ -146,6 +149,7 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
     scheduler = ddim_scheduler(dict(info.scheduler))
     policy = ControlledPolicy(unet, counts, lora=info.lora, prediction_type=scheduler.config.prediction_type)
     load_into_policy(adapter, policy)
+    policy.scale_adapter(job.adapter_scale)
     return policy.eval(), controls, scheduler
 
 

@@ -17,6 +17,7 @@ from ray.train.v2.api.validation_config import ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
+from ctrl_ray.distributed.scores import UNSCORED
 from ctrl_ray.distributed.training import (
     Learner,
     Rank,
@@ -25,7 +26,7 @@ from ctrl_ray.distributed.training import (
     exceeds_target_kl,
     kl_noise_floor,
 )
-from ctrl_ray.distributed.worker import UNSCORED, TrainJob, make_learner
+from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
 from ctrl_ray.policy.build import build_policy

@@ -108,10 +108,13 @@ def waiting_line(
 
 
 def group_waits() -> bool:
-    """Whether a placement group of this job (a worker group) has no room."""
+    """Whether a worker group of this job has no room. Drivers of a sweep's trials, which take a share of the
+    sweep's own node, wait for their turn and not for machines."""
     job = ray.get_runtime_context().get_job_id()
     return any(
-        group.get("state") in ("PENDING", "RESCHEDULING") and str(group["placement_group_id"]).endswith(job)
+        group.get("state") in ("PENDING", "RESCHEDULING")
+        and str(group["placement_group_id"]).endswith(job)
+        and not any(kind.startswith("node:") for bundle in group["bundles"].values() for kind in bundle)
         for group in placement_group_table().values()
     )
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
+from ctrl_ray.distributed.scores import UNSCORED
 from ctrl_ray.distributed.training import (
     Learner,
     Rank,
@@ -35,9 +36,6 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.rewards.protocol import Rewards
-
-UNSCORED = -1e6
-"""Score of a checkpoint that was not evaluated: worse than any that was."""
 
 
 @dataclass(frozen=True, kw_only=True)

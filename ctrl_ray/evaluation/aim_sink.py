@@ -1,4 +1,4 @@
-"""Writing one run into an Aim repository of its own; the only module that imports aim."""
+"""Writing one run into an Aim repository or to a tracking server; the only module that imports aim."""
 
 from __future__ import annotations
 
@@ -9,45 +9,65 @@ from typing import Any
 
 from PIL import Image
 
-_RUN_FILE = "run_hash"
+RUN_FILE = "run_hash"
 
 
 class AimSink:
-    """One Aim run in the repository at `folder`.
+    """One Aim run in a repository, of which this process is the only writer.
 
     Aim 3.28 sends nothing over the network by itself. Its system metrics, terminal capture, and record of environment
     variables and git state are off, so that a repository can be given away. On resume, steps that are done again take
     the place of the earlier ones.
 
     Args:
-        folder: Where the repository is or shall be.
+        repo: Folder of the repository, made when missing, or 'aim://HOST:PORT' of a tracking server (`aim server`).
+        run_file: Remembers which run it is.
         run_name: Name shown by `aim up`.
         config: Settings; any value that JSON can hold.
-        resume: Go on with the run that this folder holds, when it holds one.
+        resume: Go on with the run that `run_file` names, when there is one.
+        experiment: What runs that belong together have in common.
+        knobs: Settings to search for by `run.knobs.NAME`, in place of the long way through `run.config`.
     """
 
-    def __init__(self, folder: Path, *, run_name: str, config: Mapping[str, Any], resume: bool) -> None:
+    def __init__(
+        self,
+        repo: str | Path,
+        *,
+        run_file: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        resume: bool,
+        experiment: str | None = None,
+        knobs: Mapping[str, Any] | None = None,
+    ) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every table it creates
         import aim
 
-        folder.mkdir(parents=True, exist_ok=True)
-        known = folder / _RUN_FILE
-        run_hash = known.read_text().strip() if resume and known.is_file() else None
+        run_hash = run_file.read_text().strip() if resume and run_file.is_file() else None
         if run_hash:
             logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # a killed run's lock is expected here
+        if is_server(repo):
+            opened = aim.Repo(str(repo))
+        else:
+            Path(repo).mkdir(parents=True, exist_ok=True)
+            opened = aim.Repo.from_path(str(repo), init=True)
         self._aim = aim
-        self._repo = aim.Repo.from_path(str(folder), init=True)
         self._run = aim.Run(
             run_hash=run_hash,
-            repo=self._repo,
+            repo=opened,
             force_resume=run_hash is not None,
             system_tracking_interval=None,
             log_system_params=False,
             capture_terminal_logs=False,
         )
-        known.write_text(f"{self._run.hash}\n")
+        run_file.parent.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(f"{self._run.hash}\n")
         self._run.name = run_name
+        if experiment is not None:
+            self._run.experiment = experiment
         self._run["config"] = _plain(config)
+        if knobs is not None:
+            self._run["knobs"] = _plain(knobs)
 
     @property
     def run_hash(self) -> str:
@@ -69,6 +89,11 @@ class AimSink:
     def close(self) -> None:
         """Finish the run, so that `aim up` shows it as done."""
         self._run.close()
+
+
+def is_server(repo: str | Path) -> bool:
+    """Whether this is the address of a tracking server rather than a folder."""
+    return str(repo).startswith("aim://")
 
 
 def _plain(value: Any) -> Any:

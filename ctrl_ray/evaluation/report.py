@@ -225,14 +225,15 @@ def grid_rows(
             part = mine[start : start + _COLUMNS]
             earlier = [row_before.get(int(after.samples.sample_ids[row])) for row in part]
             if before is not None and None not in earlier:
-                lines.append(_grid_line("before", before, np.array(earlier, dtype=np.int64), name, index))
-            lines.append(_grid_line("after", after, part, name, index))
+                lines.append(grid_line("before", before, np.array(earlier, dtype=np.int64), name, index))
+            lines.append(grid_line("after", after, part, name, index))
         if lines:
             rows.append((header, lines))
     return rows
 
 
-def _grid_line(title: str, evaluation: Evaluation, rows: np.ndarray, name: str, asked: int) -> GridLine:
+def grid_line(title: str, evaluation: Evaluation, rows: np.ndarray, name: str, asked: int) -> GridLine:
+    """The samples at `rows`, captioned with what was measured and whether it is the class `asked` of control `name`."""
     per_sample = evaluation.judged["per_sample"]
     values, classes = per_sample["values"].get(name), per_sample["classes"].get(name)
     captions = [""] * len(rows)

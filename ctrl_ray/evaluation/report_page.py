@@ -67,21 +67,26 @@ def render_page(
         *(_control_section(name, summary) for name in controls),
         _notes(summary),
         "<h2>Pictures</h2>",
-        *(_picture(figure) for figure in figures),
+        *(picture(figure) for figure in figures),
         "<h2>Sample from it</h2>",
-        _sampling(controls, prompt, adapter),
+        sampling_commands(controls, prompt, adapter),
         "<h2>What the numbers mean</h2>",
         _definitions(),
         "<h2>Made with</h2>",
-        _table([(_text(key), _text(value)) for key, value in facts.items()]),
+        table([(text(key), text(value)) for key, value in facts.items()]),
     ]
     if config_json is not None:
-        sections.append(f"<details><summary>All settings of the run</summary><pre>{_text(config_json)}</pre></details>")
+        sections.append(f"<details><summary>All settings of the run</summary><pre>{text(config_json)}</pre></details>")
+    return html_page(f"ctrl_ray: {', '.join(controls)}", sections)
+
+
+def html_page(title: str, sections: Sequence[str]) -> str:
+    """The whole page around sections of HTML; empty ones are left out."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ctrl_ray: {_text(', '.join(controls))}</title><style>{_CSS}</style></head><body>\n"
+        f"<title>{text(title)}</title><style>{_CSS}</style></head><body>\n"
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
@@ -97,7 +102,7 @@ def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig])
         sentence = f"Of {after['num_samples']} samples, {after['accuracy']:.1%} are truly of the class that was asked for{was}."
         if after["kl"] is not None:
             sentence += f" The policy is {after['kl']:.2f} nats from the pre-trained model."
-    return f"<h1>One more control: {_text(names)}</h1><p class='lead'>{_text(sentence)}</p>"
+    return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>"
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> str:
@@ -111,13 +116,12 @@ def _metrics_table(summary: Mapping[str, Any]) -> str:
             continue
         if name == "joint_accuracy" and len(summary["after"]["controls"]) == 1:
             continue
-        cells = [f"<td>{_text(_label(name))}</td>"]
+        cells = [f"<td>{text(_label(name))}</td>"]
         cells += [_cell(name, summary[side][name], summary[side]["standard_errors"][name]) for side in sides]
         if "changes" in summary:
             cells.append(_change(name, summary))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    table = f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>"
-    return table + (
+    return f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>" + (
         "<p class='note'>± is one standard error. The truth is measured on the decoded samples, never by the classifier "
         "that was the reward. Before and after share prompts and noise; where a change has a ±, it comes from the "
         "paired differences.</p>"
@@ -157,15 +161,16 @@ def _change(name: str, summary: Mapping[str, Any]) -> str:
 
 def _control_section(name: str, summary: Mapping[str, Any]) -> str:
     control = summary["after"]["controls"][name]
-    title = f"<h3>{_text(name)}</h3>"
+    title = f"<h3>{text(name)}</h3>"
     if control["judged_by"] is None:
         return title + "<p>Not measured; see the notes.</p>"
     low, high = control["accuracy_interval"] or (None, None)
     interval = "" if low is None else f", 95 % interval {low:.1%} to {high:.1%}"
-    text = f"Judged by {control['judged_by']} on {control['num_samples']} samples that ask for a class{interval}."
+    sentence = f"Judged by {control['judged_by']} on {control['num_samples']} samples that ask for a class{interval}."
     if control["belief_gap"] is not None:
-        text += f" The reward classifier believes {control['believed_accuracy']:.1%}; the truth is {control['accuracy']:.1%}."
-    table = ""
+        believed = f" The reward classifier believes {control['believed_accuracy']:.1%}"
+        sentence += f"{believed}; the truth is {control['accuracy']:.1%}."
+    values = ""
     if control["values"] is not None:
         unit = f" / {control['unit']}" if control["unit"] else ""
         head = ["class asked for" + unit, "samples", "lower quartile", "median", "upper quartile", "accuracy"]
@@ -173,9 +178,9 @@ def _control_section(name: str, summary: Mapping[str, Any]) -> str:
         for row, counts in zip(control["values"], control["confusion"], strict=True):
             quartiles = [_number(row[key]) for key in ("lower_quartile", "median", "upper_quartile")]
             share = f"{counts[row['class']] / row['count']:.1%}" if row["count"] else ""
-            rows.append((_text(control["classes"][row["class"]]), str(row["count"]), *quartiles, share))
-        table = _table(rows, head)
-    return f"{title}<p>{_text(text)}</p>{table}"
+            rows.append((text(control["classes"][row["class"]]), str(row["count"]), *quartiles, share))
+        values = table(rows, head)
+    return f"{title}<p>{text(sentence)}</p>{values}"
 
 
 def _number(value: float | None) -> str:
@@ -184,12 +189,13 @@ def _number(value: float | None) -> str:
 
 def _notes(summary: Mapping[str, Any]) -> str:
     notes = [f"{side}: {note}" for side in ("before", "after") for note in summary.get(side, {}).get("notes", ())]
-    return "<ul class='note'>" + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>" if notes else ""
+    return "<ul class='note'>" + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
-def _picture(figure: ReportFigure) -> str:
+def picture(figure: ReportFigure) -> str:
+    """The figure with its title and caption, the PNG inside."""
     data = base64.b64encode(figure.path.read_bytes()).decode("ascii")
-    title, caption, kind = _text(figure.title), _text(figure.caption), "wide" if figure.wide else "fit"
+    title, caption, kind = text(figure.title), text(figure.caption), "wide" if figure.wide else "fit"
     return (
         f'<figure><h3>{title}</h3><div class="scroll"><img class="{kind}" alt="{title}" '
         f'src="data:image/png;base64,{data}"></div>'
@@ -197,7 +203,8 @@ def _picture(figure: ReportFigure) -> str:
     )
 
 
-def _sampling(controls: Mapping[str, ControlConfig], prompt: str, adapter: str) -> str:
+def sampling_commands(controls: Mapping[str, ControlConfig], prompt: str, adapter: str) -> str:
+    """How to sample from an adapter, from the shell and in Python."""
     asked = {name: control.num_classes - 1 for name, control in controls.items()}
     flags = " ".join(f"--control {shlex.quote(f'{name}={index}')}" for name, index in asked.items())
     command = (
@@ -213,27 +220,26 @@ def _sampling(controls: Mapping[str, ControlConfig], prompt: str, adapter: str) 
         f"{name}: " + ", ".join(f"{index} = {label}" for index, label in enumerate(control.class_names))
         for name, control in controls.items()
     )
-    return (
-        f"<pre>{_text(command)}</pre><p>or in Python:</p><pre>{_text(code)}</pre><p class='note'>{_text(classes)}</p>"
-    )
+    return f"<pre>{text(command)}</pre><p>or in Python:</p><pre>{text(code)}</pre><p class='note'>{text(classes)}</p>"
 
 
 def _definitions() -> str:
     ways = {True: "higher", False: "lower", None: ""}
     rows = [
-        (_text(name), _text(m.meaning), _text("" if m.unit == "1" else m.unit), ways[m.higher_is_better])
+        (text(name), text(m.meaning), text("" if m.unit == "1" else m.unit), ways[m.higher_is_better])
         for name, m in METRICS.items()
     ]
-    table = _table(rows, ["name", "meaning", "unit", "better"])
-    return f"<details><summary>All {len(rows)} metrics of metrics.jsonl</summary>{table}</details>"
+    names = table(rows, ["name", "meaning", "unit", "better"])
+    return f"<details><summary>All {len(rows)} metrics of metrics.jsonl</summary>{names}</details>"
 
 
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Cells are HTML already."""
-    header = "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>" if head else ""
+    header = "<tr>" + "".join(f"<th>{text(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table>{header}{body}</table></div>"
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
+    """`value` as HTML shows it."""
     return html.escape(str(value), quote=True)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ctrl_ray.errors import DataError, RunFolderError
-from ctrl_ray.evaluation.aim_sink import AimSink
+from ctrl_ray.evaluation.aim_sink import RUN_FILE, AimSink
 from ctrl_ray.evaluation.metric_names import check_names
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,6 +33,7 @@ class RunTracker:
         run_name: Name of the run in Aim.
         config: The run's settings (a dataclass or a mapping): Aim's hyper-parameters.
         aim: Write to `run_dir/aim` as well (`aim up --repo RUN/aim`). When Aim fails, the run warns once and goes on.
+        aim_repo: Another repository, or 'aim://HOST:PORT' of a tracking server.
         resume_from_update: None starts a run. n goes on after update n: rows of later updates, and a torn last line,
             are dropped, because those updates will be done again.
 
@@ -48,6 +49,7 @@ class RunTracker:
         run_name: str,
         config: Any,
         aim: bool = True,
+        aim_repo: str | None = None,
         resume_from_update: int | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -64,7 +66,8 @@ class RunTracker:
         self._aim: AimSink | None = None
         if aim:
             settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
-            self._try_aim("open", lambda: self._open_aim(run_name, settings, resume_from_update is not None))
+            resume = resume_from_update is not None
+            self._try_aim("open", lambda: self._open_aim(aim_repo, run_name, settings, resume))
 
     def log(self, kind: Kind, update: int, metrics: Mapping[str, float]) -> None:
         """Append one row and flush it; a number that is not finite becomes null.
@@ -115,8 +118,9 @@ class RunTracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_aim(self, run_name: str, config: Mapping[str, Any], resume: bool) -> None:
-        self._aim = AimSink(self.run_dir / AIM_FOLDER, run_name=run_name, config=config, resume=resume)
+    def _open_aim(self, repo: str | None, run_name: str, config: Mapping[str, Any], resume: bool) -> None:
+        folder = self.run_dir / AIM_FOLDER
+        self._aim = AimSink(repo or folder, run_file=folder / RUN_FILE, run_name=run_name, config=config, resume=resume)
 
     def _try_aim(self, what: str, action: Any) -> None:
         """Aim is a view: whatever it raises is said once, and the run goes on with metrics.jsonl alone."""

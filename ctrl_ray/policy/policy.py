@@ -110,6 +110,22 @@ class ControlledPolicy(TrainablePolicy):
             if unet is not None:
                 unet.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
+    @torch.no_grad()
+    def scale_adapter(self, scale: float) -> None:
+        """Multiply LoRA's updates and the control embeddings by `scale`; 1 changes nothing, 0 gives the pre-trained model.
+
+        ConfigError for a fully fine-tuned denoiser, which has nothing to scale.
+        """
+        if scale == 1.0:
+            return
+        if self.reference_unet is not None:
+            raise ConfigError(f"adapter_scale is {scale}, but a fully fine-tuned denoiser has no LoRA to scale; use 1")
+        for layer in self._lora_layers:
+            for name in layer.scaling:
+                layer.scaling[name] *= scale
+        for name in self.controls.names:
+            self.controls.table(name).weight *= scale
+
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
         """Optimizer groups: LoRA (or the whole denoiser), and the control embeddings without weight decay."""
         trainable = self.trainable_parameters()

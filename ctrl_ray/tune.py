@@ -1,0 +1,198 @@
+"""`python -m ctrl_ray.tune tune_spaces/kl_guidance.py`: many runs, to find out how hard to pull."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.errors import CtrlRayError, InterruptedRunError
+from ctrl_ray.evaluation.sweep_trials import SweepTrial, format_trials
+from ctrl_ray.train import stoppable
+
+if TYPE_CHECKING:
+    from ctrl_ray.tuning.space import Space
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep gives back; printed, or the last line of a notebook's cell, it is the table of its trials."""
+
+    folder: Path
+    trials: tuple[SweepTrial, ...]
+    knobs: tuple[str, ...]
+    """Dotted paths of the settings that differ between trials."""
+    best: SweepTrial | None
+    """The finished trial with the best value of the first METRIC; None when no trial finished."""
+    adapter: Path | None
+    """The best trial's, exported."""
+    report: Path
+    figures: Mapping[str, Path]
+    """Title to PNG."""
+
+    def __str__(self) -> str:
+        return format_trials(self.trials, self.knobs)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def sweep(
+    space: str | Path | Space,
+    *,
+    num_samples: int | None = None,
+    max_concurrent: int | Literal["auto"] = "auto",
+    output_dir: str | None = None,
+    resume: bool = False,
+    base: TrainConfig | None = None,
+) -> SweepResult:
+    """Run a sweep and write its report; the same as the command line.
+
+    space: A sweep file, or a `Space`. num_samples: trials to draw, 16 by default (a grid is gone through once).
+    max_concurrent: trials at a time, at most; 'auto': as many as have room. output_dir: runs/sweep-NAME by default.
+    resume: Go on with the sweep in output_dir. base: The config that trials start from, instead of the space's PRESET.
+    Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C. A failed trial is no error of the sweep.
+    """
+    from ctrl_ray.tuning.space import base_of, check_request, check_space, load_space
+
+    loaded = load_space(space)
+    check_request(num_samples, max_concurrent)
+    start = check_space(loaded, base_of(loaded) if base is None else base)
+
+    from ctrl_ray.distributed.cluster import check_cluster
+    from ctrl_ray.distributed.connection import connected
+    from ctrl_ray.distributed.preflight import preflight
+    from ctrl_ray.distributed.run import prepare_classifiers, rewards_of
+    from ctrl_ray.distributed.run_folder import RunFolder
+    from ctrl_ray.distributed.shared_paths import check_shared
+    from ctrl_ray.policy.pretrained import PipelineSampler
+    from ctrl_ray.tuning.sweep_folder import SweepFolder
+
+    folder = SweepFolder.at(output_dir or f"runs/sweep-{loaded.name}")
+    plan = preflight(dataclasses.replace(start, output_dir=str(folder.path)))
+    wanted = folder.prepare(loaded, plan.asked, num_samples, resume=resume)
+    print(f"sweep      {folder.name}, written to {folder.path}", flush=True)
+    with connected(), stoppable(str(folder.path)):
+        check_cluster(plan.config)
+        check_shared(plan.config, RunFolder(str(folder.path)))
+        plan = prepare_classifiers(plan, RunFolder(str(folder.path)), PipelineSampler(plan.config, plan.prompts))
+        with rewards_of(plan.config) as rewards:
+            return _run_and_report(loaded, plan, folder, rewards, wanted, max_concurrent, resume=resume)
+
+
+def _run_and_report(
+    space: Space,
+    plan: Any,
+    folder: Any,
+    rewards: Any,
+    num_samples: int,
+    max_concurrent: int | Literal["auto"],
+    *,
+    resume: bool,
+) -> SweepResult:
+    from ctrl_ray.distributed.progress import duration
+    from ctrl_ray.evaluation.sweep_report import write_sweep_report
+    from ctrl_ray.tuning.finish import conclude, sample_before
+    from ctrl_ray.tuning.follower import SweepFollower
+    from ctrl_ray.tuning.run_trials import room_for_trials, run_trials
+    from ctrl_ray.tuning.trial import TrialJob
+
+    started = time.monotonic()
+    sample_before(plan, folder, rewards)
+    num_concurrent = room_for_trials(plan.config, max_concurrent)
+    print(f"trials     {num_concurrent} at a time", flush=True)
+    job = TrialJob(base=plan.config, rewards=rewards, folder=str(folder.path))
+    with _tracking(plan.config, folder, resume) as tracker:
+        follower = SweepFollower(folder.path, plan.config, list(space.knobs), tracker)
+        trials = run_trials(space, job, folder, follower, num_samples=num_samples, num_concurrent=num_concurrent)
+        facts = {"time of this session's trials": duration(time.monotonic() - started)}
+        findings = conclude(space, plan, folder, rewards, trials, facts)
+        page, figures = write_sweep_report(folder.path, findings)
+        if tracker is not None:
+            tracker.log_images("sweep", figures)
+    return SweepResult(
+        folder=folder.path,
+        trials=tuple(trials),
+        knobs=tuple(space.knobs),
+        best=findings.best,
+        adapter=Path(findings.adapter) if findings.adapter else None,
+        report=page,
+        figures=figures,
+    )
+
+
+@contextmanager
+def _tracking(config: TrainConfig, folder: Any, resume: bool) -> Any:
+    """The one writer of the sweep's Aim repository; None where Aim is off."""
+    from ctrl_ray.evaluation.sweep_tracking import SweepTracker
+    from ctrl_ray.evaluation.tracking import AIM_FOLDER
+
+    if not config.aim:
+        yield None
+        return
+    own = folder.path / AIM_FOLDER
+    settings = dataclasses.asdict(config)
+    tracker = SweepTracker(config.aim_repo or own, own, experiment=folder.name, config=settings, resume=resume)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Run a sweep: many trials, a table while they run, a report at the end."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    """The sweep file, such as tune_spaces/kl_guidance.py: PRESET, METRIC, MODE, space(), and optionally points(),
+    scheduler() and search()."""
+    num_samples: int | None = None
+    """Trials to draw; None: 16. A grid is gone through once."""
+    max_concurrent: int | Literal["auto"] = "auto"
+    """Trials at a time, at most; auto: as many as have room beside the reward pool."""
+    output_dir: str | None = None
+    """Folder of the sweep; None: runs/sweep-NAME."""
+    resume: bool = False
+    """Go on with the sweep in output_dir: finished trials stay, unfinished ones continue from their checkpoints, failed
+    ones are tried again."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 done, 1 no trial finished, 2 a mistake in the settings, 130 interrupted."""
+    started = time.monotonic()
+    try:
+        arguments = tyro.cli(Arguments, args=argv, prog="python -m ctrl_ray.tune")
+        result = sweep(
+            arguments.file,
+            num_samples=arguments.num_samples,
+            max_concurrent=arguments.max_concurrent,
+            output_dir=arguments.output_dir,
+            resume=arguments.resume,
+        )
+    except InterruptedRunError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 130
+    except CtrlRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("CTRL_RAY_VERBOSE"):
+            raise
+        return 2 if isinstance(error, ValueError | FileExistsError) else 1
+    print(f"\nreport   {result.report}")
+    if result.best is None:
+        print("error: no trial finished; their errors are in the table", file=sys.stderr)
+        return 1
+    print(f"best     trial {result.best.name}\nadapter  {result.adapter}")
+    print(f"time     {(time.monotonic() - started) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

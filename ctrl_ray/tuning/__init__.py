@@ -1,0 +1,1 @@
+"""A search space becomes a Ray Tune run of Ray Train runs."""

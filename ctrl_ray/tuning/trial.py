@@ -1,0 +1,120 @@
+"""One trial: a driver of its own that launches a Ray Train run and tells Ray Tune of its evaluations."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.config_json import to_json, train_config_from_json
+from ctrl_ray.config_overrides import override
+from ctrl_ray.distributed.preflight import preflight
+from ctrl_ray.distributed.run import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
+from ctrl_ray.distributed.run_folder import CONFIG_FILE, RunFolder, changed_settings
+from ctrl_ray.errors import ConfigError, own_error
+from ctrl_ray.evaluation.judging import evaluation_row
+from ctrl_ray.evaluation.samples import load_samples, save_samples
+from ctrl_ray.tuning.evaluations_to_tune import EvaluationsToTune
+
+FIGURES_FILE, ERROR_FILE, SAMPLES_FILE = "figures.json", "error.txt", "samples.safetensors"
+BEFORE_FILE = "before.safetensors"
+TRIALS = "trials"
+_SAMPLING_SETTINGS = ("sampler", "prompts_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialJob:
+    """What all trials have in common."""
+
+    base: TrainConfig
+    """With fitted classifiers and absolute paths."""
+    rewards: Scorer
+    """The pool that all trials share, or what each worker loads for itself."""
+    folder: str
+    """Of the sweep; every trial is a run folder under trials/."""
+
+
+def run_trial(knobs: dict[str, Any], job: TrialJob) -> dict[str, Any]:
+    """Ray Tune's function for one trial; goes on from the trial's own checkpoints, and does nothing twice.
+
+    Returns the figures of its final evaluation. A failure is left in the trial's error.txt, in one line, and raised: it
+    ends this trial alone.
+    """
+    folder = trial_folder(job.folder, str(tune.get_context().get_trial_id()))
+    known = folder / FIGURES_FILE
+    if known.is_file():  # it was done when the sweep was interrupted, but Tune had not written that down
+        figures: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return figures
+    folder.local.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    try:
+        figures = _train(knobs, job, folder)
+    except Exception as error:
+        own = own_error(error) or error
+        lines = str(own).strip().splitlines() or [""]
+        (folder / ERROR_FILE).write_text(f"{type(own).__name__}: {lines[0]}\n", encoding="utf-8")
+        raise
+    _write_at_once(known, json.dumps(figures))
+    return figures
+
+
+def trial_name(trial_id: str) -> str:
+    """What people call a trial: '00003' of Tune's 'a1b2c_00003'."""
+    return trial_id.rpartition("_")[2]
+
+
+def trial_folder(sweep_folder: str | Path, trial_id: str) -> RunFolder:
+    """The run folder of a trial."""
+    return RunFolder(str(Path(sweep_folder) / TRIALS / trial_name(trial_id)))
+
+
+def trial_config(base: TrainConfig, knobs: Mapping[str, Any], folder: RunFolder) -> TrainConfig:
+    """The base with the trial's settings. Its curves reach Aim through the sweep's driver, the only writer there."""
+    return override(base, {**knobs, "output_dir": str(folder.local), "aim": False})
+
+
+def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[str, Any]:
+    started = time.monotonic()
+    plan = preflight(trial_config(job.base, knobs, folder))
+    resume = _begun(folder, plan.asked)
+    plan = prepare_classifiers(plan, folder, None)  # a copy of those of the sweep
+    tells = EvaluationsToTune(plan.config.num_updates)
+    trained = fine_tune(plan, folder, job.rewards, resume=resume, callbacks=[tells])
+    tells.wait_until_taken()
+    own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
+    before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
+    summary = evaluate_and_report(plan, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
+    save_samples(summary["samples"], folder / SAMPLES_FILE)
+    judged = summary["after"]
+    errors = {f"{name}_error": judged["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
+    figures = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
+    figures |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
+    return {**figures, "final": True, "seconds": time.monotonic() - started}
+
+
+def _begun(folder: RunFolder, asked: TrainConfig) -> bool:
+    """Whether this trial was begun before, with the same settings; else its config.json is written now."""
+    stored = folder / CONFIG_FILE
+    if not stored.is_file():
+        _write_at_once(stored, to_json(asked) + "\n")
+        return False
+    old = train_config_from_json(stored.read_text(encoding="utf-8"), source=str(stored))
+    if changed := changed_settings(old, asked):
+        raise ConfigError(
+            f"trial folder {folder.local} holds a run with other settings ({'; '.join(changed)}); remove it and resume the "
+            "sweep again"
+        )
+    return True
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    """The whole file, or none: a killed process leaves no half of one."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,33 @@
+"""How fast the policy may learn: learning rates of LoRA and control embeddings, and the rank of LoRA.
+
+Here a trial that lags is a bad one: ASHA looks at every evaluation and goes on with the better half.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+PRESET = "shapes"
+METRIC = "accuracy"
+MODE = "max"
+NUM_UPDATES, EVERY = 56, 7
+
+
+def space() -> dict[str, Any]:
+    """Dotted config path to distribution, or to one value for all trials."""
+    return {
+        "optimizer.learning_rate": tune.loguniform(5e-4, 2e-2),
+        "optimizer.embedding_learning_rate": tune.loguniform(1e-2, 0.5),
+        "lora.rank": tune.choice([2, 4, 8, 16]),
+        "num_updates": NUM_UPDATES,
+        "evaluation.every_updates": EVERY,
+        "checkpoint_every_updates": EVERY,
+    }
+
+
+def scheduler() -> ASHAScheduler:
+    """Stops trials that are in the worse half after 7, 14 or 28 updates."""
+    return ASHAScheduler(time_attr="updates_done", grace_period=EVERY, max_t=NUM_UPDATES + 1, reduction_factor=2)
