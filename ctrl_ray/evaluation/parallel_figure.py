@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ctrl_ray.evaluation.figures import INK, new_figure
 from ctrl_ray.evaluation.sweep_trials import SweepTrial, finished_trials, short_names
@@ -62,15 +62,17 @@ def _draw_coordinate(axis: Any, place: int, name: str, values: list[Any]) -> np.
         data = np.array(values, dtype=np.float64)
         finite = data[np.isfinite(data)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-        logarithmic = low > 0 and high / low > 5 and name not in ("accuracy", "fidelity", "KL / nats")
+        logarithmic = low > 0 and high / low > 3 and name not in ("accuracy", "fidelity", "KL / nats")
         scale = np.log if logarithmic else (lambda x: x)
         span = float(scale(high) - scale(low)) or 1.0
         heights = np.clip((scale(np.clip(data, low, high)) - scale(low)) / span, 0, 1)
         if high == low:
-            heights, ticks = np.full(len(data), 0.5), [(0.5, f"{low:.3g}")]
+            heights, ticks = np.full(len(data), 0.5), [(0.5, f"{low:.4g}")]
         else:
-            marks = np.geomspace(low, high, 4) if logarithmic else np.linspace(low, high, 4)
-            ticks = [(float((scale(mark) - scale(low)) / span), f"{mark:.3g}") for mark in marks]
+            marks = LogLocator(subs=(1.0, 2.0, 5.0)) if logarithmic else MaxNLocator(5, steps=[1, 2, 5, 10])
+            round_values = [float(mark) for mark in marks.tick_values(low, high)]
+            inside = [mark for mark in round_values if low - 1e-9 * span <= mark <= high + 1e-9 * span]
+            ticks = [(float((scale(mark) - scale(low)) / span), f"{mark:.4g}") for mark in inside]
     for height, label in ticks:
         axis.plot([place - 0.03, place + 0.03], [height, height], color=INK, linewidth=0.8, zorder=1)
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}

@@ -12,7 +12,7 @@ from PIL import Image
 from ctrl_ray.evaluation.figures import INK, new_figure
 
 RIGHT, WRONG = "#2f7d4f", "#b5402a"
-_CELL, _GAP, _CAPTION, _HEADER, _MARGIN = 128, 6, 36, 34, 66
+_CELL, _GAP, _CAPTION, _HEADER, _MARGIN = 128, 6, 36, 34, 76
 _PIXELS_PER_INCH = 130  # that of the saved file: one pixel of the canvas is one of the PNG
 
 _PROMPT_LENGTH = 22

@@ -16,7 +16,6 @@ from ctrl_ray.evaluation.figures import AFTER, BEFORE, FAINT, INK, new_figure
 from ctrl_ray.evaluation.sweep_trials import (
     Prediction,
     SweepTrial,
-    equal_ratios,
     finished_trials,
     pareto_front,
 )
@@ -25,6 +24,8 @@ THEORY = "#b5402a"
 _ENOUGH_SAMPLES = 20
 _RATIO = "guidance_strength / kl_coef"
 _MAP = "viridis"
+_ROOM_FOR_A_LABEL = 0.035
+_APART = 1.03
 
 
 def plot_accuracy_map(path: Path, trials: Sequence[SweepTrial]) -> Path | None:
@@ -142,8 +143,8 @@ def plot_pareto(path: Path, trials: Sequence[SweepTrial], prediction: Prediction
 
 
 def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction | None) -> Path | None:
-    """KL over guidance_strength / kl_coef: theory says that nothing else counts, so trials of equal ratio (joined by a
-    line) should lie on each other; None when fewer than two ratios finished."""
+    """KL over guidance_strength / kl_coef: theory says that nothing else counts, so trials of equal ratio (drawn side by
+    side) should be level; None when fewer than two ratios finished."""
     done = [trial for trial in finished_trials(trials) if 0 < trial.exponent < math.inf]
     if len({f"{trial.exponent:.6g}" for trial in done}) < 2:
         return None
@@ -157,12 +158,11 @@ def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction 
             axis.plot(
                 prediction.exponents[shown], prediction.kl[shown], color=THEORY, linestyle="--", label=_THEORY_LABEL
             )
-        for pair in equal_ratios(done):
-            axis.plot([pair.exponent] * len(pair.kl), pair.kl, color=INK, linewidth=2.2, zorder=2)
-        axis.errorbar(ratios, kl, yerr=2 * kl_error, fmt="none", ecolor=BEFORE, elinewidth=0.8, zorder=2)
+        places = _side_by_side(ratios)
+        axis.errorbar(places, kl, yerr=2 * kl_error, fmt="none", ecolor=BEFORE, elinewidth=0.8, zorder=2)
         spread = coefficients.max() > coefficients.min()
         norm = LogNorm(coefficients.min(), coefficients.max()) if spread else Normalize(0, 1)
-        dots = axis.scatter(ratios, kl, c=coefficients, cmap="cividis", norm=norm, s=46, edgecolors="white", zorder=3)
+        dots = axis.scatter(places, kl, c=coefficients, cmap="cividis", norm=norm, s=46, edgecolors="white", zorder=3)
         if spread:
             _decimal_ticks(figure.colorbar(dots, ax=axis, label="kl_coef"), coefficients)
         axis.set_xscale("log")
@@ -175,6 +175,16 @@ def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction 
         axis.set_ylabel("KL to the pre-trained model / nats")
         axis.legend(loc="upper left")
     return path
+
+
+def _side_by_side(ratios: np.ndarray) -> np.ndarray:
+    """The ratios, equal ones a little apart, so that no dot hides another."""
+    places = ratios.astype(np.float64)
+    keys = [f"{ratio:.6g}" for ratio in ratios]
+    for key in set(keys):
+        same = [index for index, other in enumerate(keys) if other == key]
+        places[same] *= _APART ** (2.0 * np.arange(len(same)) - (len(same) - 1))
+    return places
 
 
 def plot_dial(
@@ -216,11 +226,14 @@ def _draw_theory(axis: Any, prediction: Prediction) -> None:
     shown = _reliable(prediction)
     kl, accuracy = prediction.kl[shown], prediction.accuracy[shown]
     axis.plot(kl, accuracy, color=THEORY, linestyle="--", linewidth=1.3, zorder=1, label=_THEORY_LABEL)
+    exponents, lowest = prediction.exponents[shown], -math.inf
     for ratio in (0.3, 1.0, 3.0, 10.0):
-        exponents = prediction.exponents[shown]
         if len(exponents) and exponents[0] <= ratio <= exponents[-1]:
             x, y = np.interp(ratio, exponents, kl), np.interp(ratio, exponents, accuracy)
             axis.plot([x], [y], marker="|", color=THEORY, markersize=9)
+            if y < lowest + _ROOM_FOR_A_LABEL:
+                continue
+            lowest = y
             axis.annotate(
                 f"ratio {ratio:g}", (x, y), xytext=(6, -9), textcoords="offset points", fontsize=7.5, color=THEORY
             )

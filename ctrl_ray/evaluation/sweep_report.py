@@ -131,8 +131,8 @@ def draw_figures(folder: Path, findings: SweepFindings) -> list[ReportFigure]:
         ),
         (
             "Does only the ratio count?",
-            "At the optimum KL depends on guidance_strength / kl_coef alone: trials of equal ratio, joined by a line, should "
-            "lie on each other. A run of finite length may fall short of the optimum.",
+            "At the optimum KL depends on guidance_strength / kl_coef alone: trials of equal ratio, drawn side by side, should "
+            "be level. A short run is not at the optimum yet: it pays more KL than theory asks, or gets there only in part.",
             sweep_figures.plot_ratio(folder / "ratio.png", trials, prediction),
         ),
         (

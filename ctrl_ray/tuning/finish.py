@@ -101,7 +101,7 @@ def _dial(
             scaled = dataclasses.replace(job, adapter_scale=scale)
             judged = evaluations.judged(sample_policy(scaled, rewards, plan.config.scaling)).judged
             rows[str(scale)] = {name: judged[name] for name in ("accuracy", "kl", "prompt_fidelity")}
-    file.write_text(json.dumps({"trial": source.name, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+            file.write_text(json.dumps({"trial": source.name, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     whole = {name: source.metric(name) for name in ("accuracy", "kl", "prompt_fidelity")}
     return {**{float(scale): row for scale, row in rows.items()}, 1.0: whole}
 
