@@ -24,14 +24,14 @@ from ctrl_ray.distributed.waiting import ClusterWait, pool_waits
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
-from ctrl_ray.evaluation.report import Evaluation, write_report
+from ctrl_ray.evaluation.report import REPORT, Evaluation, report_pictures, write_report
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.evaluation.tracking import METRICS_FILE, RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.pool import start_reward_pool
 
-ADAPTER, REPORT, CLASSIFIER = "adapter", "report", "classifier"
+ADAPTER, CLASSIFIER = "adapter", "classifier"
 Scorer = PooledRewards | RewardModelSpec
 
 
@@ -178,18 +178,20 @@ def evaluate_and_report(
     ) as tracker:
         tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
         _log_images(tracker, updates_done, config, evaluations)
-    page = write_report(
-        folder / REPORT,
-        controls=config.controls,
-        before=evaluations["before"],
-        after=evaluations["after"],
-        config=config,
-        metrics_rows=read_metrics(folder.local),
-        classifier_figures=_reliability(config),
-        facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
-        adapter=str(folder / ADAPTER),
-        images_per_class=config.export_images,
-    )
+        page = write_report(
+            folder / REPORT,
+            controls=config.controls,
+            before=evaluations["before"],
+            after=evaluations["after"],
+            config=config,
+            metrics_rows=read_metrics(folder.local),
+            classifier_figures=_reliability(config),
+            facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
+            adapter=str(folder / ADAPTER),
+            images_per_class=config.export_images,
+        )
+        for name, picture in report_pictures(folder / REPORT).items():
+            tracker.log_images(updates_done, name, [picture], [name])
     folder.upload()
     judged = {name: evaluation.judged for name, evaluation in evaluations.items()}
     return {"report": str(page), "samples": evaluations["after"].samples, **judged}

@@ -20,6 +20,8 @@ from ctrl_ray.evaluation.report_page import ReportFigure, render_page
 from ctrl_ray.evaluation.sample_grid import GridLine, plot_sample_grid
 from ctrl_ray.evaluation.samples import EvaluationSamples
 
+REPORT = "report"
+"""Its folder within a run's."""
 SUMMARY_FILE, PAGE_FILE = "summary.json", "report.html"
 _COLUMNS = 8
 
@@ -80,6 +82,11 @@ def write_report(
     path = root / PAGE_FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_pictures(folder: str | Path) -> dict[str, Path]:
+    """The PNGs that `write_report` left in `folder`, by name."""
+    return {path.stem: path for path in sorted(Path(folder).glob("*.png"))}
 
 
 def make_summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:

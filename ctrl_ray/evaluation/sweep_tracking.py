@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ctrl_ray.evaluation.aim_sink import AimSink
+from ctrl_ray.evaluation.report import REPORT, report_pictures
 from ctrl_ray.evaluation.sweep_trials import SweepTrial, short_names
 from ctrl_ray.evaluation.tracking import METRICS_FILE
 
@@ -19,7 +20,7 @@ _NOT_METRICS = ("kind", "update", "time")
 
 
 class SweepTracker:
-    """Copies rows of the trials' metrics.jsonl to Aim as they come.
+    """Copies rows of the trials' metrics.jsonl to Aim as they come, and at a trial's end the pictures of its report.
 
     Args:
         repo: Folder of the repository, or 'aim://HOST:PORT' of a tracking server.
@@ -42,25 +43,21 @@ class SweepTracker:
     def follow(self, trials: Sequence[SweepTrial]) -> None:
         """Log what is new in the trials' files; runs of trials that have ended are closed."""
         for trial in trials:
-            if trial.folder is None or trial.status == "waiting":
+            if trial.folder is None or trial.status == "waiting" or self._complete(trial.name).is_file():
                 continue
             tail = self._tails.setdefault(trial.name, _Tail(trial.folder / METRICS_FILE))
             rows = tail.read()
             if rows:
                 self._try("log metrics", partial(self._log, trial, rows))
+            if trial.status == "finished":
+                self._try("log images", partial(self._log_pictures, trial))
             if trial.status != "running":
                 self._close(trial.name)
 
     def log_images(self, name: str, images: Mapping[str, Path]) -> None:
         """The sweep's figures, as images of a run of its own."""
 
-        def log() -> None:
-            sink = self._open(name, {})
-            for title, path in images.items():
-                with Image.open(path) as picture:
-                    sink.log_images(0, title, [picture.convert("RGB")], [title])
-
-        self._try("log images", log)
+        self._try("log images", lambda: _log_files(self._open(name, {}), 0, images))
         self._close(name)
 
     def close(self) -> None:
@@ -73,6 +70,15 @@ class SweepTracker:
         for row in rows:
             values = {key: value for key, value in row.items() if key not in _NOT_METRICS and value is not None}
             sink.log_metrics(row["kind"], row["update"], values)
+
+    def _log_pictures(self, trial: SweepTrial) -> None:
+        assert trial.folder is not None
+        _log_files(self._open(trial.name, trial.knobs), trial.updates_done, report_pictures(trial.folder / REPORT))
+        self._complete(trial.name).touch()
+
+    def _complete(self, name: str) -> Path:
+        """Marks a finished trial whose run has all there is to log, so that a resumed sweep leaves it alone."""
+        return self._folder / f"complete_{name}"
 
     def _open(self, name: str, knobs: Mapping[str, Any]) -> AimSink:
         if name not in self._sinks:
@@ -108,6 +114,12 @@ class SweepTracker:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _log_files(sink: AimSink, update: int, images: Mapping[str, Path]) -> None:
+    for title, path in images.items():
+        with Image.open(path) as picture:
+            sink.log_images(update, title, [picture.convert("RGB")], [title])
 
 
 class _Tail:

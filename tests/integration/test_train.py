@@ -144,14 +144,14 @@ def _interrupt_after(folder: Path, update: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def test_any_number_of_workers_has_the_gradient_of_one(base_config: TrainConfig, tmp_path: Path) -> None:
-    """One update on 1 × 8, 2 × 4 and 4 × 2 (gloo, ZeRO-1): 1e-4 relative L2 over all parameters, 1e-2 for every one.
+def test_four_workers_have_the_gradient_of_one(base_config: TrainConfig, tmp_path: Path) -> None:
+    """One update on 1 × 8 and 4 × 2 (gloo, ZeRO-1): 1e-4 relative L2 over all parameters, 1e-2 for every one.
 
-    One update, because Adam makes the rounding of tiny gradients into steps of full size.
+    test_sharding.py has two workers. One update, because Adam makes the rounding of tiny gradients into steps of full size.
     """
     short = _one_update(base_config)
     states = []
-    for workers in (1, 2, 4):
+    for workers in (1, 4):
         config = dataclasses.replace(
             short,
             output_dir=str(tmp_path / str(workers)),
@@ -161,12 +161,11 @@ def test_any_number_of_workers_has_the_gradient_of_one(base_config: TrainConfig,
         states.append(_latest_state(ctrl_ray.fit(config).folder))
     # after one update the first moment is (1 - beta1) times the gradient
     names = [name for name in states[0] if name.startswith("exp_avg/")]
-    one, *others = (torch.cat([state[name].flatten() for name in names]) for state in states)
-    for several, state in zip(others, states[1:], strict=True):
-        assert float((one - several).norm() / one.norm()) < 1e-4
-        for name in names:
-            difference = float((states[0][name] - state[name]).norm())
-            assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
+    one, several = (torch.cat([state[name].flatten() for name in names]) for state in states)
+    assert float((one - several).norm() / one.norm()) < 1e-4
+    for name in names:
+        difference = float((states[0][name] - states[1][name]).norm())
+        assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
 
 
 def test_evaluations_beside_training_are_those_between_updates(base_config: TrainConfig, tmp_path: Path) -> None:
@@ -190,7 +189,10 @@ def test_evaluations_beside_training_are_those_between_updates(base_config: Trai
     from aim.storage.context import Context
 
     repo = aim.Repo.from_path(str(tmp_path / "True" / "aim"))
-    images = repo.get_run(repo.list_all_runs()[0]).get_image_sequence("during", Context({}))
+    logged = repo.get_run(repo.list_all_runs()[0])
+    names = {images.name for images in logged.images()}
+    assert names >= {"before", "after", "during", "curves", "samples_jpeg_size"}  # samples, and the report's pictures
+    images = logged.get_image_sequence("during", Context({}))
     updates, samples = images.values.sparse_list()
     assert list(updates) == [0, 3, 6]
     assert [len(at) for at in samples] == [8, 8, 8]  # two of each class, all eight samples

@@ -144,9 +144,12 @@ def _check_aim(result: ctrl_ray.SweepResult) -> None:
         "names = {run.name: run.experiment for run in found}\n"
         "[kl] = [m for run in found if run.name == '00003' for m in run.metrics()\n"
         "        if m.name == 'kl' and m.context.to_dict() == {'kind': 'update'}]\n"
-        "print(json.dumps([names, kl.data.items_list()[0]]))\n"
+        "pictures = {run.name: sorted(images.name for images in run.images()) for run in repo.iter_runs()}\n"
+        "print(json.dumps([names, kl.data.items_list()[0], pictures]))\n"
     )
     command = [sys.executable, "-c", script, str(result.folder / "aim")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    names, steps = json.loads(answer.stdout.splitlines()[-1])
+    names, steps, pictures = json.loads(answer.stdout.splitlines()[-1])
     assert names == {"00000": "sweep", "00003": "sweep"} and steps == [1, 2, 3, 4]
+    assert "samples_jpeg_size" in pictures["00000"] and pictures["00000"] == pictures["00003"]
+    assert set(pictures["sweep"]) == set(result.figures) and pictures["00002"] == []  # stopped: no report
