@@ -18,6 +18,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.sweep_trials import SweepTrial
 from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
 from ctrl_ray.tuning.follower import SweepFollower
+from ctrl_ray.tuning.interruption import interruptible_tune
 from ctrl_ray.tuning.space import Space
 from ctrl_ray.tuning.sweep_folder import TUNE, SweepFolder
 from ctrl_ray.tuning.trial import TrialJob, run_trial
@@ -59,12 +60,11 @@ def run_trials(
                 run_config=tune.RunConfig(name=TUNE, storage_path=str(folder.path), callbacks=[callback], verbose=0),
             )
         try:
-            analysis = tuner.fit()._experiment_analysis
+            with interruptible_tune():
+                analysis = tuner.fit()._experiment_analysis
             follower.look(analysis.trials, now=True)
         finally:
             follower.close()
-    if any(trial.status in ("waiting", "running") for trial in follower.trials):
-        raise KeyboardInterrupt
     return follower.trials
 
 
