@@ -190,7 +190,7 @@ def test_evaluations_beside_training_are_those_between_updates(base_config: Trai
 
     repo = aim.Repo.from_path(str(tmp_path / "True" / "aim"))
     logged = repo.get_run(repo.list_all_runs()[0])
-    names = {images.name for images in logged.images()}
+    names = {images["name"] for images in logged.collect_sequence_info("images")["images"]}
     assert names >= {"before", "after", "during", "curves", "samples_jpeg_size"}  # samples, and the report's pictures
     images = logged.get_image_sequence("during", Context({}))
     updates, samples = images.values.sparse_list()

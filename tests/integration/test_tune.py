@@ -144,7 +144,8 @@ def _check_aim(result: ctrl_ray.SweepResult) -> None:
         "names = {run.name: run.experiment for run in found}\n"
         "[kl] = [m for run in found if run.name == '00003' for m in run.metrics()\n"
         "        if m.name == 'kl' and m.context.to_dict() == {'kind': 'update'}]\n"
-        "pictures = {run.name: sorted(images.name for images in run.images()) for run in repo.iter_runs()}\n"
+        "named = {run.name: run.collect_sequence_info('images')['images'] for run in repo.iter_runs()}\n"
+        "pictures = {name: sorted(images['name'] for images in logged) for name, logged in named.items()}\n"
         "print(json.dumps([names, kl.data.items_list()[0], pictures]))\n"
     )
     command = [sys.executable, "-c", script, str(result.folder / "aim")]
