@@ -16,7 +16,7 @@ from ctrl_ray.evaluation.sweep_tracking import SweepTracker
 from ctrl_ray.evaluation.sweep_trials import Status, SweepTrial, format_trials
 from ctrl_ray.tuning.abandoned_groups import give_back_abandoned_groups
 from ctrl_ray.tuning.live_table import LiveTable
-from ctrl_ray.tuning.trial import ERROR_FILE, trial_folder, trial_name
+from ctrl_ray.tuning.trial import ERROR_FILE, seconds_before, trial_folder, trial_name
 
 _LOOK_EVERY_S = 1.0
 _LAST_TRIALS_END_S = 10.0
@@ -74,7 +74,9 @@ class SweepFollower:
         if status == "running":
             self._started.setdefault(trial.trial_id, time.monotonic())
         since = self._started.get(trial.trial_id)
-        running_s = time.monotonic() - since if since is not None and status == "running" else 0.0
+        session_s = (
+            time.monotonic() - since if since is not None and status == "running" else result.get("time_total_s", 0)
+        )
         knobs = {path: trial.config[path] for path in self._knobs if path in trial.config}
         strength, kl_coef = _strength(self._base, knobs)
         return SweepTrial(
@@ -85,7 +87,7 @@ class SweepFollower:
             kl_coef=kl_coef,
             updates_done=int(result.get("updates_done", 0)),
             metrics={name: float(value) for name, value in result.items() if type(value) in (int, float)},
-            seconds=running_s or float(result.get("seconds", result.get("time_total_s", 0.0))),
+            seconds=float(result.get("seconds", session_s + seconds_before(folder))),
             error=_error(trial, folder) if status == "failed" else "",
             folder=folder,
         )

@@ -20,9 +20,11 @@ from ctrl_ray.distributed.run_folder import CONFIG_FILE, RunFolder, changed_sett
 from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
+from ctrl_ray.evaluation.tracking import METRICS_FILE
 from ctrl_ray.tuning.evaluations_to_tune import EvaluationsToTune
 
 FIGURES_FILE, ERROR_FILE, SAMPLES_FILE = "figures.json", "error.txt", "samples.safetensors"
+SESSION_FILE = "session.json"
 BEFORE_FILE = "before.safetensors"
 TRIALS = "trials"
 _SAMPLING_SETTINGS = ("sampler", "prompts_file")
@@ -80,7 +82,7 @@ def trial_config(base: TrainConfig, knobs: Mapping[str, Any], folder: RunFolder)
 
 
 def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[str, Any]:
-    started = time.monotonic()
+    started, before_s = time.monotonic(), begin_session(folder.local)
     plan = preflight(trial_config(job.base, knobs, folder))
     resume = _begun(folder, plan.asked)
     plan = prepare_classifiers(plan, folder, None)  # a copy of those of the sweep
@@ -95,7 +97,24 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     errors = {f"{name}_error": judged["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
     figures = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
     figures |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
-    return {**figures, "final": True, "seconds": time.monotonic() - started}
+    return {**figures, "final": True, "seconds": before_s + time.monotonic() - started}
+
+
+def seconds_before(folder: Path) -> float:
+    """Seconds that earlier sessions of the sweep spent on the trial in this folder."""
+    file = folder / SESSION_FILE
+    return float(json.loads(file.read_text(encoding="utf-8"))["seconds_before"]) if file.is_file() else 0.0
+
+
+def begin_session(folder: Path) -> float:
+    """Write down that a session begins; returns `seconds_before`. A killed one counts until the last row that it logged."""
+    file, metrics, before = folder / SESSION_FILE, folder / METRICS_FILE, 0.0
+    if file.is_file():
+        last = json.loads(file.read_text(encoding="utf-8"))
+        end = metrics.stat().st_mtime if metrics.is_file() else 0.0
+        before = last["seconds_before"] + max(0.0, end - last["started"])
+    _write_at_once(file, json.dumps({"started": time.time(), "seconds_before": before}))
+    return before
 
 
 def _begun(folder: RunFolder, asked: TrainConfig) -> bool:

@@ -20,6 +20,7 @@ from ctrl_ray.classifiers.fitting import fit_classifier
 from ctrl_ray.config import ClassifierConfig, ControlConfig, EvaluationConfig, LoraConfig, SamplerConfig, TrainConfig
 from ctrl_ray.config_json import to_json
 from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.tuning.trial import seconds_before
 
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTH = "controls.jpeg_size.guidance_strength"
@@ -115,6 +116,8 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
     after = _updates(trials / "00003")
     assert [update for update, _ in after] == [1, 2, 3, 4]
     assert after[0] == before[0]  # went on from a checkpoint
+    [resumed] = [trial for trial in result.trials if trial.name == "00003"]
+    assert resumed.seconds > seconds_before(trials / "00003") > 0
     whole, parts = (json.loads((trials / name / "figures.json").read_text()) for name in ("00000", "00003"))
     assert (whole["kl"], whole["accuracy"]) == (parts["kl"], parts["accuracy"])  # equal knobs, one of them killed
     alive = [key for key, group in placement_group_table().items() if group["state"] != "REMOVED" and key not in groups]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
 from ctrl_ray.tuning.live_table import LiveTable
 from ctrl_ray.tuning.space import Space
 from ctrl_ray.tuning.sweep_folder import SweepFolder
-from ctrl_ray.tuning.trial import trial_folder, trial_name
+from ctrl_ray.tuning.trial import SESSION_FILE, begin_session, seconds_before, trial_folder, trial_name
 
 SPACE = Space(name="mine", values={"kl_coef": tune.uniform(1, 2)}, source="# a file")
 
@@ -112,3 +115,17 @@ def test_a_terminal_s_table_is_redrawn_in_place(monkeypatch: pytest.MonkeyPatch)
     table.show("one\nlong line")
     table.show("two")
     assert out.getvalue() == "one\nlong\n" + "\x1b[2F\x1b[J" + "two\n"
+
+
+def test_a_trials_sessions_count_until_the_last_row_that_each_logged(tmp_path: Path) -> None:
+    assert seconds_before(tmp_path) == begin_session(tmp_path) == 0
+    (tmp_path / SESSION_FILE).write_text(json.dumps({"started": time.time() - 1000, "seconds_before": 7.0}))
+    assert begin_session(tmp_path) == 7  # killed before it logged anything
+    (tmp_path / "metrics.jsonl").touch()
+    started = time.time() - 1000
+    (tmp_path / SESSION_FILE).write_text(json.dumps({"started": started, "seconds_before": 7.0}))
+    os.utime(tmp_path / "metrics.jsonl", (started + 60, started + 60))
+    assert begin_session(tmp_path) == seconds_before(tmp_path) == pytest.approx(67, abs=1e-3)
+    assert begin_session(tmp_path) == pytest.approx(
+        67, abs=1e-3
+    )  # killed at once: the rows are those of the session before
