@@ -126,6 +126,5 @@ def test_a_trials_sessions_count_until_the_last_row_that_each_logged(tmp_path: P
     (tmp_path / SESSION_FILE).write_text(json.dumps({"started": started, "seconds_before": 7.0}))
     os.utime(tmp_path / "metrics.jsonl", (started + 60, started + 60))
     assert begin_session(tmp_path) == seconds_before(tmp_path) == pytest.approx(67, abs=1e-3)
-    assert begin_session(tmp_path) == pytest.approx(
-        67, abs=1e-3
-    )  # killed at once: the rows are those of the session before
+    # killed at once: the rows are those of the session before
+    assert begin_session(tmp_path) == pytest.approx(67, abs=1e-3)
