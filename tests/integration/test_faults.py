@@ -309,7 +309,7 @@ def test_a_spot_notice_leaves_a_checkpoint_before_the_node_goes(config: TrainCon
     )
     rows = _run_on_two_nodes("spot", config, tmp_path / "run")
     assert [row["update"] for row in rows if row["kind"] == "started"] == [0, 3]
-    (notice,) = [row["text"] for row in rows if row["kind"] == "notice"]
+    (notice,) = [row["text"] for row in rows if row["kind"] == "notice" and "taken away" in row["text"]]
     assert re.fullmatch(r"node \w{8} will be taken away: left a checkpoint after update 3", notice)
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
 
