@@ -35,6 +35,7 @@ from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.rewards.protocol import PendingRewards
 from tests.integration.test_train import base_config  # noqa: F401
+from tests.registered import registered_updates
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 Rows = list[Mapping[str, Any]]
@@ -132,8 +133,8 @@ def _poison(folder: Path, registered: int) -> Callable[[PendingRewards], Pending
     """A NaN in the cotangent, once Ray Train has registered the checkpoint after so many updates."""
 
     def fault(pending: PendingRewards) -> PendingRewards:
-        snapshot, deadline = folder / "checkpoints" / "run" / "checkpoint_manager_snapshot.json", time.monotonic() + 120
-        while not (snapshot.exists() and re.search(rf'"updates_done": ?{registered}\b', snapshot.read_text())):
+        deadline = time.monotonic() + 120
+        while registered not in registered_updates(folder):
             assert time.monotonic() < deadline, f"the checkpoint after {registered} updates was not registered"
             time.sleep(0.05)
         rewarded = pending.result()

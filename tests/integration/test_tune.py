@@ -21,6 +21,7 @@ from ctrl_ray.config import ClassifierConfig, ControlConfig, EvaluationConfig, L
 from ctrl_ray.config_json import to_json
 from ctrl_ray.evaluation.tracking import read_metrics
 from ctrl_ray.tuning.trial import seconds_before
+from tests.registered import registered_updates
 
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTH = "controls.jpeg_size.guidance_strength"
@@ -92,7 +93,7 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     try:
-        _wait(lambda: len(_updates(trials / "00003")) >= 2, first)
+        _wait(lambda: len(registered_updates(trials / "00003")) >= 2, first)
     finally:
         first.send_signal(signal.SIGKILL)
         output, _ = first.communicate()
