@@ -19,8 +19,8 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.distributed.connection import connected
-from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.errors import CtrlRayError
+from ctrl_ray.offline.prompts import training_prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

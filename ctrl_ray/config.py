@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ctrl_ray.errors import ConfigError
@@ -514,12 +513,3 @@ class TrainConfig:
     def num_micro_batches(self) -> int:
         """Micro-batches per worker and update."""
         return self.global_batch_size // (self.scaling.fixed_num_workers * self.micro_batch_size_per_worker)
-
-
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`."""
-    file = Path(path)
-    _require(file.is_file(), f"prompts file {file} does not exist; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    _require(len(prompts) > 0, f"prompts file {file} holds no prompt; expected one a line")
-    return prompts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrl_ray.config import ControlConfig, ScalingConfig, read_prompts
+from ctrl_ray.config import ControlConfig, ScalingConfig
 from ctrl_ray.errors import ConfigError, CtrlRayError, own_error
 from ctrl_ray.evaluation.comparison import compare_runs, format_runs
 from ctrl_ray.evaluation.fidelity import choose_fidelity
@@ -19,6 +19,7 @@ from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
 from ctrl_ray.evaluation.report import SUMMARY_FILE, Evaluation, write_report
 from ctrl_ray.evaluation.sample_folder import read_sample_folder
 from ctrl_ray.evaluation.samples import EvaluationSamples
+from ctrl_ray.offline.prompts import read_prompts
 from ctrl_ray.policy.adapter import read_adapter_info
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrl_ray.config import SamplerConfig, read_prompts
+from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, CtrlRayError, RunFolderError
+from ctrl_ray.offline.prompts import read_prompts
 from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, read_adapter_info
 
 MANIFEST = "manifest.jsonl"

@@ -42,7 +42,6 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     from ctrl_ray.distributed.cluster import check_cluster
     from ctrl_ray.distributed.connection import connected, ray_job
     from ctrl_ray.distributed.preflight import preflight
-    from ctrl_ray.distributed.progress import duration
     from ctrl_ray.distributed.run import (
         ADAPTER,
         evaluate_and_report,
@@ -53,6 +52,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     from ctrl_ray.distributed.run_folder import CHECKPOINTS, RunFolder, below
     from ctrl_ray.distributed.shared_paths import check_shared
     from ctrl_ray.policy.pretrained import PipelineSampler
+    from ctrl_ray.wording import duration
 
     started, job = time.monotonic(), ray_job()
     folder = RunFolder(config.output_dir)

@@ -98,12 +98,12 @@ def _run_and_report(
     *,
     resume: bool,
 ) -> SweepResult:
-    from ctrl_ray.distributed.progress import duration
     from ctrl_ray.evaluation.sweep_report import write_sweep_report
     from ctrl_ray.tuning.finish import conclude, sample_before
     from ctrl_ray.tuning.follower import SweepFollower
     from ctrl_ray.tuning.run_trials import room_for_trials, run_trials
     from ctrl_ray.tuning.trial import TrialJob
+    from ctrl_ray.wording import duration
 
     started = time.monotonic()
     sample_before(plan, folder, rewards)

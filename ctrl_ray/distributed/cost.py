@@ -10,7 +10,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.planner import Plan
 from ctrl_ray.distributed.planner_counts import StepFlops
 from ctrl_ray.distributed.planner_fit import GPU_CONTEXT_BYTES, USABLE
-from ctrl_ray.distributed.progress import duration
+from ctrl_ray.wording import duration
 
 PRICES_OF = "us-west-2 on demand, remembered from 2025 and looked up nowhere"
 """What the prices below are; look yours up before you rely on them."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ctrl_ray.config import read_prompts
 from ctrl_ray.config_json import train_config_from_json
-from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
 
 

@@ -12,6 +12,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.cluster import ClusterFacts, NodeFacts
 from ctrl_ray.distributed.planner import Plan
 from ctrl_ray.errors import ResourceError
+from ctrl_ray.wording import size_text
 
 PROCESS_BYTES = 700 * 2**20
 """Resident memory of a process that has imported torch, diffusers, DeepSpeed and Ray, before any tensor of ours."""
@@ -201,10 +202,3 @@ def _micro_batches(config: TrainConfig, workers: int, largest: int) -> list[int]
 
 def _per_worker(config: TrainConfig) -> str:
     return "one GPU" if config.scaling.use_gpu else f"{config.scaling.cpus_per_worker:g} CPUs"
-
-
-def size_text(size: float) -> str:
-    """Bytes as 'n.n MiB', from 1 GiB on as 'n.n GiB', below 0.1 MiB as 'n KiB'."""
-    if size >= 2**30:
-        return f"{size / 2**30:.1f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 0.1 * 2**20 else f"{size / 2**10:.1f} KiB"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.planner import MemoryPlan, Plan
-from ctrl_ray.distributed.planner_fit import Fit, size_text
+from ctrl_ray.distributed.planner_fit import Fit
+from ctrl_ray.wording import size_text
 
 _INDENT = " " * 13
 

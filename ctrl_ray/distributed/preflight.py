@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_ray.classifiers.classifier import ImageClassifier
-from ctrl_ray.config import ControlConfig, TrainConfig, read_prompts
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config_json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.distributed.cluster import check_local_machine, cluster_facts, needed_resources
@@ -18,8 +18,7 @@ from ctrl_ray.distributed.planner_fit import fit_of, remedies, resolve_num_worke
 from ctrl_ray.distributed.planner_table import plan_lines
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.estimators import make_estimator
-from ctrl_ray.offline.reading import read_prompts_column
-from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbone import load_scheduler, make_kernel
@@ -127,21 +126,6 @@ class _Planner:
         if key not in self._counters:
             self._counters[key] = PolicyCounter(config, self._controls, persistence_threshold=threshold)
         return self._counters[key]
-
-
-def training_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """Prompts of the file, else of the data set's column, else the shapes prompts."""
-    if config.prompts_file:
-        return read_prompts(config.prompts_file)
-    if config.data == "shapes" or (config.data is None and config.base_model == "shapes"):
-        return PROMPTS
-    found = tuple(prompt for prompt in read_prompts_column(config.data) if prompt) if config.data else ()
-    if not found:
-        raise ConfigError(
-            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has no prompt column; "
-            "give --prompts-file with one prompt a line"
-        )
-    return found
 
 
 def _absolute_paths(config: TrainConfig) -> TrainConfig:

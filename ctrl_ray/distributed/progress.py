@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from tqdm.auto import tqdm
 
+from ctrl_ray.wording import duration
+
 
 class RunProgress:
     """Shows updates as they come; `note` prints a line without breaking the bar."""
@@ -52,12 +54,3 @@ class RunProgress:
     def _left(self, now: float) -> float:
         steps = max(1, self._done - self._first)
         return (now - self._started) / steps * (self._total - self._done)
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '3 m 05 s' or '2 h 10 m'."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} m"
-    return f"{minutes} m {rest:02d} s" if minutes else f"{rest} s"

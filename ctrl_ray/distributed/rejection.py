@@ -10,13 +10,13 @@ from pathlib import Path
 from ctrl_ray.config import ScalingConfig
 from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.finished_run import run_classifiers, run_prompts
-from ctrl_ray.distributed.progress import duration
 from ctrl_ray.distributed.sampling import SamplingJob, sample_policy
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.rejection import compare, format_comparisons, plot_rejection, summary_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.policy.adapter import AdapterInfo, read_adapter_info
 from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.wording import duration
 
 MAX_RATIO = 3.0
 """Bar: Wasserstein distance of the measured value, in noise floors."""

@@ -16,8 +16,8 @@ from ctrl_ray.classifiers.fitting import SamplePipeline, fit_classifier
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.preflight import Preflight
-from ctrl_ray.distributed.progress import RunProgress
 from ctrl_ray.distributed.run_folder import CHECKPOINTS, RunFolder, below
+from ctrl_ray.distributed.run_log import RunLog
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.shared_paths import copies_of
 from ctrl_ray.distributed.waiting import ClusterWait, pool_waits
@@ -26,7 +26,7 @@ from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.report import REPORT, Evaluation, report_pictures, write_report
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
-from ctrl_ray.evaluation.tracking import METRICS_FILE, RunTracker, read_metrics
+from ctrl_ray.evaluation.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.pool import start_reward_pool
@@ -97,7 +97,7 @@ def fine_tune(
 
     callbacks: Ray Train's, such as the one that tells Ray Tune.
     """
-    log = _RunLog(plan.config, folder, resume=resume)
+    log = RunLog(plan.config, folder, resume=resume)
     job = train_job(plan, rewards)
     try:
         trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
@@ -212,74 +212,3 @@ def _log_images(tracker: RunTracker, update: int, config: TrainConfig, evaluatio
         rows = zip(samples.prompts, samples.labels.tolist(), strict=True)
         captions = [caption(prompt, tuple(config.controls), labels) for prompt, labels in rows]
         tracker.log_images(update, name, list(samples.images), captions)
-
-
-class _RunLog:
-    """Rows from the workers: to the progress display, metrics.jsonl and Aim; this process is their only writer."""
-
-    def __init__(self, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
-        self._config, self._folder, self._resume = config, folder, resume
-        self._tracker: RunTracker | None = None
-        self._progress: RunProgress | None = None
-        self._early: list[Mapping[str, Any]] = []
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        if self._tracker is None and row["kind"] in ("evaluation", "samples"):
-            self._early.append(row)  # an evaluation that the resumed run makes up for, before its workers have started
-            return
-        getattr(self, f"_on_{row['kind']}")(row)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
-    def _on_started(self, row: Mapping[str, Any]) -> None:
-        """Also after a lost worker: rows of updates that will be done again are dropped."""
-        again = self._tracker is not None or self._resume
-        self.close()
-        self._tracker = RunTracker(
-            self._folder.local,
-            run_name=self._folder.name,
-            config=self._config,
-            aim=self._config.aim,
-            aim_repo=self._config.aim_repo,
-            resume_from_update=row["update"] if again else None,
-        )
-        self._progress = RunProgress(self._config.num_updates, row["update"])
-        if again:
-            self._progress.note(f"resumed after update {row['update']}")
-        early, self._early = self._early, []
-        for waiting in early:
-            self(waiting)
-
-    def _on_update(self, row: Mapping[str, Any]) -> None:
-        assert self._tracker is not None and self._progress is not None
-        self._tracker.log("update", row["update"], row["metrics"])
-        self._progress.update(row["update"], row["metrics"])
-        if row["update"] % self._config.checkpoint_every_updates == 0:
-            self._folder.upload(METRICS_FILE)
-
-    def _on_evaluation(self, row: Mapping[str, Any]) -> None:
-        assert self._tracker is not None and self._progress is not None
-        self._tracker.log("evaluation", row["update"], row["metrics"])
-        self._folder.upload(METRICS_FILE)
-        accuracy = row["metrics"].get("accuracy")
-        text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        self._progress.note(f"evaluation after update {row['update']}: {text}KL {row['metrics']['kl']:.2f} nats")
-
-    def _on_samples(self, row: Mapping[str, Any]) -> None:
-        assert self._tracker is not None
-        self._tracker.log_images(row["update"], "during", row["images"], row["captions"])
-
-    def _on_notice(self, row: Mapping[str, Any]) -> None:
-        self._progress.note(row["text"]) if self._progress is not None else print(row["text"], flush=True)
-
-    def _on_stopping(self, row: Mapping[str, Any]) -> None:
-        text = f"{row['reason']}: leaving a checkpoint after this update (once more to stop at once)"
-        self._progress.note(text) if self._progress is not None else print(text, flush=True)
-
-    def _on_stopped(self, row: Mapping[str, Any]) -> None:
-        assert self._progress is not None
-        self._progress.note(f"stopped after update {row['update']}: {row['reason']}")

@@ -11,8 +11,8 @@ from ray.util import placement_group_table
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.autoscaler import Activity, activity
 from ctrl_ray.distributed.cluster import needed_resources
-from ctrl_ray.distributed.progress import duration
 from ctrl_ray.errors import ResourceError
+from ctrl_ray.wording import duration
 
 _LOOK_EVERY_S = 2.0
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.distributed.connection import connected
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.preflight import training_prompts
 from ctrl_ray.distributed.training import Learner, Rank, train_update
 from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.presets import preset
 from ctrl_ray.rewards.client import PooledRewards

@@ -26,10 +26,10 @@ from ctrl_ray.config import (
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
-    read_prompts,
 )
 from ctrl_ray.config_json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.offline.prompts import read_prompts
 
 CLASSES = [
     TrainConfig,

@@ -22,10 +22,10 @@ from ctrl_ray.distributed.cluster import check_resources
 from ctrl_ray.distributed.deepspeed_config import deepspeed_config
 from ctrl_ray.distributed.engine import learning_rate_factor
 from ctrl_ray.distributed.launch import num_workers
-from ctrl_ray.distributed.progress import duration
 from ctrl_ray.distributed.training import evaluation_score
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, own_error
 from ctrl_ray.policy.adapter import shard_file
+from ctrl_ray.wording import duration
 
 CONFIG = TrainConfig(controls={"size": ControlConfig(classes=("a", "b"), oracle="jpeg_size")})
 

@@ -1,0 +1,36 @@
+"""Prompts of a run: a file of them, the data set's column, or the drawn example's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.offline.reading import read_prompts_column
+from ctrl_ray.offline.shapes import PROMPTS
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"prompts file {file} does not exist; expected a text file with one prompt a line")
+    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise ConfigError(f"prompts file {file} holds no prompt; expected one a line")
+    return prompts
+
+
+def training_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Prompts of the file, else of the data set's column, else the shapes prompts."""
+    if config.prompts_file:
+        return read_prompts(config.prompts_file)
+    if config.data == "shapes" or (config.data is None and config.base_model == "shapes"):
+        return PROMPTS
+    found = tuple(prompt for prompt in read_prompts_column(config.data) if prompt) if config.data else ()
+    if not found:
+        raise ConfigError(
+            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has no prompt column; "
+            "give --prompts-file with one prompt a line"
+        )
+    return found

@@ -1,0 +1,19 @@
+"""Numbers as people read them: durations and sizes."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '3 m 05 s' or '2 h 10 m'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} m"
+    return f"{minutes} m {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size_text(size: float) -> str:
+    """Bytes as 'n.n MiB', from 1 GiB on as 'n.n GiB', below 0.1 MiB as 'n KiB'."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 0.1 * 2**20 else f"{size / 2**10:.1f} KiB"
