@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctrl_ray.config import ControlConfig, TrainConfig
+    from ctrl_ray.config.presets import preset
     from ctrl_ray.errors import CtrlRayError
     from ctrl_ray.policy.pipeline import ControlledPipeline
-    from ctrl_ray.presets import preset
     from ctrl_ray.train import Run, fit
     from ctrl_ray.tune import SweepResult, sweep
     from ctrl_ray.tuning.space import Space
@@ -32,7 +32,7 @@ _WHERE = {
     "SweepResult": "ctrl_ray.tune",
     "TrainConfig": "ctrl_ray.config",
     "fit": "ctrl_ray.train",
-    "preset": "ctrl_ray.presets",
+    "preset": "ctrl_ray.config.presets",
     "sweep": "ctrl_ray.tune",
 }
 

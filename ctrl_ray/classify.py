@@ -9,16 +9,16 @@ from typing import Literal
 
 import tyro
 
-from ctrl_ray import presets
-from ctrl_ray.classifiers.fitting import FitResult, fit_classifier
+from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import (
     ClassifierConfig,
     ControlConfig,
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
+    presets,
 )
-from ctrl_ray.distributed.connection import connected
+from ctrl_ray.driver.classifier import FitResult, fit_classifier
 from ctrl_ray.errors import CtrlRayError
 from ctrl_ray.offline.prompts import training_prompts
 
@@ -88,7 +88,7 @@ def run(settings: ClassifyConfig) -> FitResult:
     config = train_config(settings)
     sampler = None
     if config.classifier.num_pipeline_samples:
-        from ctrl_ray.policy.pretrained import PipelineSampler
+        from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 
         sampler = PipelineSampler(config, training_prompts(config))
     with connected():

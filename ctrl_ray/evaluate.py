@@ -12,15 +12,15 @@ from typing import Any
 
 from ctrl_ray.config import ControlConfig, ScalingConfig
 from ctrl_ray.errors import ConfigError, CtrlRayError, own_error
-from ctrl_ray.evaluation.comparison import compare_runs, format_runs
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
-from ctrl_ray.evaluation.report import SUMMARY_FILE, Evaluation, write_report
 from ctrl_ray.evaluation.sample_folder import read_sample_folder
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import read_prompts
 from ctrl_ray.policy.adapter import read_adapter_info
+from ctrl_ray.reporting.comparison import compare_runs, format_runs
+from ctrl_ray.reporting.report import SUMMARY_FILE, Evaluation, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +122,10 @@ def sample_before_and_after(
 
     import torch
 
-    from ctrl_ray.distributed.connection import connected
-    from ctrl_ray.distributed.finished_run import run_classifiers, run_prompts
+    from ctrl_ray.cluster.connection import connected
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
     from ctrl_ray.rewards.model import RewardModelSpec
+    from ctrl_ray.runs.finished import run_classifiers, run_prompts
 
     info = read_adapter_info(adapter)
     job = SamplingJob(

@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from ctrl_ray.distributed.connection import connected
+from ctrl_ray.cluster.connection import connected
 from ctrl_ray.errors import ConfigError, CtrlRayError
 from ctrl_ray.offline.labelling import LabelledData, label
 from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise

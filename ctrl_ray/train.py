@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import tyro
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.config_json import train_config_from_json
+from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.presets import PRESETS, preset
 from ctrl_ray.errors import ConfigError, CtrlRayError, InterruptedRunError
-from ctrl_ray.presets import PRESETS, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,19 +39,19 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     resume: go on from the last checkpoint under `config.output_dir`. dry_run: check and print the plan only.
     Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C left a checkpoint.
     """
-    from ctrl_ray.distributed.cluster import check_cluster
-    from ctrl_ray.distributed.connection import connected, ray_job
-    from ctrl_ray.distributed.preflight import preflight
-    from ctrl_ray.distributed.run import (
+    from ctrl_ray.cluster.connection import connected, ray_job
+    from ctrl_ray.cluster.resources import check_cluster
+    from ctrl_ray.cluster.shared_storage import check_shared
+    from ctrl_ray.driver.stages import (
         ADAPTER,
         evaluate_and_report,
         fine_tune,
         prepare_classifiers,
         rewards_of,
     )
-    from ctrl_ray.distributed.run_folder import CHECKPOINTS, RunFolder, below
-    from ctrl_ray.distributed.shared_paths import check_shared
-    from ctrl_ray.policy.pretrained import PipelineSampler
+    from ctrl_ray.planning.preflight import preflight
+    from ctrl_ray.policy.pipeline_sampler import PipelineSampler
+    from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
     from ctrl_ray.wording import duration
 
     started, job = time.monotonic(), ray_job()

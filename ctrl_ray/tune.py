@@ -15,8 +15,8 @@ import tyro
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import CtrlRayError, InterruptedRunError
-from ctrl_ray.evaluation.sweep_trials import SweepTrial, format_trials
 from ctrl_ray.train import stoppable
+from ctrl_ray.tuning.results.trials import SweepTrial, format_trials
 
 if TYPE_CHECKING:
     from ctrl_ray.tuning.space import Space
@@ -67,13 +67,13 @@ def sweep(
     check_request(num_samples, max_concurrent)
     start = check_space(loaded, base_of(loaded) if base is None else base)
 
-    from ctrl_ray.distributed.cluster import check_cluster
-    from ctrl_ray.distributed.connection import connected
-    from ctrl_ray.distributed.preflight import preflight
-    from ctrl_ray.distributed.run import prepare_classifiers, rewards_of
-    from ctrl_ray.distributed.run_folder import RunFolder
-    from ctrl_ray.distributed.shared_paths import check_shared
-    from ctrl_ray.policy.pretrained import PipelineSampler
+    from ctrl_ray.cluster.connection import connected
+    from ctrl_ray.cluster.resources import check_cluster
+    from ctrl_ray.cluster.shared_storage import check_shared
+    from ctrl_ray.driver.stages import prepare_classifiers, rewards_of
+    from ctrl_ray.planning.preflight import preflight
+    from ctrl_ray.policy.pipeline_sampler import PipelineSampler
+    from ctrl_ray.runs.folder import RunFolder
     from ctrl_ray.tuning.sweep_folder import SweepFolder
 
     folder = SweepFolder.at(output_dir or f"runs/sweep-{loaded.name}")
@@ -98,9 +98,9 @@ def _run_and_report(
     *,
     resume: bool,
 ) -> SweepResult:
-    from ctrl_ray.evaluation.sweep_report import write_sweep_report
-    from ctrl_ray.tuning.finish import conclude, sample_before
+    from ctrl_ray.tuning.final_report import conclude, sample_before
     from ctrl_ray.tuning.follower import SweepFollower
+    from ctrl_ray.tuning.results.report import write_sweep_report
     from ctrl_ray.tuning.run_trials import room_for_trials, run_trials
     from ctrl_ray.tuning.trial import TrialJob
     from ctrl_ray.wording import duration
@@ -132,8 +132,8 @@ def _run_and_report(
 @contextmanager
 def _tracking(config: TrainConfig, folder: Any, resume: bool) -> Any:
     """The one writer of the sweep's Aim repository; None where Aim is off."""
-    from ctrl_ray.evaluation.sweep_tracking import SweepTracker
-    from ctrl_ray.evaluation.tracking import AIM_FOLDER
+    from ctrl_ray.reporting.tracking import AIM_FOLDER
+    from ctrl_ray.tuning.results.tracking import SweepTracker
 
     if not config.aim:
         yield None

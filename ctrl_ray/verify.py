@@ -24,8 +24,8 @@ from ctrl_ray.exact.problems import (
 from ctrl_ray.exact.suite import PROBLEMS, Case, all_cases, default_cases, named_case
 
 if TYPE_CHECKING:
-    from ctrl_ray.distributed.verification import Reached
-    from ctrl_ray.evaluation.verification import Verified
+    from ctrl_ray.verification.cases import Reached
+    from ctrl_ray.verification.table import Verified
 
 EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
 DENSITIES = "densities.png"
@@ -173,7 +173,7 @@ class VerifyOptions:
 def verify(options: VerifyOptions) -> bool:
     """Run what the options ask for, print and write what was reached; returns whether every bar is met."""
     if options.pipeline:
-        from ctrl_ray.distributed.rejection import verify_pipeline
+        from ctrl_ray.verification.pipeline import verify_pipeline
 
         folder = Path(options.output_dir)
         adapter = options.adapter or str(train_exact(folder / "run", options.seed))
@@ -185,7 +185,7 @@ def verify(options: VerifyOptions) -> bool:
 
 def train_exact(folder: Path, seed: int) -> Path:
     """Train the preset shapes-exact in `folder`, or go on with it; returns the adapter."""
-    from ctrl_ray.presets import preset
+    from ctrl_ray.config.presets import preset
     from ctrl_ray.train import fit
 
     config = dataclasses.replace(preset("shapes-exact"), output_dir=str(folder), seed=seed)
@@ -196,7 +196,7 @@ def train_exact(folder: Path, seed: int) -> Path:
 
 def verify_problems(options: VerifyOptions) -> bool:
     """Train on the cases, compare with their exact answers."""
-    from ctrl_ray.evaluation.verification import format_table, machine_summary, plot_densities
+    from ctrl_ray.verification.table import format_table, machine_summary, plot_densities
 
     folder = Path(options.output_dir)
     started = time.monotonic()
@@ -216,7 +216,7 @@ def verify_problems(options: VerifyOptions) -> bool:
 
 def verify_error_budget(options: VerifyOptions) -> bool:
     """Split the distance to the true conditional into its causes; returns whether all links were measured."""
-    from ctrl_ray.evaluation.error_budget import budget_cases, error_budget, format_budget, plot_budget
+    from ctrl_ray.verification.error_budget import budget_cases, error_budget, format_budget, plot_budget
 
     folder = Path(options.output_dir)
     true_case = dataclasses.replace(named_case("logistic"), seed=options.seed)
@@ -231,9 +231,9 @@ def verify_error_budget(options: VerifyOptions) -> bool:
 
 
 def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Verified]:
-    from ctrl_ray.distributed.connection import connected
-    from ctrl_ray.distributed.verification import train_cases
-    from ctrl_ray.evaluation.verification import verify_case
+    from ctrl_ray.cluster.connection import connected
+    from ctrl_ray.verification.cases import train_cases
+    from ctrl_ray.verification.table import verify_case
 
     progress = _Progress(quiet=options.json)
     verified: list[Verified] = []

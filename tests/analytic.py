@@ -11,15 +11,15 @@ from torch import Tensor
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.distributed.engine import learning_rate_factor
-from ctrl_ray.distributed.training import Learner, Rank
-from ctrl_ray.distributed.verification import averaged_updates, case_config, case_learner, policy_means
+from ctrl_ray.distributed.update import Learner, Rank
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid
 from ctrl_ray.exact.suite import Case
 from ctrl_ray.gradients.estimators import Estimator
 from ctrl_ray.policy.analytic import AnalyticPolicy
-from ctrl_ray.policy.condition import Condition
+from ctrl_ray.policy.protocol import Condition
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.local import LocalRewards
+from ctrl_ray.verification.cases import averaged_updates, case_config, case_learner, policy_means
 
 
 class PlainEngine:

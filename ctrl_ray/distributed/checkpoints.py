@@ -33,8 +33,8 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
 from ctrl_ray.errors import CheckpointError, ModelError
 from ctrl_ray.policy.adapter import AdapterInfo, save_adapter, save_adapter_shard, shard_file
-from ctrl_ray.policy.condition import TrainablePolicy
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import TrainablePolicy
 
 STATE = "training_state"
 PROGRESS_FILE = "progress.json"

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ctrl_ray.config import OptimizerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
-from ctrl_ray.distributed.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.policy.condition import Condition, TrainablePolicy
+from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
+from ctrl_ray.policy.protocol import Condition, TrainablePolicy
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:

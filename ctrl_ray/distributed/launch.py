@@ -19,15 +19,15 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.config import ScalingConfig as OurScalingConfig
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
-from ctrl_ray.distributed.run_folder import CHECKPOINTS, below
 from ctrl_ray.distributed.validation import validation_config
-from ctrl_ray.distributed.waiting import ClusterWait
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
+from ctrl_ray.runs.folder import CHECKPOINTS, below
 
 _POLL_S = 0.3
 RowHandler = Callable[[Mapping[str, Any]], None]

@@ -12,20 +12,26 @@ import numpy as np
 import ray
 import torch
 
+from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
-from ctrl_ray.distributed.shared_paths import copies_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
-from ctrl_ray.folder_copy import FolderCopy, folder_here
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
-from ctrl_ray.policy.backbone import ddim_scheduler, load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import (
+    ddim_scheduler,
+    load_prompt_encoder,
+    load_scheduler,
+    load_unet,
+    make_kernel,
+)
 from ctrl_ray.policy.base_model import resolve_base_model
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+from ctrl_ray.runs.copies import FolderCopy, folder_here
 
 
 @dataclass(frozen=True, kw_only=True)

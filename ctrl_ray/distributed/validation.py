@@ -18,7 +18,7 @@ from ray.train.v2.api.validation_config import ValidationConfig
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.training import (
+from ctrl_ray.distributed.update import (
     Learner,
     Rank,
     evaluate_policy,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
 from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.training import (
+from ctrl_ray.distributed.update import (
     Learner,
     Rank,
     evaluate_policy,
@@ -27,15 +27,15 @@ from ctrl_ray.distributed.training import (
     train_update,
 )
 from ctrl_ray.errors import HOPELESS
-from ctrl_ray.folder_copy import FolderCopy, folder_here
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
-from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.rewards.protocol import Rewards
+from ctrl_ray.runs.copies import FolderCopy, folder_here
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctrl_ray.diffusion.noise import draw_noise
 from ctrl_ray.diffusion.steps import GaussianStep, Guidance, LatentReduction, StepKernel, gaussian_sample, step_kl
-from ctrl_ray.policy.condition import Condition, Policy
+from ctrl_ray.policy.protocol import Condition, Policy
 
 NoiseSource = Callable[[int], Tensor]
 """0: the initial noise; k + 1: the noise of step k; each (B, ...)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.base_model import fingerprint, resolve_base_model
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
 
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"

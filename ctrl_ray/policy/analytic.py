@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance, ModelOutput
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.condition import Condition, TrainablePolicy
+from ctrl_ray.policy.protocol import Condition, TrainablePolicy
 
 
 def analytic_scheduler() -> DDIMScheduler:

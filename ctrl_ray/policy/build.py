@@ -10,9 +10,9 @@ import torch
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
-from ctrl_ray.policy.backbone import empty_unet, load_scheduler, load_unet
+from ctrl_ray.policy.backbones.stable_diffusion import empty_unet, load_scheduler, load_unet
 from ctrl_ray.policy.base_model import resolve_base_model
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
 
 
 def policy_controls(config: TrainConfig) -> dict[str, ControlConfig]:

@@ -24,9 +24,9 @@ from ctrl_ray.policy.adapter import (
     read_adapter_info,
     read_embeddings,
 )
-from ctrl_ray.policy.backbone import ddim_scheduler, load_scheduler, load_unet
+from ctrl_ray.policy.backbones.stable_diffusion import ddim_scheduler, load_scheduler, load_unet
 from ctrl_ray.policy.base_model import resolve_base_model
-from ctrl_ray.policy.controls import ControlEmbeddings
+from ctrl_ray.policy.control.embeddings import ControlEmbeddings
 
 _ADAPTER_NAME = "ctrl_ray"
 ControlValue = int | str | None

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
-from ctrl_ray.folder_copy import folder_here
 from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
 from ctrl_ray.rewards.protocol import Rewarded
 from ctrl_ray.rewards.spec import RewardModelSpec
+from ctrl_ray.runs.copies import folder_here
 
 
 class ControlClassifier(Protocol):

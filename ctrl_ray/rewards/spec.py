@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ctrl_ray.folder_copy import FolderCopy
+from ctrl_ray.runs.copies import FolderCopy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,11 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config_overrides import override
-from ctrl_ray.evaluation.sweep_tracking import SweepTracker
-from ctrl_ray.evaluation.sweep_trials import Status, SweepTrial, format_trials
+from ctrl_ray.config.overrides import override
 from ctrl_ray.tuning.abandoned_groups import give_back_abandoned_groups
 from ctrl_ray.tuning.live_table import LiveTable
+from ctrl_ray.tuning.results.tracking import SweepTracker
+from ctrl_ray.tuning.results.trials import Status, SweepTrial, format_trials
 from ctrl_ray.tuning.trial import ERROR_FILE, seconds_before, trial_folder, trial_name
 
 _LOOK_EVERY_S = 1.0

@@ -15,10 +15,10 @@ from ray._private.state import available_resources_per_node
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.evaluation.sweep_trials import SweepTrial
 from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
 from ctrl_ray.tuning.follower import SweepFollower
 from ctrl_ray.tuning.interruption import interruptible_tune
+from ctrl_ray.tuning.results.trials import SweepTrial
 from ctrl_ray.tuning.space import Space
 from ctrl_ray.tuning.sweep_folder import TUNE, SweepFolder
 from ctrl_ray.tuning.trial import TrialJob, run_trial

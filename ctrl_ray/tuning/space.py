@@ -12,11 +12,11 @@ import numpy as np
 from ray.tune.search.sample import Domain, Function
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config_json import train_config_from_json
-from ctrl_ray.config_overrides import nearest, override, setting_paths
+from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.overrides import nearest, override, setting_paths
+from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
-from ctrl_ray.presets import preset
 
 METRICS = tuple(name for name in EVALUATION_METRICS if name != "num_samples")
 """What every trial logs at its end."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config_json import to_json, train_config_from_json
-from ctrl_ray.distributed.run_folder import RunFolder, changed_settings
+from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.runs.folder import RunFolder, changed_settings
 from ctrl_ray.tuning.space import Space
 
 SWEEP_FILE, SPACE_FILE = "sweep.json", "space.py"

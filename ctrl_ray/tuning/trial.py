@@ -12,15 +12,15 @@ from typing import Any
 from ray import tune
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config_json import to_json, train_config_from_json
-from ctrl_ray.config_overrides import override
-from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.distributed.run import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
-from ctrl_ray.distributed.run_folder import CONFIG_FILE, RunFolder, changed_settings
+from ctrl_ray.config.json import to_json, train_config_from_json
+from ctrl_ray.config.overrides import override
+from ctrl_ray.driver.stages import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
 from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
-from ctrl_ray.evaluation.tracking import METRICS_FILE
+from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.reporting.tracking import METRICS_FILE
+from ctrl_ray.runs.folder import CONFIG_FILE, RunFolder, changed_settings
 from ctrl_ray.tuning.evaluations_to_tune import EvaluationsToTune
 
 FIGURES_FILE, ERROR_FILE, SAMPLES_FILE = "figures.json", "error.txt", "samples.safetensors"

@@ -19,9 +19,9 @@ import torch
 
 import ctrl_ray
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.distributed.cost import CPU_UTILISATION, estimate, measured_cpu_flops
-from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.planning.cost import CPU_UTILISATION, estimate, measured_cpu_flops
+from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.reporting.tracking import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,14 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.connection import connected
+from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.training import Learner, Rank, train_update
+from ctrl_ray.distributed.update import Learner, Rank, train_update
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.build import build_policy
-from ctrl_ray.presets import preset
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalPendingRewards
 from ctrl_ray.rewards.pool import RewardPool, start_reward_pool

@@ -22,15 +22,15 @@ import deepspeed
 import ray
 import torch
 
-from ctrl_ray.classifiers.fitting import fit_classifier
+from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ScalingConfig, TrainConfig
-from ctrl_ray.distributed.connection import connected
+from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.launch import new_channel, run_workers
-from ctrl_ray.distributed.training import train_update
+from ctrl_ray.distributed.update import train_update
 from ctrl_ray.distributed.worker import set_up_process
+from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.policy.build import build_policy
-from ctrl_ray.presets import preset
 from tests.integration.sharding import make_learner
 
 STAGES = (0, 1, 2, 3)

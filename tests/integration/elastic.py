@@ -17,12 +17,12 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from ctrl_ray.config_json import train_config_from_json
+from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.distributed.batches import num_rounds
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import run_training
-from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.distributed.run import rewards_of, train_job
+from ctrl_ray.driver.stages import rewards_of, train_job
+from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.checkpoints import read_checkpoint, write_checkpoint
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
-from ctrl_ray.distributed.training import Learner, Rank, train_update
+from ctrl_ray.distributed.update import Learner, Rank, train_update
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
-from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
-from ctrl_ray.policy.policy import ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.rewards.local import LocalRewards
 from tests.unit.rewards.small import PROMPTS, small_model
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from ctrl_ray.evaluation.sweep_tracking import SweepTracker
-from ctrl_ray.evaluation.sweep_trials import SweepTrial
-from ctrl_ray.evaluation.tracking import METRICS_FILE
+from ctrl_ray.reporting.tracking import METRICS_FILE
+from ctrl_ray.tuning.results.tracking import SweepTracker
+from ctrl_ray.tuning.results.trials import SweepTrial
 
 READ = """
 import aim, json, sys

@@ -13,12 +13,12 @@ from tests.clusters import Head, free_ports, started_head
 _WAITS = """
 import sys
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.autoscaler import growth
-from ctrl_ray.distributed.cluster import check_cluster
-from ctrl_ray.distributed.connection import connected
-from ctrl_ray.distributed.run_folder import RunFolder
-from ctrl_ray.distributed.shared_paths import check_shared, several_hosts
-from ctrl_ray.distributed.waiting import ClusterWait
+from ctrl_ray.cluster.autoscaler import growth
+from ctrl_ray.cluster.resources import check_cluster
+from ctrl_ray.cluster.connection import connected
+from ctrl_ray.runs.folder import RunFolder
+from ctrl_ray.cluster.shared_storage import check_shared, several_hosts
+from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.errors import CtrlRayError
 import ray
 from ray.util import placement_group

@@ -14,8 +14,8 @@ from PIL import Image
 from ctrl_ray.classifiers.calibration import calibration_figures
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.examples import split_of
-from ctrl_ray.classifiers.fitting import FitResult, fit_classifier
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
+from ctrl_ray.driver.classifier import FitResult, fit_classifier
 from ctrl_ray.errors import DataError, RunFolderError
 from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import jpeg_size

@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl_ray.config import SamplerConfig, TrainConfig
-from ctrl_ray.config_json import to_json
+from ctrl_ray.config.json import to_json
 from ctrl_ray.distributed.batches import training_batch
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import Trained, export_adapter, run_training
-from ctrl_ray.distributed.preflight import preflight
-from ctrl_ray.distributed.run import rewards_of, train_job
+from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
-from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model

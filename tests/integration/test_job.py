@@ -32,8 +32,8 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.config_json import to_json
-from ctrl_ray.distributed.run_folder import RunFolder
+from ctrl_ray.config.json import to_json
+from ctrl_ray.runs.folder import RunFolder
 from tests.clusters import ROOT, Head, started_head
 
 _UPDATES = 40  # with one of a fraction of a second, a stop has time to arrive

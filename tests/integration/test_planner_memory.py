@@ -19,16 +19,17 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance
-from ctrl_ray.distributed import engine, planner
-from ctrl_ray.distributed.deepspeed_config import deepspeed_config
+from ctrl_ray.distributed import engine
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.planner import MemoryPlan, memory_plan
-from ctrl_ray.distributed.planner_counts import LiveBytes, PolicyCounter
-from ctrl_ray.distributed.training import Learner, Rank, train_update
+from ctrl_ray.distributed.update import Learner, Rank, train_update
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
 from ctrl_ray.gradients.estimators import full, make_estimator
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
-from ctrl_ray.gradients.sweep import TerminalReward, adjoint_sweep
-from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.planning import plan as planner
+from ctrl_ray.planning.counts import LiveBytes, PolicyCounter
+from ctrl_ray.planning.deepspeed_config import deepspeed_config
+from ctrl_ray.planning.plan import MemoryPlan, memory_plan
+from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.protocol import Rewarded
 from tests.memory import allocated_peak, live_storages

@@ -24,7 +24,7 @@ from torch import Tensor
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.networks import SmallCNN
 from ctrl_ray.config import ControlConfig, RewardPoolConfig
-from ctrl_ray.distributed.training import train_update
+from ctrl_ray.distributed.update import train_update
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, RewardError
 from ctrl_ray.exact.suite import Effort, gaussian
 from ctrl_ray.rewards.analytic import AnalyticRewardModel

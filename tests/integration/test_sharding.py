@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import ctrl_ray
 from ctrl_ray.config import ControlConfig, LoraConfig, OptimizerConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.training import Rank, train_update
+from ctrl_ray.distributed.update import Rank, train_update
 from ctrl_ray.policy.build import build_policy
 from tests.integration.sharding import Case, PlainEngine, make_learner, run_cases
 

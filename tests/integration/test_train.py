@@ -26,7 +26,7 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.errors import InterruptedRunError
-from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.reporting.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="session")
 def base_config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> TrainConfig:
     """Six updates of eight trajectories, with a classifier fitted once for all tests."""
-    from ctrl_ray.classifiers.fitting import fit_classifier
+    from ctrl_ray.driver.classifier import fit_classifier
 
     config = TrainConfig(
         base_model=str(tiny_pipeline),
@@ -223,7 +223,7 @@ def test_an_image_pipeline_trains_with_every_estimator(name: str, base_config: T
 
 def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: Path) -> None:
     """The first control's table is where the adapter left it; the new control's rows have moved."""
-    from ctrl_ray.classifiers.fitting import fit_classifier
+    from ctrl_ray.driver.classifier import fit_classifier
 
     short = _one_update(base_config)
     first = ctrl_ray.fit(dataclasses.replace(short, output_dir=str(tmp_path / "first")))

@@ -16,10 +16,10 @@ import pytest
 from ray.util import placement_group_table
 
 import ctrl_ray
-from ctrl_ray.classifiers.fitting import fit_classifier
 from ctrl_ray.config import ClassifierConfig, ControlConfig, EvaluationConfig, LoraConfig, SamplerConfig, TrainConfig
-from ctrl_ray.config_json import to_json
-from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.config.json import to_json
+from ctrl_ray.driver.classifier import fit_classifier
+from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.tuning.trial import seconds_before
 from tests.registered import registered_updates
 

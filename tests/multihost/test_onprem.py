@@ -27,8 +27,8 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.config_json import to_json
-from ctrl_ray.evaluation.tracking import read_metrics
+from ctrl_ray.config.json import to_json
+from ctrl_ray.reporting.tracking import read_metrics
 from tests.multihost.hosts import REPOSITORY, Host, Hosts, why_not
 from tests.tiny import make_tiny_pipeline
 

@@ -10,9 +10,9 @@ import ray
 
 import ctrl_ray
 from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config_json import to_json
-from ctrl_ray.distributed.preflight import preflight
+from ctrl_ray.config.json import to_json
 from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
+from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.train import main, parse
 
 

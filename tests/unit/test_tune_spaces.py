@@ -10,8 +10,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from ctrl_ray.config import EvaluationConfig
+from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.presets import preset
 from ctrl_ray.tuning.space import Space, base_of, check_request, check_space, load_space, some_values
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "tune_spaces").glob("*.py"))

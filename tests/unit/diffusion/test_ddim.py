@@ -19,7 +19,7 @@ from ctrl_ray.diffusion.steps import (
     step_kl,
 )
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.backbone import ddim_scheduler, make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import ddim_scheduler, make_kernel
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ctrl_ray.cluster.resources import check_resources
 from ctrl_ray.config import (
     ControlConfig,
     OptimizerConfig,
@@ -18,12 +19,11 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.distributed.checkpoints import assign_owners, read_checkpoint
-from ctrl_ray.distributed.cluster import check_resources
-from ctrl_ray.distributed.deepspeed_config import deepspeed_config
 from ctrl_ray.distributed.engine import learning_rate_factor
 from ctrl_ray.distributed.launch import num_workers
-from ctrl_ray.distributed.training import evaluation_score
+from ctrl_ray.distributed.update import evaluation_score
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, own_error
+from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.policy.adapter import shard_file
 from ctrl_ray.wording import duration
 

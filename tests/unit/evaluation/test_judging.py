@@ -10,8 +10,7 @@ from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import DataError
 from ctrl_ray.evaluation.judging import evaluation_row, judge, summary_of
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, check_names, definition
-
-from .helpers import CONTROL, brightness, flat_samples
+from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
 
 CONTROLS = {"light": CONTROL}
 ORACLES = {"light": brightness}

@@ -12,8 +12,7 @@ from ctrl_ray.evaluate import EvaluateOptions, main
 from ctrl_ray.evaluation.sample_folder import read_sample_folder
 from ctrl_ray.evaluation.samples import concatenate, load_samples, save_samples
 from ctrl_ray.oracles import jpeg_size
-
-from .helpers import flat_samples
+from tests.unit.evaluation.helpers import flat_samples
 
 NOISE = np.random.default_rng(0).integers(0, 256, size=(4, 64, 64, 3), dtype=np.uint8)
 CONTROL = ControlConfig(thresholds=(2000.0,), classes=("small", "large"), unit="bytes", oracle="jpeg_size")

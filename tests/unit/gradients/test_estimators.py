@@ -16,9 +16,9 @@ from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Case, Effort, gaussian, logistic
 from ctrl_ray.gradients import estimators
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
 from ctrl_ray.gradients.estimators import Estimator, SweepPlan, make_estimator
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
-from ctrl_ray.gradients.sweep import TerminalReward, adjoint_sweep
 from tests.analytic import make_learner, means_on
 
 ALL: dict[str, Callable[[], Estimator]] = {

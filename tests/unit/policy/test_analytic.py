@@ -12,7 +12,7 @@ from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import THREE_MODES
 from ctrl_ray.gradients.rollout import policy_step
 from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
-from ctrl_ray.policy.backbone import make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import make_kernel
 
 STEPS = 10
 

@@ -16,9 +16,9 @@ from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
-from ctrl_ray.policy.backbone import load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.pipeline import ControlledPipeline, class_index, load_base_pipeline
-from ctrl_ray.policy.policy import ControlledPolicy
 
 CONTROLS = {"size": ControlConfig(classes=("low", "middle", "high")), "hue": ControlConfig(classes=("0.5", "1"))}
 LORA = LoraConfig(rank=2, alpha=4.0)

@@ -15,9 +15,9 @@ import pytest
 from ray import tune
 
 from ctrl_ray.config import ControlConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config_overrides import override
+from ctrl_ray.config.overrides import override
+from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError, RunFolderError
-from ctrl_ray.presets import preset
 from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
 from ctrl_ray.tuning.live_table import LiveTable
 from ctrl_ray.tuning.space import Space

@@ -1,0 +1,515 @@
+"""Every setting of a run, as frozen dataclasses: what it means and what it costs. No torch, no ray here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ctrl_ray.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlConfig:
+    """One control y: its classes, who measures it, and how hard it pulls."""
+
+    guidance_strength: float = 1.0
+    """gamma: the exponent of p(y|x,c) in the target p_pre(x|c) p(y|x,c)^gamma. Higher: more accurate, more KL, less
+    diverse. With kl_coef = 1 it is the exponent itself; in general the exponent is guidance_strength / kl_coef."""
+    oracle: str | None = None
+    """Who measures the true value of an image: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle' (a function from
+    a PIL image to a number). None: no oracle; then accuracy after training can only be judged by a classifier."""
+    thresholds: tuple[float, ...] = ()
+    """Ascending class borders of a measured number: class i is [thresholds[i-1], thresholds[i]). Empty: the data
+    column already holds integer labels."""
+    classes: tuple[str, ...] = ()
+    """Class names; their number is the number of classifier outputs. Empty with thresholds: names are made from them."""
+    unit: str = ""
+    """Unit of the measured number, for figures ('bytes')."""
+    column: str | None = None
+    """Column of the offline data set; None: the control's name."""
+    classifier: str | None = None
+    """Folder of a fitted classifier; None: step 1 fits one from `data` first."""
+    label_weights: tuple[float, ...] = ()
+    """Label law in training: relative weight of each class. Empty: uniform."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.guidance_strength) and self.guidance_strength >= 0,
+            f"guidance_strength is {self.guidance_strength}; expected a finite number >= 0 (0 switches the control off)",
+        )
+        _require(
+            list(self.thresholds) == sorted(set(self.thresholds)),
+            f"thresholds {self.thresholds} must be strictly ascending",
+        )
+        if self.thresholds and self.classes:
+            _require(
+                len(self.classes) == len(self.thresholds) + 1,
+                f"{len(self.thresholds)} thresholds make {len(self.thresholds) + 1} classes, but classes names "
+                f"{len(self.classes)}: {self.classes}",
+            )
+        if self.label_weights:
+            _require(
+                len(self.label_weights) == self.num_classes
+                and min(self.label_weights) >= 0
+                and sum(self.label_weights) > 0,
+                f"label_weights {self.label_weights} must hold one weight >= 0 for each of the {self.num_classes} "
+                "classes, not all zero",
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 while unknown (a classifier folder given, not yet read)."""
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, made from the thresholds where none are given: '<1500', '1500-1700', '>=1700'."""
+        if self.classes or not self.thresholds:
+            return self.classes
+        t = [f"{value:g}" for value in self.thresholds]
+        return (f"<{t[0]}", *(f"{low}-{high}" for low, high in zip(t, t[1:], strict=False)), f">={t[-1]}")
+
+    def classify(self, value: float) -> int:
+        """Class index of a measured value: the number of thresholds that are <= value."""
+        return sum(value >= threshold for threshold in self.thresholds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierConfig:
+    """Step 1: how p(y|x,c) is fitted and calibrated."""
+
+    network: str = "cnn"
+    """'cnn' (small convolutional network), 'clip:NAME_OR_FOLDER' (head on a CLIP vision tower), or
+    'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
+    prompt_conditional: bool = False
+    """Give the classifier the prompt as well: needed when y depends on the prompt given the image."""
+    epochs: int = 12
+    """Passes over the fitting split; the epoch with the lowest NLL on the selection split is kept."""
+    learning_rate: float = 2e-3
+    """Peak of the one-cycle schedule (AdamW)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of the network."""
+    batch_size: int = 128
+    """Images per optimizer step, over all workers."""
+    max_images: int | None = None
+    """Use at most this many rows of the data set; None: all."""
+    num_pipeline_samples: int = 0
+    """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle: they are what the reward will
+    be asked about. Needs an oracle for the control."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of the rows for fitting, choosing the epoch, and temperature scaling."""
+    decode: bool = True
+    """Pass every image through the pipeline's VAE first (and measure its label again when there is an oracle), because
+    the reward only ever sees decoded images."""
+    num_workers: int = 1
+    """Ray Train workers."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.split) == 3 and min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-6,
+            f"classifier split {self.split} must be three positive shares that add up to 1",
+        )
+        for name in ("epochs", "batch_size", "num_workers"):
+            _require(getattr(self, name) >= 1, f"classifier {name} is {getattr(self, name)}; expected at least 1")
+        kind = self.network.partition(":")[0]
+        _require(
+            self.network == "cnn" or (kind in ("clip", "transformers") and ":" in self.network),
+            f"classifier network {self.network!r} is unknown; expected 'cnn', 'clip:NAME_OR_FOLDER' or "
+            "'transformers:NAME_OR_FOLDER'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """The reverse process the policy is trained for. The guarantee holds for these values only; they are exported."""
+
+    num_steps: int = 10
+    """Denoising steps; UNet calls per sample grow linearly with it."""
+    eta: float = 1.0
+    """DDIM stochasticity. 1 is (nearly) memoryless, as the theory needs; 0 has no density and is refused with a KL."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the prompt; 1.0 = off, anything else doubles the UNet's work."""
+    control_scale: float | None = None
+    """A separate scale for the label direction (three UNet branches); None: prompt and label share guidance_scale."""
+    reference_steps: int = 0
+    """The last so many denoising steps are taken by the pre-trained model, as a fixed part of the reward. The noise of
+    the last step or two is so small that any deviation there costs a large KL and gains nothing; 1 makes training
+    far better conditioned. Sampling does the same."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1")
+        _require(0 <= self.eta <= 1, f"eta is {self.eta}; expected a number in [0, 1]")
+        _require(
+            0 <= self.reference_steps < self.num_steps,
+            f"reference_steps is {self.reference_steps}; expected 0 to num_steps - 1 ({self.num_steps - 1})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation of the denoiser's attention projections."""
+
+    rank: int = 8
+    """Rank of every update; trainable parameters grow linearly with it."""
+    alpha: float = 8.0
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names (endings) of the linear layers that get an update."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora rank is {self.rank}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimatorConfig:
+    """How the gradient of the objective is estimated (`ctrl_ray.gradients.estimators`)."""
+
+    name: Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"] = "full"
+    """'full': exact. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the same
+    optimum with less variance, nothing goes back through the policy. 'last_k': cheap and biased. 'reinforce': for
+    rewards without a gradient; needs group_size >= 2 and large batches."""
+    steps: int = 0
+    """last_k: how many steps are swept (0: 1). adjoint_matching: how many are matched (0: all); fewer are cheaper."""
+    full_probability: float = 0.3
+    """random_suffix: probability of sweeping the whole trajectory; higher: less variance, more denoiser calls."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
+        _require(
+            0 < self.full_probability <= 1,
+            f"estimator.full_probability is {self.full_probability}; expected a probability in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW or SGD, with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """'sgd' has momentum and one moment instead of two; its step is proportional to the gradient, so that it does not
+    amplify rounding as AdamW does: for comparisons, and where memory is short."""
+    momentum: float = 0.9
+    """sgd: decay of its momentum."""
+    learning_rate: float = 1e-3
+    """LoRA (with full_finetune: the whole denoiser)."""
+    embedding_learning_rate: float = 1e-2
+    """Control embedding tables; they start at zero and may move faster."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases the optimum towards the pre-trained model without being part of the KL."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.99
+    """Decay of AdamW's second moment; runs are short, so it forgets faster than the usual 0.999."""
+    gradient_clipping: float = 5.0
+    """Clip the global gradient norm at this value; 0 = off."""
+    warmup_updates: int = 2
+    """Linear warm-up."""
+    final_learning_rate_fraction: float = 0.1
+    """Cosine decay ends at this fraction of the peak; 1.0 = constant."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; expected a number in [0, 1)")
+        _require(
+            self.name != "sgd" or self.weight_decay == 0,
+            f"optimizer.weight_decay is {self.weight_decay}, but torch's SGD has no decoupled weight decay; set it to 0 "
+            "or use optimizer.name adamw",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardPoolConfig:
+    """The Ray actors that decode latents and answer log p(y|x,c) with its gradient."""
+
+    num_actors: int = 1
+    """Actors that the pool starts with; 0 computes rewards inside each training worker."""
+    min_actors: int | None = None
+    """The pool never shrinks below this; None: num_actors."""
+    max_actors: int | None = None
+    """The pool never grows above this; None: num_actors. Leave room for them: a grown pool takes what is free."""
+    grow_after_s: float = 5.0
+    """Add an actor when requests have waited behind busy actors for this long without a break."""
+    shrink_after_s: float = 60.0
+    """Stop an actor when not all actors have had work at any moment of this time."""
+    cpus_per_actor: float = 1.0
+    """CPUs (fractions allowed) that Ray reserves for an actor."""
+    threads_per_actor: int | None = None
+    """torch threads of an actor on the CPU; None: cpus_per_actor, rounded up."""
+    gpus_per_actor: float = 0.0
+    """GPUs (fractions allowed) that Ray reserves for an actor; several actors then share one."""
+    placement: Literal["pack", "spread"] = "pack"
+    """'pack' is Ray's default, which fills a node to half before it takes the next; 'spread' puts actors on as many
+    nodes as there are, so that a lost node takes fewer of them along."""
+    node_resource: str | None = None
+    """Custom Ray resource that a node must have to get an actor, such as one given to CPU nodes only, to keep the pool
+    off GPU nodes; each actor takes 0.001 of it. None: any node."""
+    deterministic: bool = True
+    """One request is one forward pass, so that a repeated run is bitwise equal on CPU; False: requests that wait
+    together share one, within the two limits below."""
+    max_batch_size: int = 64
+    """Samples that requests of several workers may have together to share a forward pass (deterministic=False)."""
+    max_batch_delay_s: float = 0.005
+    """Longest time that a request waits for others to share its forward pass (deterministic=False)."""
+    max_pending_per_worker: int = 4
+    """Unanswered requests that one worker may have; its next submit waits. The object store then never holds more than
+    workers × this many requests and answers. Two are enough to overlap rollout and scoring."""
+    timeout_s: float = 300.0
+    """An actor that works on one request for longer is replaced and the request goes to another actor; without another
+    one it fails with an error instead of hanging the workers."""
+    decode_chunk_size: int = 32
+    """Images decoded at a time: bounds the pool's memory, changes no result."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
+        low, high = self.actor_bounds
+        _require(
+            min(1, self.num_actors) <= low <= self.num_actors <= high and (self.num_actors > 0 or high == 0),
+            f"rewards.min_actors ({low}) ≤ rewards.num_actors ({self.num_actors}) ≤ rewards.max_actors ({high}) does not "
+            "hold, with at least 1 actor in a pool and none where rewards are local (num_actors = 0)",
+        )
+        for name in ("timeout_s", "grow_after_s", "shrink_after_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"rewards.{name} is {value}; expected a positive number of seconds")
+        _require(self.max_batch_delay_s >= 0, f"rewards.max_batch_delay_s is {self.max_batch_delay_s}; expected >= 0")
+        for name in ("decode_chunk_size", "max_batch_size", "max_pending_per_worker"):
+            _require(getattr(self, name) >= 1, f"rewards.{name} is {getattr(self, name)}; expected >= 1")
+        for name in ("cpus_per_actor", "gpus_per_actor"):
+            _require(getattr(self, name) >= 0, f"rewards.{name} is {getattr(self, name)}; expected 0 or more")
+
+    @property
+    def actor_bounds(self) -> tuple[int, int]:
+        """Fewest and most actors that the pool may have."""
+        low = self.num_actors if self.min_actors is None else self.min_actors
+        return low, self.num_actors if self.max_actors is None else self.max_actors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingConfig:
+    """Workers and how DeepSpeed shards over them."""
+
+    num_workers: int | Literal["auto"] = 1
+    """Ray Train workers; each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as the cluster
+    holds beside the reward pool and as divide the global batch, with a smaller micro-batch where that is needed."""
+    use_gpu: bool = False
+    """One GPU for each worker; False trains on CPU with gloo."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for a worker."""
+    threads_per_worker: int | None = None
+    """torch threads of a worker on the CPU; None: cpus_per_worker, rounded up."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
+    zero3_persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters of up to so many elements whole on every worker (all of LoRA's, as a rule): fewer gathers.
+    0 shards every one: least memory, slowest."""
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What DeepSpeed keeps in CPU memory: moments and the update itself (ZeRO 1 to 3), and the parameter shards as well
+    (ZeRO-3). Slower; frees GPU memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about one more forward per step."""
+    max_failures: int = 3
+    """Restarts from the last checkpoint after a lost worker before the run gives up."""
+    min_workers: int | None = None
+    """Elastic: go on with as few as so many workers when nodes are lost, and grow back to num_workers when they return;
+    the global batch and its samples stay the same. None: always num_workers."""
+    resize_check_s: float = 60.0
+    """Elastic: seconds between looks whether the group can grow; growing goes back to the last checkpoint."""
+    placement_timeout_s: float = 1800.0
+    """End the run (it can be resumed) when workers or reward actors have waited for machines for this long, so that the
+    machines that did come are not paid for in vain."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_workers == "auto" or (isinstance(self.num_workers, int) and self.num_workers >= 1),
+            f"scaling.num_workers is {self.num_workers}; expected at least 1, or auto",
+        )
+        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+        most = math.inf if self.num_workers == "auto" else self.num_workers
+        _require(
+            self.min_workers is None or 1 <= self.min_workers <= most,
+            f"scaling.min_workers is {self.min_workers}; expected 1 to scaling.num_workers ({self.num_workers})",
+        )
+        _require(
+            self.placement_timeout_s > 0,
+            f"scaling.placement_timeout_s is {self.placement_timeout_s}; expected a positive number of seconds",
+        )
+        _require(self.resize_check_s >= 0, f"scaling.resize_check_s is {self.resize_check_s}; expected >= 0")
+        _require(
+            self.zero3_persistence_threshold >= 0,
+            f"scaling.zero3_persistence_threshold is {self.zero3_persistence_threshold}; expected >= 0",
+        )
+        _require(
+            self.offload == "none" or self.zero_stage >= 1,
+            f"scaling.offload is {self.offload!r}, which needs ZeRO; got scaling.zero_stage {self.zero_stage}: set it to "
+            "1, 2 or 3",
+        )
+        _require(
+            self.offload != "optimizer_and_parameters" or self.zero_stage == 3,
+            f"scaling.offload 'optimizer_and_parameters' needs scaling.zero_stage 3; got {self.zero_stage}",
+        )
+
+    @property
+    def num_threads(self) -> int:
+        """torch threads of a worker on the CPU."""
+        return self.threads_per_worker or max(1, math.ceil(self.cpus_per_worker))
+
+    @property
+    def fixed_num_workers(self) -> int:
+        """num_workers as a number; ConfigError while it is still to be decided (`resolve_num_workers`)."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        raise ConfigError(f"scaling.num_workers is {self.num_workers!r}: it becomes a number when a run is prepared")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How a policy is judged: by the oracle on decoded samples, never by the classifier that was the reward."""
+
+    every_updates: int = 10
+    """Evaluate (and checkpoint) after this many updates; 0: only at the end."""
+    num_samples: int = 128
+    """Samples of an evaluation during training; the best of them decides which checkpoint is exported."""
+    final_num_samples: int = 512
+    """Samples of the evaluation before and after, in the report."""
+    batch_size: int = 128
+    """Samples rolled out at a time."""
+    prompts_file: str | None = None
+    """Prompts to evaluate on (one a line); None: the training prompts with seeds never used in training."""
+    seed: int = 1_000_003
+    """Seed of the evaluation's noise; training never uses it."""
+    asynchronous: bool = False
+    """Evaluate checkpoints in a Ray task of their own while training goes on (it needs num_cpus and num_gpus more than
+    workers and pool have); False: the workers evaluate between two updates."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves for an asynchronous evaluation; also its torch threads, rounded up."""
+    num_gpus: float = 0.0
+    """GPUs (fractions allowed) of an asynchronous evaluation; 0: it runs on the CPU."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_cpus >= 0, f"evaluation.num_cpus is {self.num_cpus}; expected 0 or more")
+        _require(self.num_gpus >= 0, f"evaluation.num_gpus is {self.num_gpus}; expected 0 or more")
+        _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
+        for name in ("num_samples", "final_num_samples", "batch_size"):
+            _require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run of the main job. Presets are functions that return one (`ctrl_ray.config.presets`)."""
+
+    output_dir: str = "runs/shapes"
+    """Where the run is written (see the README's 'where the results lie')."""
+    base_model: str = "shapes"
+    """'shapes' (ships with the package), a folder in the diffusers format, or a hub id."""
+    base_revision: str | None = None
+    """Hub revision of base_model."""
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
+    """The controls by name; several compose."""
+    data: str | None = None
+    """Offline data set (Parquet file or folder) for step 1; 'shapes' draws it."""
+    num_drawn_images: int = 6000
+    """With data = 'shapes': how many images are drawn."""
+    prompts_file: str | None = None
+    """Prompts to train on, one a line; None: the data set's prompt column, or the shapes prompts."""
+    seed: int = 0
+    """Keys every random draw together with (update, sample id, purpose)."""
+    num_updates: int = 60
+    """Optimizer updates."""
+    global_batch_size: int = 64
+    """Trajectories per update, over all workers."""
+    micro_batch_size_per_worker: int = 32
+    """Trajectories a worker holds at a time; the reward of one is scored while the next is rolled out."""
+    group_size: int = 1
+    """So many consecutive samples share prompt and label; the estimator 'reinforce' compares them with each other."""
+    kl_coef: float = 1.0
+    """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
+    latent_reduction: Literal["sum", "mean"] = "sum"
+    """KL over latent dimensions: 'sum' is the method's; 'mean' is the public reference code's, whose exponent depends
+    on the number of latent dimensions."""
+    control_dropout: float = 0.1
+    """Share of samples whose label is null (strength 0), so that the policy without a label stays the reference."""
+    target_kl: float | None = None
+    """Stop early when the KL of an evaluation exceeds this many nats; the best checkpoint below it is exported."""
+    full_finetune: bool = False
+    """Train every weight of the denoiser instead of LoRA; keeps a frozen copy as the reference."""
+    init_adapter: str | None = None
+    """Adapter folder to go on from; a control it does not have is added to it."""
+    checkpoint_every_updates: int = 10
+    """A crash loses at most this many updates."""
+    num_checkpoints_to_keep: int = 2
+    """Latest and best checkpoints kept on disk."""
+    export_images: int = 8
+    """Images per class in the report and in Aim."""
+    aim: bool = True
+    """Write the metrics and images to an Aim repository under output_dir as well."""
+    aim_repo: str | None = None
+    """Another Aim repository: a folder that no other process writes to, or aim://HOST:PORT of a tracking server."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Reverse process."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """Gradient estimator."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adaptation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    rewards: RewardPoolConfig = field(default_factory=RewardPoolConfig)
+    """Reward pool."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Workers and sharding."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Step 1."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Judging."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")
+        _require(self.global_batch_size >= 1, f"global_batch_size is {self.global_batch_size}; expected at least 1")
+        _require(
+            self.micro_batch_size_per_worker >= 1,
+            f"micro_batch_size_per_worker is {self.micro_batch_size_per_worker}; expected at least 1",
+        )
+        if self.scaling.num_workers != "auto":
+            per_pass = self.scaling.fixed_num_workers * self.micro_batch_size_per_worker
+            _require(
+                self.global_batch_size % per_pass == 0,
+                f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
+                f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
+                f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
+            )
+        _require(
+            self.group_size >= 1 and self.micro_batch_size_per_worker % self.group_size == 0,
+            f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker "
+            f"({self.micro_batch_size_per_worker})",
+        )
+        _require(
+            self.estimator.name != "reinforce" or self.group_size >= 2,
+            "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
+            "more",
+        )
+        _require(
+            math.isfinite(self.kl_coef) and self.kl_coef >= 0,
+            f"kl_coef is {self.kl_coef}; expected a finite number >= 0",
+        )
+        _require(
+            self.sampler.eta > 0,
+            f"eta is {self.sampler.eta}: a deterministic step has no density, so its KL to the pre-trained model does "
+            "not exist; set sampler.eta to 1.0",
+        )
+        _require(
+            0 <= self.control_dropout < 1, f"control_dropout is {self.control_dropout}; expected a share in [0, 1)"
+        )
+        _require(
+            self.checkpoint_every_updates >= 1,
+            f"checkpoint_every_updates is {self.checkpoint_every_updates}; expected at least 1",
+        )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per worker and update."""
+        return self.global_batch_size // (self.scaling.fixed_num_workers * self.micro_batch_size_per_worker)

@@ -1,0 +1,130 @@
+"""Named starting points: each returns a whole configuration. No torch and no ray here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    EvaluationConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RewardPoolConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.errors import ConfigError
+
+_SHIPPED = Path(__file__).resolve().parent.parent / "shapes"
+
+JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
+"""Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
+
+COLOURFULNESS_THRESHOLDS = (67.0,)
+"""Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
+
+
+_EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
+)
+"""A small denoiser has few attention layers; LoRA on its convolutions and time projections too learns far faster."""
+
+
+def shapes() -> TrainConfig:
+    """The embedded default: a small pipeline of ours, controlled by the JPEG-size class; minutes on two CPU cores."""
+    return TrainConfig(
+        output_dir="runs/shapes",
+        base_model="shapes",
+        data="shapes",
+        controls={
+            "jpeg_size": ControlConfig(
+                guidance_strength=4.0,
+                oracle="jpeg_size",
+                thresholds=JPEG_SIZE_THRESHOLDS,
+                unit="bytes",
+                classifier=str(_SHIPPED / "classifier"),
+            )
+        },
+        classifier=ClassifierConfig(num_pipeline_samples=2000),
+        sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
+        num_updates=55,
+        micro_batch_size_per_worker=64,  # two cores serve worker and pool better in turn than at once
+        rewards=RewardPoolConfig(threads_per_actor=2, decode_chunk_size=64),
+        lora=LoraConfig(rank=8, alpha=8.0, target_modules=_EVERY_LAYER),
+        optimizer=OptimizerConfig(learning_rate=5e-3, embedding_learning_rate=0.1),
+        evaluation=EvaluationConfig(every_updates=28),
+        checkpoint_every_updates=28,
+        scaling=ScalingConfig(num_workers=1, threads_per_worker=2),
+    )
+
+
+def shapes_two_controls() -> TrainConfig:
+    """`shapes` with two controls at once: JPEG size and colourfulness, each with its own classifier."""
+    base = shapes()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/shapes-two-controls",
+        controls={
+            **base.controls,
+            "colourfulness": ControlConfig(
+                guidance_strength=2.0,
+                oracle="colourfulness",
+                thresholds=COLOURFULNESS_THRESHOLDS,
+                unit="units",
+            ),
+        },
+    )
+
+
+def shapes_exact() -> TrainConfig:
+    """`shapes` at guidance_strength = kl_coef = 1 and trained for longer: its samples are those of the true conditional
+    p(x|c,y), which `python -m ctrl_ray.verify --pipeline shapes` checks. About an hour on two CPU cores."""
+    base = shapes()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/shapes-exact",
+        controls={name: dataclasses.replace(c, guidance_strength=1.0) for name, c in base.controls.items()},
+        num_updates=400,
+        optimizer=OptimizerConfig(learning_rate=4e-3, embedding_learning_rate=0.08, final_learning_rate_fraction=0.01),
+        evaluation=dataclasses.replace(base.evaluation, every_updates=100),
+        checkpoint_every_updates=25,
+    )
+
+
+def stable_diffusion() -> TrainConfig:
+    """Stable Diffusion 1.5 on GPUs, with the paper's sampler (50 steps, eta 1, CFG 7.5); add --control and --data."""
+    return TrainConfig(
+        output_dir="runs/stable-diffusion",
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        num_updates=100,
+        global_batch_size=256,
+        micro_batch_size_per_worker=8,
+        sampler=SamplerConfig(num_steps=50, eta=1.0, guidance_scale=7.5, reference_steps=1),
+        lora=LoraConfig(rank=16, alpha=16.0),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        scaling=ScalingConfig(
+            num_workers=4, use_gpu=True, cpus_per_worker=4, precision="bf16", gradient_checkpointing=True
+        ),
+        # decoding one 512-px image with its gradient takes 5.8 GiB: two at a time fit a GPU of 24 GiB
+        rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0, decode_chunk_size=2),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "shapes": shapes,
+    "shapes-two-controls": shapes_two_controls,
+    "shapes-exact": shapes_exact,
+    "stable-diffusion": stable_diffusion,
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of that name; ConfigError lists the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

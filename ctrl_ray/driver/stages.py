@@ -1,0 +1,214 @@
+"""The stages of a run, on the driver: step 1, fine-tuning, evaluation, report. `ctrl_ray.train` puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.train import UserCallback
+
+from ctrl_ray.cluster.shared_storage import copies_of
+from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
+from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
+from ctrl_ray.driver.run_log import RunLog
+from ctrl_ray.evaluation.fidelity import choose_fidelity
+from ctrl_ray.evaluation.judging import evaluation_row, judge
+from ctrl_ray.evaluation.samples import EvaluationSamples, caption
+from ctrl_ray.planning.preflight import Preflight
+from ctrl_ray.reporting.report import REPORT, Evaluation, report_pictures, write_report
+from ctrl_ray.reporting.tracking import RunTracker, read_metrics
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.rewards.pool import start_reward_pool
+from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
+
+ADAPTER, CLASSIFIER = "adapter", "classifier"
+Scorer = PooledRewards | RewardModelSpec
+
+
+def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> Preflight:
+    """Step 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
+    controls: dict[str, ControlConfig] = {}
+    for name, control in plan.config.controls.items():
+        target = folder / CLASSIFIER / name
+        if not (target / "classifier.json").is_file():
+            if control.classifier is not None:
+                shutil.copytree(control.classifier, target, dirs_exist_ok=True)
+            else:
+                wants_samples = plan.config.classifier.num_pipeline_samples > 0
+                wait = ClusterWait(plan.config, lambda line: print(line, flush=True))
+                fitted = fit_classifier(
+                    plan.config,
+                    name,
+                    output_dir=target,
+                    sample_pipeline=sample_pipeline if wants_samples else None,
+                    storage_path=below(folder.storage_path, CHECKPOINTS) if not folder.is_local else None,
+                    on_wait=wait.poll,
+                )
+                folder.upload()
+                print(
+                    f"classifier of {name}: accuracy {fitted.after['accuracy']:.3f}, ECE {fitted.after['ece']:.3f} on "
+                    "held-out images",
+                    flush=True,
+                )
+        controls[name] = dataclasses.replace(control, classifier=str(target))
+    config = dataclasses.replace(plan.config, controls=controls)
+    return dataclasses.replace(plan, config=config)
+
+
+@contextmanager
+def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
+    """The pool's client, or (with rewards.num_actors = 0) what every worker loads for itself."""
+    classifiers = {name: str(control.classifier) for name, control in config.controls.items()}
+    spec = RewardModelSpec(
+        base_model=config.base_model,
+        revision=config.base_revision,
+        classifiers=classifiers,
+        decode_chunk_size=config.rewards.decode_chunk_size,
+        copies=copies_of(list(classifiers.values())),
+    )
+    if config.rewards.num_actors == 0:
+        yield spec
+        return
+    wait = ClusterWait(config, lambda line: print(line, flush=True), waits=lambda: pool_waits(config))
+    limit = config.scaling.placement_timeout_s
+    with start_reward_pool(spec, config.rewards, placement_timeout_s=limit, on_wait=wait.poll) as pool:
+        yield pool.client()
+
+
+def fine_tune(
+    plan: Preflight,
+    folder: RunFolder,
+    rewards: Scorer,
+    *,
+    resume: bool,
+    callbacks: Sequence[UserCallback] = (),
+) -> Trained:
+    """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter.
+
+    callbacks: Ray Train's, such as the one that tells Ray Tune.
+    """
+    log = RunLog(plan.config, folder, resume=resume)
+    job = train_job(plan, rewards)
+    try:
+        trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
+        export_adapter(trained, folder / ADAPTER)
+    finally:
+        log.close()
+        folder.upload()
+    return trained
+
+
+def train_job(plan: Preflight, rewards: Scorer) -> TrainJob:
+    """What the workers of a checked run get, with a channel of their own to this process."""
+    return TrainJob(
+        config=plan.config,
+        controls=plan.controls,
+        prompts=plan.prompts,
+        rewards=rewards,
+        info=plan.info,
+        channel=new_channel(),
+        copies=copies_of([plan.config.init_adapter] if plan.config.init_adapter else []),
+    )
+
+
+def reference_job(plan: Preflight) -> SamplingJob:
+    """Sampling the pre-trained model for the final evaluation of a checked run."""
+    config = plan.config
+    return SamplingJob(
+        adapter=None,
+        base_model=config.base_model,
+        revision=config.base_revision,
+        controls=config.controls,
+        sampler=config.sampler,
+        prompts=plan.evaluation_prompts,
+        sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
+        seed=config.evaluation.seed,
+        batch_size=config.evaluation.batch_size,
+        reference=True,
+        precision=config.scaling.precision,
+    )
+
+
+def evaluate_and_report(
+    plan: Preflight,
+    folder: RunFolder,
+    rewards: Scorer,
+    trained: Trained,
+    facts: Mapping[str, str],
+    *,
+    before: EvaluationSamples | None = None,
+) -> dict[str, Any]:
+    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements, the report's
+    page, and the samples after.
+
+    facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
+    (`reference_job` of the same config).
+    """
+    updates_done = trained.updates_done
+    config = plan.config
+    job = reference_job(plan)
+    evaluations = {}
+    for name, reference in (("before", True), ("after", False)):
+        if reference and before is not None:
+            samples = before
+        else:
+            part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
+            samples = sample_policy(part, rewards, config.scaling)
+        height, width = samples.images.shape[1:3]
+        fidelity = choose_fidelity(plan.evaluation_prompts, (height, width))
+        judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
+        evaluations[name] = Evaluation(judged, samples)
+    with RunTracker(
+        folder.local,
+        run_name=folder.name,
+        config=config,
+        aim=config.aim,
+        aim_repo=config.aim_repo,
+        resume_from_update=updates_done,
+    ) as tracker:
+        tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
+        _log_images(tracker, updates_done, config, evaluations)
+        page = write_report(
+            folder / REPORT,
+            controls=config.controls,
+            before=evaluations["before"],
+            after=evaluations["after"],
+            config=config,
+            metrics_rows=read_metrics(folder.local),
+            classifier_figures=_reliability(config),
+            facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
+            adapter=str(folder / ADAPTER),
+            images_per_class=config.export_images,
+        )
+        for name, picture in report_pictures(folder / REPORT).items():
+            tracker.log_images(updates_done, name, [picture], [name])
+    folder.upload()
+    judged = {name: evaluation.judged for name, evaluation in evaluations.items()}
+    return {"report": str(page), "samples": evaluations["after"].samples, **judged}
+
+
+def _reliability(config: TrainConfig) -> dict[str, Path]:
+    figures = {
+        f"Calibration of the classifier of {name}": Path(str(control.classifier)) / "reliability.png"
+        for name, control in config.controls.items()
+    }
+    return {title: path for title, path in figures.items() if path.is_file()}
+
+
+def _log_images(tracker: RunTracker, update: int, config: TrainConfig, evaluations: Mapping[str, Evaluation]) -> None:
+    for name, evaluation in evaluations.items():
+        count = min(config.export_images * 4, len(evaluation.samples))
+        samples = evaluation.samples.select(np.arange(count))
+        rows = zip(samples.prompts, samples.labels.tolist(), strict=True)
+        captions = [caption(prompt, tuple(config.controls), labels) for prompt, labels in rows]
+        tracker.log_images(update, name, list(samples.images), captions)

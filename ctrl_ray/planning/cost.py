@@ -1,0 +1,151 @@
+"""How long a run takes and what it costs: counted operations over a measured or stated rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.planning.counts import StepFlops
+from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, USABLE
+from ctrl_ray.planning.plan import Plan
+from ctrl_ray.wording import duration
+
+PRICES_OF = "us-west-2 on demand, remembered from 2025 and looked up nowhere"
+"""What the prices below are; look yours up before you rely on them."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU machine that `cluster/aws.yaml` offers."""
+
+    name: str
+    gpu: str
+    num_gpus: int
+    gpu_bytes: int
+    bf16_flops: float
+    """Dense peak of one GPU, operations a second (the vendor's data sheet)."""
+    fp32_flops: float
+    """The same in float32 (TF32 where PyTorch's convolutions use it)."""
+    dollars_per_hour: float
+    """Of the whole machine, see PRICES_OF. Spot is usually 30 to 70 % cheaper."""
+
+
+AWS_MACHINES = (
+    Machine("g5.2xlarge", "A10G", 1, 24 * 2**30, 70e12, 31e12, 1.21),
+    Machine("g6e.2xlarge", "L40S", 1, 48 * 2**30, 362e12, 91e12, 2.24),
+    Machine("p4d.24xlarge", "A100", 8, 40 * 2**30, 312e12, 156e12, 21.96),
+)
+HEAD_DOLLARS_PER_HOUR = 0.38
+"""m6i.2xlarge."""
+
+GPU_UTILISATION = 0.25
+"""Share of a GPU's peak that a denoiser of diffusers reaches at the presets' batch sizes. Stated, not measured by us."""
+CPU_UTILISATION = 0.3
+"""Share of the rate of `measured_cpu_flops` that the example reaches on two cores (`python -m tests.benchmarks.estimate`)."""
+_START_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run computes, per worker."""
+
+    update_flops: float
+    """Denoiser operations of an update."""
+    evaluation_flops: float
+    """Of all evaluations of the run, during training and after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Time and price of a run on one kind of machine."""
+
+    update_s: float
+    run_s: float
+    num_machines: int
+    dollars: float | None
+    """None: not a rented machine."""
+
+
+def work_of(config: TrainConfig, plan: Plan, flops: StepFlops) -> Work:
+    """Per worker; `flops` are of a step at the run's micro-batch."""
+    update = plan.calls.forwards * flops.forward + plan.calls.backwards * flops.backward
+    every, beside = config.evaluation.every_updates, config.evaluation
+    during = (1 + config.num_updates // every) * beside.num_samples if every else 0
+    samples = during + 2 * beside.final_num_samples
+    per_sample = config.sampler.num_steps * flops.forward / config.micro_batch_size_per_worker
+    return Work(update_flops=update, evaluation_flops=samples * per_sample / config.scaling.fixed_num_workers)
+
+
+def estimate(config: TrainConfig, work: Work, flops_per_s: float, machine: Machine | None = None) -> Estimate:
+    """At a sustained rate of one worker; the reward pool is taken to keep up (it scores while the workers roll out)."""
+    update_s = work.update_flops / flops_per_s
+    run_s = _START_S + config.num_updates * update_s + work.evaluation_flops / flops_per_s
+    if machine is None:
+        return Estimate(update_s=update_s, run_s=run_s, num_machines=1, dollars=None)
+    gpus = config.scaling.fixed_num_workers + config.rewards.num_actors * config.rewards.gpus_per_actor
+    count = math.ceil(gpus / machine.num_gpus - 1e-9)
+    hourly = count * machine.dollars_per_hour + HEAD_DOLLARS_PER_HOUR
+    return Estimate(update_s=update_s, run_s=run_s, num_machines=count, dollars=run_s / 3600 * hourly)
+
+
+def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
+    """Operations a second of `num_threads` cores of this machine: float32 convolutions of a usual size, forward and
+    backward, the best of several on one core, so that what else runs here hardly counts."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        images = torch.randn(16, 64, 16, 16, requires_grad=True)
+        weights = torch.randn(64, 64, 3, 3, requires_grad=True)
+        operations = 3 * 2 * images.numel() * weights[0].numel()
+        best, end = math.inf, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            torch.nn.functional.conv2d(images, weights, padding=1).sum().backward()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return num_threads * operations / best
+
+
+def estimate_lines(config: TrainConfig, plan: Plan, work: Work) -> list[str]:
+    """Time, and on rented machines the price, with what is assumed."""
+    counted = f"{_flops_text(work.update_flops)} an update and worker (counted)"
+    updates = f"{config.num_updates} updates"
+    if not config.scaling.use_gpu:
+        rate = CPU_UTILISATION * measured_cpu_flops(config.scaling.num_threads)
+        found = estimate(config, work, rate)
+        return [
+            f"estimate   {counted} at {_flops_text(rate)}/s (measured on this machine just now): "
+            f"{duration(found.update_s)} an update, {updates} with evaluation {duration(found.run_s)}; wrong by a factor of "
+            "2 where the cores are shared"
+        ]
+    lines = [
+        f"estimate   {counted} at {GPU_UTILISATION:.0%} of a GPU's peak (stated), {updates} with evaluation; prices "
+        f"{PRICES_OF}, spot is cheaper:"
+    ]
+    bf16 = config.scaling.precision == "bf16"
+    for machine in AWS_MACHINES:
+        found = estimate(config, work, GPU_UTILISATION * (machine.bf16_flops if bf16 else machine.fp32_flops), machine)
+        text = (
+            f"             {found.num_machines} × {machine.name:<13}({machine.num_gpus} × {machine.gpu}, "
+            f"{machine.gpu_bytes >> 30} GiB)  {duration(found.update_s):>10} an update {duration(found.run_s):>12} in all"
+            f"  ${found.dollars:,.0f}"
+        )
+        if plan.memory.peak + GPU_CONTEXT_BYTES > USABLE * machine.gpu_bytes:
+            text += f"  does not fit: a worker needs {plan.memory.peak / 2**30:.1f} GiB"
+        lines.append(text)
+    lines.append(
+        "             assumed: machines up from the first to the last minute, a reward pool that keeps up, no network wait"
+    )
+    return lines
+
+
+def _flops_text(value: float) -> str:
+    for scale, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if value >= scale:
+            return f"{value / scale:,.1f} {unit}"
+    return f"{value / 1e6:,.1f} MFLOP"

@@ -1,0 +1,320 @@
+"""What a policy takes, counted without its weights: parameters, and the live tensor bytes of one denoising step.
+
+The policy is built and run on fake tensors (shapes, types and lifetimes, no values), through the same forward, the same
+kernel and torch's own autograd, while a dispatch mode follows which storages are alive.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import Guidance, gaussian_log_prob, step_kl
+from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.gradients.rollout import policy_step
+from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
+from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Condition
+
+_FLOPS_BATCH = 2
+_CPU_ATTENTION = {  # torch's counter knows the GPU's kernels only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations under this mode have made and that are still alive; views count once.
+
+    Works on real and on fake tensors; what an operation allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.peak = 0, 0
+        self._alive: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in _tensors(output):
+            self.add(tensor)
+        return output
+
+    def add(self, tensor: Tensor) -> None:
+        """Follow a tensor's storage (also one that was made outside the mode) until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def restart_peak(self) -> int:
+        """Forget the peak so far; returns the bytes that are alive now."""
+        self.peak = self.bytes
+        return self.bytes
+
+    def _freed(self, key: int) -> None:
+        self.bytes -= self._alive.pop(key)[1]
+
+
+def _tensors(values: Any) -> Iterable[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Live tensor bytes of one denoising step of a micro-batch, beyond weights, gradients and the latents it reads."""
+
+    policy_kept: int
+    """Alive after the policy's forward: what its backward needs."""
+    reference_kept: int
+    """Alive in addition after the reference's forward."""
+    sweep_peak: int
+    """The most that is alive during both forwards and the backward; 0 where the estimator sweeps no step."""
+    rollout_peak: int
+    """The most that is alive during one forward without gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """Floating-point operations of one denoising step of a micro-batch, with all its guidance branches: two for each
+    multiply-add of convolutions, matrix products and attention; the rest hardly counts."""
+
+    forward: float
+    """A denoiser forward without gradient."""
+    backward: float
+    """A backward, with what gradient checkpointing computes again; the mean over policy and reference. 0 where the
+    estimator sweeps no step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyCounts:
+    """Parameters of a policy and of what a worker loads beside it."""
+
+    trainable_elements: int
+    table_elements: int
+    """Of them, the control embeddings."""
+    largest_trainable: int
+    """Elements of the largest trained tensor."""
+    trainable_tensors: int
+    trainable_bytes: int
+    frozen_elements: int
+    frozen_bytes: int
+    reference_bytes: int
+    """Of the frozen bytes, the reference copy of full fine-tuning."""
+    unpartitioned_bytes: int
+    """Bytes of parameters that ZeRO-3 would leave whole at its persistence threshold."""
+    largest_bytes: int
+    """The largest single parameter."""
+    latent_elements: int
+    """Of one sample."""
+    prompt_bytes: int
+    """Encoded features of one prompt, float32."""
+    encoder_bytes: int
+    """The text encoder, float32."""
+    decoder_bytes: int
+    """The VAE, float32: in a reward actor, or in the worker with local rewards."""
+
+    @property
+    def elements(self) -> int:
+        """All parameters of the policy."""
+        return self.trainable_elements + self.frozen_elements
+
+
+class PolicyCounter:
+    """Counts one policy; building it takes a second or a few, a step of a new micro-batch size about the same."""
+
+    def __init__(
+        self, config: TrainConfig, controls: Mapping[str, ControlConfig], *, persistence_threshold: int = 100_000
+    ) -> None:
+        """persistence_threshold: ZeRO-3 leaves smaller parameters whole."""
+        self._config = config
+        self._fake = FakeTensorMode()
+        scheduler = load_scheduler(config.base_model, config.base_revision)
+        sampler = config.sampler
+        self._kernel: DDIMKernel = make_kernel(scheduler, sampler.num_steps, sampler.eta, sampler.reference_steps)
+        self._policy = build_policy(config, controls, empty=True)
+        with self._fake:
+            _as_fake_cpu(self._policy)
+        self._persistence_threshold = persistence_threshold
+        self._steps: dict[int, StepBytes] = {}
+        self._flops: list[float] | None = None
+        self._text_shape = _text_shape(resolve_base_model(config.base_model, config.base_revision))
+
+    def counts(self) -> PolicyCounts:
+        """Parameters and sizes."""
+        policy = self._policy
+        trainable = policy.trainable_parameters()
+        parameters = list(policy.parameters())
+        frozen = [p for p in parameters if not p.requires_grad]
+        reference = [] if policy.reference_unet is None else list(policy.reference_unet.parameters())
+        folder = resolve_base_model(self._config.base_model, self._config.base_revision)
+        tokens, width = self._text_shape
+        latent_elements = 1
+        for size in policy.latent_shape:
+            latent_elements *= size
+        return PolicyCounts(
+            trainable_elements=sum(p.numel() for p in trainable.values()),
+            table_elements=sum(p.numel() for name, p in trainable.items() if name.startswith("controls.")),
+            largest_trainable=max(p.numel() for p in trainable.values()),
+            trainable_tensors=len(trainable),
+            trainable_bytes=_bytes(trainable.values()),
+            frozen_elements=sum(p.numel() for p in frozen),
+            frozen_bytes=_bytes(frozen),
+            reference_bytes=_bytes(reference),
+            unpartitioned_bytes=_bytes(p for p in parameters if p.numel() <= self._persistence_threshold),
+            largest_bytes=max(p.numel() * p.element_size() for p in parameters),
+            latent_elements=latent_elements,
+            prompt_bytes=4 * tokens * width,
+            encoder_bytes=4 * stored_elements(Path(folder) / "text_encoder"),
+            decoder_bytes=4 * stored_elements(Path(folder) / "vae"),
+        )
+
+    def step(self, batch_size: int) -> StepBytes:
+        """Live bytes of one step of a micro-batch, counted once for each size."""
+        if batch_size not in self._steps:
+            with self._fake, LiveBytes() as live:
+                self._steps[batch_size] = _count_step(
+                    self._policy, self._kernel, self._config, batch_size, self._text_shape, live
+                )
+        return self._steps[batch_size]
+
+    def flops(self, batch_size: int) -> StepFlops:
+        """Operations of one step of a micro-batch, counted at two samples; all of them are proportional to the batch."""
+        if self._flops is None:
+            counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            totals: list[float] = []
+            with self._fake, counter, LiveBytes() as live:
+                _count_step(
+                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, self._text_shape, live),
+                    mark=lambda: totals.append(counter.get_total_flops()),
+                )
+            self._flops = [total / _FLOPS_BATCH for total in totals]
+        forward, _, reference, whole = (total * batch_size for total in self._flops)
+        backward = (whole - reference) / max(1.0, (reference - forward) / forward)
+        return StepFlops(forward=forward, backward=backward)
+
+
+def _count_step(
+    policy: ControlledPolicy,
+    kernel: DDIMKernel,
+    config: TrainConfig,
+    batch_size: int,
+    text_shape: tuple[int, int],
+    live: LiveBytes,
+    mark: Callable[[], None] = lambda: None,
+) -> StepBytes:
+    """One step as `ctrl_ray.gradients.adjoint` does it, and one of the rollout, on fake tensors; `mark` is called after the
+    rollout's forward, the policy's, the reference's, and the backward."""
+    plan = make_estimator(config.estimator, config.sampler.num_steps).plan(config.sampler.num_steps, config.seed, 0, 0)
+    step_index = next(k for k in range(kernel.num_steps) if kernel.controlled(k))
+    guidance = Guidance(config.sampler.guidance_scale, config.sampler.control_scale)
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    latents = torch.zeros(batch_size, *policy.latent_shape)
+    text = torch.zeros(batch_size, *text_shape)
+    condition = Condition(("",) * batch_size, {"text": text, "null_text": torch.zeros(text_shape).expand_as(text)})
+    labels = torch.zeros(batch_size, len(policy.controls.names), dtype=torch.long)
+    cotangent = torch.zeros_like(latents)
+
+    def run(at: Tensor, *, reference: bool) -> Any:
+        return policy_step(policy, kernel, step_index, at, condition, labels, guidance, reference=reference)
+
+    start = live.restart_peak()
+    with torch.no_grad():
+        run(latents, reference=False)
+    mark()
+    rollout_peak = live.peak - start
+    start = live.restart_peak()
+    leaf = latents.detach().requires_grad_(plan.pullback == "policy")
+    if plan.pullback == "reference":
+        _through_reference(run, latents, cotangent)
+    step = run(leaf, reference=False)
+    mark()
+    policy_kept = live.bytes - start
+    with torch.set_grad_enabled(plan.pullback == "policy"):
+        ref = run(leaf, reference=True)
+    mark()
+    reference_kept = live.bytes - start - policy_kept
+    kl = step_kl(step, ref, config.latent_reduction)
+    if plan.pullback == "score":
+        loss = (kl - gaussian_log_prob(step, latents)).sum()
+    else:
+        loss = (step.mean * cotangent).sum() + kl.sum()
+    loss.backward()
+    mark()
+    peak = live.peak - start
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = None
+    return StepBytes(policy_kept=policy_kept, reference_kept=reference_kept, sweep_peak=peak, rollout_peak=rollout_peak)
+
+
+def _through_reference(run: Any, latents: Tensor, cotangent: Tensor) -> None:
+    """Adjoint matching carries the cotangent through the reference first; the peak is what remains of it."""
+    leaf = latents.detach().requires_grad_(True)
+    torch.autograd.grad((run(leaf, reference=True).mean * cotangent).sum(), leaf)
+
+
+def _as_fake_cpu(module: nn.Module) -> None:
+    """Turn meta parameters and buffers into fake ones on the CPU, where attention chooses the kernels of a real run (on
+    the meta device it would keep whole attention matrices)."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
+                )
+                part._parameters[name] = fake
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _text_shape(folder: str) -> tuple[int, int]:
+    """(tokens, width) of an encoded prompt."""
+    config = json.loads((Path(folder) / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    return int(config["max_position_embeddings"]), int(config["hidden_size"])
+
+
+def stored_elements(folder: Path) -> int:
+    """Elements of the float tensors in a folder's safetensors files, from their headers; 0 where there is none."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"].startswith(("F", "BF")):
+                elements = 1
+                for size in entry["shape"]:
+                    elements *= size
+                total += elements
+    return total

@@ -1,0 +1,293 @@
+"""The plan of a run: memory of a worker, network traffic and denoiser calls of an update, as pure functions.
+
+Bytes are tensor bytes of one worker. What DeepSpeed 0.19 keeps at each ZeRO stage, for trainable float32 parameters of P
+bytes on N workers, read from its source:
+
+    stage   weights       master copies   gradients    moments   communication
+    0       P             0               P            m P       one flat copy of the gradients at the update
+    1       P             P / N           P            m P / N   one bucket
+    2       P             P / N           2 P / N      m P / N   one bucket
+    3       P / N         P / N           P / N        m P / N   one bucket, and the parameters gathered at a time
+
+with m moments a parameter: 2 for AdamW, 1 for SGD.
+Frozen weights are whole in stages 0 to 2 and sharded in stage 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.planning.counts import PolicyCounts, StepBytes
+from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
+
+FLOAT = 4
+DEFAULT_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size where the configuration sets none."""
+MAX_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters where the configuration sets none."""
+PERSISTENCE_THRESHOLD = 100_000
+"""DeepSpeed's stage3_param_persistence_threshold where the configuration sets none."""
+_PLANS_AVERAGED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Tensor bytes of one worker in the middle of a sweep, row by row, and the peaks of the three phases of an update."""
+
+    frozen_weights: int
+    """Without the reference copy and the prompt encoder."""
+    reference_weights: int
+    """The frozen copy that full fine-tuning compares with."""
+    trainable_weights: int
+    prompt_encoder: int
+    """Text encoder, float32, with the cached features of every prompt."""
+    reward_model: int
+    """VAE of local rewards (rewards.num_actors = 0), float32; the classifiers are not counted."""
+    master_weights: int
+    """Float32 copies of this worker's partition (ZeRO 1 to 3)."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments, or SGD's momentum."""
+    communication: int
+    """DeepSpeed's reduction bucket; under ZeRO-3 also the parameters gathered at a time."""
+    activations: int
+    """Both forwards and the backward of one denoising step, at their peak."""
+    policy_kept: int
+    """Of the activations: what the policy's forward keeps for its backward."""
+    reference_kept: int
+    """Of the activations: what the reference's forward keeps."""
+    latents: int
+    """(T + 1) latents of the micro-batch, twice where one more is in flight while the pool scores."""
+    requests: int
+    """Reward cotangents and encoded prompts of the micro-batches under way."""
+    rollout_peak: int
+    """All of the worker's tensors while a trajectory is rolled out."""
+    update_peak: int
+    """All of the worker's tensors during the optimizer step."""
+    offloaded: int = 0
+    """Master copies, gradients and moments in host memory (optimizer offload); not part of the rows above."""
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return (
+            self.frozen_weights
+            + self.reference_weights
+            + self.trainable_weights
+            + self.prompt_encoder
+            + self.reward_model
+            + self.master_weights
+            + self.optimizer
+        )
+
+    @property
+    def sweep_peak(self) -> int:
+        """All of the worker's tensors during the sweep: the sum of the rows."""
+        return self.resident + self.gradients + self.communication + self.activations + self.latents + self.requests
+
+    @property
+    def peak(self) -> int:
+        """The largest of the three phases."""
+        return max(self.sweep_peak, self.rollout_peak, self.update_peak)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficPlan:
+    """Bytes that one worker sends in an update (ring collectives; it receives as many)."""
+
+    reduction: int
+    """Gradients."""
+    gather: int
+    """Updated weights after the step (ZeRO 1 and 2); parameters before every forward and backward (ZeRO 3)."""
+    num_reductions: int
+    """How often the gradients are reduced: once, or at every backward under ZeRO 2 and 3."""
+    reward_requests: int
+    """Latents, labels, weights and prompts to the pool; 0 with local rewards."""
+    reward_answers: int
+    """Log-probabilities and cotangents from the pool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallPlan:
+    """Denoiser calls of an update: of one worker, each with a whole micro-batch and all its guidance branches."""
+
+    forwards: float
+    backwards: float
+    parameter_backwards: float
+    """Those that make parameter gradients (one reduction each under ZeRO 2 and 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take."""
+
+    memory: MemoryPlan
+    traffic: TrafficPlan
+    calls: CallPlan
+    actor_bytes: int
+    """Decoder weights of one reward actor; its classifiers and one chunk of images come on top."""
+
+
+def make_plan(
+    config: TrainConfig, counts: PolicyCounts, step: StepBytes, kernel: DDIMKernel, *, num_prompts: int
+) -> Plan:
+    """The plan of a config whose number of workers is decided; `step` was counted at its micro-batch size."""
+    calls = call_plan(config, kernel)
+    return Plan(
+        memory=memory_plan(config, counts, step, num_prompts=num_prompts),
+        traffic=traffic_plan(config, counts, calls),
+        calls=calls,
+        actor_bytes=counts.decoder_bytes,
+    )
+
+
+def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, num_prompts: int) -> MemoryPlan:
+    """Tensor bytes of one worker; see the table at the top of the module."""
+    stage, workers = config.scaling.zero_stage, config.scaling.fixed_num_workers
+    zero = zero_options(config)
+    trained, frozen = counts.trainable_bytes, counts.frozen_bytes - counts.reference_bytes
+    shard = math.ceil(trained / workers)
+    num_moments = len(MOMENTS[config.optimizer.name])
+    master, moments = (shard, num_moments * shard) if stage else (0, num_moments * trained)
+    gradients = {0: trained, 1: trained, 2: 2 * shard, 3: shard}[stage]
+    bucket = FLOAT * int(zero["reduce_bucket_size"]) if stage else 0
+    weights = {"frozen": frozen, "reference": counts.reference_bytes, "trained": trained}
+    gathered = 0
+    if stage == 3:
+        weights, gathered = _partitioned(weights, counts, workers, int(zero["stage3_max_live_parameters"]))
+    offload = _offloads(zero)
+    offloaded = master + moments + shard if offload and stage else 0
+    if offloaded:
+        master = moments = 0
+    batch = config.micro_batch_size_per_worker
+    latents = FLOAT * batch * counts.latent_elements
+    trajectory = (config.sampler.num_steps + 1) * latents
+    in_flight = min(2, config.num_micro_batches)
+    prompts = batch * counts.prompt_bytes
+    encoder = counts.encoder_bytes + (num_prompts + 1) * counts.prompt_bytes
+    local_rewards = counts.decoder_bytes if config.rewards.num_actors == 0 else 0
+    resident = sum(weights.values()) + encoder + local_rewards + master + moments
+    kept_buffers = bucket if stage == 3 else 0
+    waiting = (in_flight - 1) * (trajectory + prompts)
+    rollout = 3 * trajectory + prompts + step.rollout_peak  # noise, latents kept, and their stack at the end
+    return MemoryPlan(
+        frozen_weights=weights["frozen"],
+        reference_weights=weights["reference"],
+        trainable_weights=weights["trained"],
+        prompt_encoder=encoder,
+        reward_model=local_rewards,
+        master_weights=master,
+        gradients=gradients,
+        optimizer=moments,
+        communication=bucket + gathered,
+        activations=step.sweep_peak,
+        policy_kept=step.policy_kept,
+        reference_kept=step.reference_kept,
+        latents=in_flight * trajectory,
+        requests=in_flight * prompts + 2 * latents,
+        rollout_peak=resident + gradients + kept_buffers + gathered + waiting + rollout,
+        update_peak=resident + gradients + _update_extra(config, counts, shard, bucket),
+        offloaded=offloaded,
+    )
+
+
+def zero_options(config: TrainConfig) -> dict[str, Any]:
+    """The run's `zero_optimization` section with DeepSpeed's defaults for the sizes that decide memory."""
+    return {
+        "reduce_bucket_size": DEFAULT_BUCKET_ELEMENTS,
+        "stage3_max_live_parameters": MAX_LIVE_ELEMENTS,
+        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        **deepspeed_config(config)["zero_optimization"],
+    }
+
+
+def _offloads(zero: Mapping[str, Any]) -> bool:
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def _partitioned(
+    weights: Mapping[str, int], counts: PolicyCounts, workers: int, max_live_elements: int
+) -> tuple[dict[str, int], int]:
+    """ZeRO-3: (weights by kind, bytes gathered at a time). Small parameters stay whole, spread over the kinds."""
+    total = sum(weights.values())
+    whole = counts.unpartitioned_bytes / total
+    kept = {kind: math.ceil(size * (whole + (1 - whole) / workers)) for kind, size in weights.items()}
+    bytes_per_element = total / counts.elements
+    gathered = min(total - counts.unpartitioned_bytes, max_live_elements * bytes_per_element)
+    return kept, int(max(gathered, min(counts.largest_bytes, total - counts.unpartitioned_bytes)))
+
+
+def _update_extra(config: TrainConfig, counts: PolicyCounts, shard: int, bucket: int) -> int:
+    """The optimizer step, beyond weights, moments and gradients: reduction, a flat gradient, AdamW's temporaries."""
+    if config.scaling.zero_stage == 0:
+        tensor = counts.trainable_bytes if config.scaling.use_gpu else FLOAT * counts.largest_trainable
+        return max(counts.trainable_bytes, 2 * tensor)
+    return max(bucket + shard, 3 * shard)
+
+
+def call_plan(config: TrainConfig, kernel: DDIMKernel) -> CallPlan:
+    """Denoiser calls of a worker in an update; the mean over plans where the estimator draws them."""
+    num_steps = kernel.num_steps
+    estimator = make_estimator(config.estimator, num_steps)
+    plans = [estimator.plan(num_steps, config.seed, update, 0) for update in range(_PLANS_AVERAGED)]
+    forwards = backwards = with_parameters = 0.0
+    for plan in plans:
+        for step_index in range(num_steps):
+            forwards += 1
+            if step_index < plan.stop_below:
+                continue
+            weighted, controlled = plan.weights[step_index] != 0, kernel.controlled(step_index)
+            if plan.pullback == "score":
+                forwards += 2 * controlled
+                backwards += controlled
+            elif not controlled:
+                forwards += 1
+                backwards += 1
+            elif plan.pullback == "reference":
+                forwards += 1 + weighted
+                backwards += 1 + weighted
+            else:
+                forwards += 2
+                backwards += 2
+            with_parameters += controlled and weighted
+    scale = config.num_micro_batches / len(plans)
+    return CallPlan(forwards=forwards * scale, backwards=backwards * scale, parameter_backwards=with_parameters * scale)
+
+
+def traffic_plan(config: TrainConfig, counts: PolicyCounts, calls: CallPlan) -> TrafficPlan:
+    """Bytes a worker sends in an update. A ring all-reduce of S bytes sends 2 (N − 1)/N S, an all-gather or a
+    reduce-scatter (N − 1)/N S; DeepSpeed's stages 0 to 2 all-reduce."""
+    stage, workers = config.scaling.zero_stage, config.scaling.fixed_num_workers
+    ring = (workers - 1) / workers
+    reductions = 1 if stage < 2 else round(calls.parameter_backwards)
+    per_reduction = (2 if stage < 3 else 1) * ring * counts.trainable_bytes
+    sharded = counts.trainable_bytes + counts.frozen_bytes - counts.unpartitioned_bytes
+    gather = {0: 0.0, 1: 1.0, 2: 1.0, 3: calls.forwards + calls.backwards}[stage]
+    if stage == 3:  # a call reads the policy or its reference copy, not both
+        sharded -= counts.reference_bytes
+    gathered = sharded if stage == 3 else counts.trainable_bytes
+    columns = len(config.controls)
+    samples = 0 if config.rewards.num_actors == 0 else math.ceil(config.global_batch_size / workers)
+    return TrafficPlan(
+        reduction=round(reductions * per_reduction) if workers > 1 else 0,
+        gather=round(gather * ring * gathered),
+        num_reductions=reductions if workers > 1 else 0,
+        reward_requests=samples * (FLOAT * counts.latent_elements + (8 + FLOAT) * columns + _PROMPT_BYTES),
+        reward_answers=samples * (FLOAT * counts.latent_elements + FLOAT * columns),
+    )
+
+
+_PROMPT_BYTES = 32
+"""A short prompt as text; beside the latents it hardly counts."""
+
+
+def num_branches(config: TrainConfig) -> int:
+    """Denoiser rows per sample."""
+    return Guidance(config.sampler.guidance_scale, config.sampler.control_scale).num_branches

@@ -1,0 +1,67 @@
+"""A plan as a small table for people."""
+
+from __future__ import annotations
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.planning.fits import Fit
+from ctrl_ray.planning.plan import MemoryPlan, Plan
+from ctrl_ray.wording import size_text
+
+_INDENT = " " * 13
+
+
+def plan_lines(plan: Plan, config: TrainConfig, fit: Fit, fixes: list[str]) -> list[str]:
+    """Memory, traffic, calls and whether it fits; `fixes` are shown where it does not."""
+    scaling = config.scaling
+    memory = plan.memory
+    lines = [
+        f"memory     of one worker (ZeRO-{scaling.zero_stage} over {scaling.fixed_num_workers}, {scaling.precision}"
+        f"{', gradient checkpointing' if scaling.gradient_checkpointing else ''}, micro-batch "
+        f"{config.micro_batch_size_per_worker}), tensors",
+        *(f"{_INDENT}{name:<34}{size_text(size):>11}{note}" for name, size, note in _rows(memory, config) if size),
+        f"{_INDENT}{'peak of the sweep (their sum)':<34}{size_text(memory.sweep_peak):>11}   rollout "
+        f"{size_text(memory.rollout_peak)}, optimizer step {size_text(memory.update_peak)}",
+    ]
+    if memory.offloaded:
+        lines.append(f"{_INDENT}{'in host memory (offload)':<34}{size_text(memory.offloaded):>11}")
+    traffic, calls = plan.traffic, plan.calls
+    times = "" if traffic.num_reductions <= 1 else f" in {traffic.num_reductions} reductions"
+    lines += [
+        f"calls      per worker and update: {calls.forwards:g} denoiser forwards and {calls.backwards:g} backwards of "
+        "a micro-batch",
+        f"traffic    a worker sends per update: gradients {size_text(traffic.reduction)}{times}, weights "
+        f"{size_text(traffic.gather)}, reward requests {size_text(traffic.reward_requests)} (answers "
+        f"{size_text(traffic.reward_answers)})",
+        f"fits       {fit.answer}: {fit.reason}",
+    ]
+    if fit.answer == "no" and fixes:
+        lines.append(f"           lower a worker's peak by one of: {'; '.join(fixes)}")
+    return lines
+
+
+def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]:
+    kept = (
+        f"   kept by the policy {size_text(memory.policy_kept)}, by the reference {size_text(memory.reference_kept)}"
+        if memory.activations
+        else ""
+    )
+    steps, batches = config.sampler.num_steps + 1, min(2, config.num_micro_batches)
+    stage = config.scaling.zero_stage
+    return [
+        ("weights, frozen", memory.frozen_weights, ""),
+        ("weights, frozen reference copy", memory.reference_weights, ""),
+        ("weights, trainable", memory.trainable_weights, ""),
+        ("prompt encoder and its features", memory.prompt_encoder, ""),
+        ("reward model (VAE)", memory.reward_model, "   with its classifiers and images on top"),
+        ("float32 master copies", memory.master_weights, ""),
+        ("gradients", memory.gradients, ""),
+        ("optimizer moments", memory.optimizer, ""),
+        (
+            "communication buffers",
+            memory.communication,
+            "   one bucket and the parameters gathered at a time" if stage == 3 else "   one reduction bucket",
+        ),
+        ("activations of one step", memory.activations, kept),
+        ("latents kept", memory.latents, f"   {batches} micro-batches × {steps} latents"),
+        ("cotangents and conditions", memory.requests, ""),
+    ]

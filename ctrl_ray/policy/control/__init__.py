@@ -1,0 +1,1 @@
+"""How a label reaches the denoiser."""

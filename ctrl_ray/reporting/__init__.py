@@ -1,0 +1,1 @@
+"""Reports, figures, tracking: what people look at after and during a run."""

@@ -1,0 +1,303 @@
+"""The end of a sweep: results.json, the pictures, and one page that shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrl_ray.config import ControlConfig
+from ctrl_ray.reporting.facts import environment_facts
+from ctrl_ray.reporting.page import ReportFigure, html_page, picture, sampling_commands, table, text
+from ctrl_ray.reporting.report import Evaluation, grid_line
+from ctrl_ray.reporting.sample_grid import plot_sample_grid
+from ctrl_ray.tuning.results import figures as sweep_figures
+from ctrl_ray.tuning.results.parallel_figure import plot_parallel
+from ctrl_ray.tuning.results.trials import (
+    Prediction,
+    SweepTrial,
+    equal_ratios,
+    finished_trials,
+    predict_optimum,
+    ratio_correlation,
+    short_names,
+    shown,
+)
+
+PAGE_FILE, RESULTS_FILE, FIGURES = "report.html", "results.json", "figures"
+_COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFindings:
+    """What a sweep came to."""
+
+    name: str
+    trials: Sequence[SweepTrial]
+    knobs: Sequence[str]
+    """Paths that vary, in the order of the columns."""
+    metric: str
+    mode: str
+    controls: Mapping[str, ControlConfig]
+    before: Evaluation
+    """The pre-trained model's."""
+    best: SweepTrial | None = None
+    shown: Mapping[str, tuple[SweepTrial, Evaluation]] = field(default_factory=dict)
+    """Title (two short lines) to a trial and its evaluation, on the same prompts and noise as `before`."""
+    dial_of: SweepTrial | None = None
+    dial: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    """Adapter scale to {"accuracy", "kl"} of the adapter of `dial_of`."""
+    adapter: str = ""
+    """Where the best trial's adapter was exported to."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_sweep_report(folder: Path, findings: SweepFindings) -> tuple[Path, dict[str, Path]]:
+    """Write results.json, figures/*.png and report.html into `folder`; returns the page and the figures by title."""
+    figures = draw_figures(folder / FIGURES, findings)
+    results = json.dumps(sweep_results(findings), indent=2, allow_nan=False)
+    (folder / RESULTS_FILE).write_text(results + "\n", encoding="utf-8")
+    page = folder / PAGE_FILE
+    page.write_text(_page(findings, figures), encoding="utf-8")
+    return page, {figure.title: figure.path for figure in figures}
+
+
+def sweep_results(findings: SweepFindings) -> dict[str, Any]:
+    """The content of results.json: every trial, and how well the theory's word on the ratio holds."""
+    return {
+        "sweep": findings.name,
+        "best": None if findings.best is None else findings.best.name,
+        "rank_correlation_of_ratio_and_kl": ratio_correlation(findings.trials),
+        "equal_ratios": [
+            {"ratio": pair.exponent, "trials": pair.names, "kl": pair.kl, "allowed": pair.allowed, "agree": pair.agree}
+            for pair in equal_ratios(findings.trials)
+        ],
+        "trials": [_plain(trial) for trial in findings.trials],
+        "dial": {
+            "trial": None if findings.dial_of is None else findings.dial_of.name,
+            "scales": [{"scale": scale, **row} for scale, row in findings.dial.items()],
+        },
+    }
+
+
+def _plain(trial: SweepTrial) -> dict[str, Any]:
+    names = ("accuracy", "accuracy_error", "macro_f1", "prompt_fidelity", "kl", "kl_error", "diversity", "belief_gap")
+    return {
+        "name": trial.name,
+        "status": trial.status,
+        "knobs": dict(trial.knobs),
+        "ratio": trial.exponent if trial.kl_coef else None,
+        "updates_done": trial.updates_done,
+        **{name: trial.metric(name) for name in names},
+        "seconds": round(trial.seconds, 1),
+        "error": trial.error or None,
+    }
+
+
+def predict(findings: SweepFindings) -> Prediction | None:
+    """The optimum for ratios from 0.1 to 30; None with several controls, or where nothing measures the truth."""
+    if len(findings.controls) != 1:
+        return None
+    [name] = findings.controls
+    classes = findings.before.judged["per_sample"]["classes"].get(name)
+    if classes is None:
+        return None
+    log_probs = findings.before.samples.class_log_probs[name]
+    return predict_optimum(log_probs, classes, np.geomspace(0.1, 30, 61))
+
+
+def draw_figures(folder: Path, findings: SweepFindings) -> list[ReportFigure]:
+    """Every picture that the trials allow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    trials, prediction = findings.trials, predict(findings)
+    drawn = [
+        (
+            "Accuracy by strength and price",
+            "Each dot is a finished trial with its accuracy; the colours between them are interpolated. Dashed: equal ratio "
+            "guidance_strength / kl_coef.",
+            sweep_figures.plot_accuracy_map(folder / "accuracy_map.png", trials),
+        ),
+        (
+            "Accuracy against KL",
+            "What accuracy costs in distance from the pre-trained model; numbers are trials, bars two standard errors. "
+            + _theory_words(prediction),
+            sweep_figures.plot_pareto(folder / "pareto.png", trials, prediction),
+        ),
+        (
+            "Does only the ratio count?",
+            "At the optimum KL depends on guidance_strength / kl_coef alone: trials of equal ratio, drawn side by side, should "
+            "be level. A short run is not at the optimum yet: it pays more KL than theory asks, or gets there only in part.",
+            sweep_figures.plot_ratio(folder / "ratio.png", trials, prediction),
+        ),
+        (
+            "All trials at once",
+            "One line for each finished trial, from its settings to its results; the colour is the accuracy.",
+            plot_parallel(folder / "parallel.png", trials, findings.knobs),
+        ),
+        ("Samples", _grid_words(findings), _plot_samples(folder / "samples.png", findings)),
+    ]
+    if findings.dial_of is not None:
+        drawn.append(
+            (
+                "The cheap dial: one adapter, scaled",
+                "Diamonds: the adapter of one trial with LoRA and control embeddings scaled as written, without any training "
+                "(sample --adapter-scale). Dots: trials trained for their own ratio. " + dial_words(findings),
+                sweep_figures.plot_dial(
+                    folder / "dial.png",
+                    trials,
+                    findings.dial_of,
+                    list(findings.dial),
+                    [dict(row) for row in findings.dial.values()],
+                ),
+            )
+        )
+    wide = ("Samples", "All trials at once")
+    return [ReportFigure(title, words, path, title in wide) for title, words, path in drawn if path is not None]
+
+
+def _theory_words(prediction: Prediction | None) -> str:
+    if prediction is None:
+        return "The theory's curve is left out: it needs one control with an oracle."
+    return (
+        "Dashed: the theory's optimum p(x) p(y|x)^ratio, by importance weights over samples of the pre-trained model, as far "
+        "as those can tell; only the ratio counts there."
+    )
+
+
+def _grid_words(findings: SweepFindings) -> str:
+    trials = ", ".join(f"{trial.exponent:.3g}: trial {trial.name}" for trial, _ in findings.shown.values())
+    return (
+        "The best trial and the two extremes of the ratio guidance_strength / kl_coef, with the same prompts and noise in "
+        f"each column. Ratio {trials}. Beneath each image: the measured value."
+    )
+
+
+def dial_words(findings: SweepFindings) -> str:
+    """How far the scaled adapter stands in for training: its accuracy against that of trained trials of equal KL."""
+    gaps = dial_gaps(findings)
+    if not gaps:
+        return ""
+    worst = min(gaps, key=lambda row: row["gap"])
+    return (
+        f"At equal KL its accuracy differs from the trained trials' by {np.mean([row['gap'] for row in gaps]):+.3f} on average "
+        f"and by {worst['gap']:+.3f} at worst (scale {worst['scale']:g})."
+    )
+
+
+def dial_gaps(findings: SweepFindings) -> list[dict[str, float]]:
+    """For each scale within the range of the trained trials' KL: its accuracy minus theirs at that KL (interpolated)."""
+    done = sorted(finished_trials(findings.trials), key=lambda trial: trial.metrics["kl"])
+    if len(done) < 2:
+        return []
+    kl, accuracy = ([trial.metrics[name] for trial in done] for name in ("kl", "accuracy"))
+    inside = [(scale, row) for scale, row in findings.dial.items() if kl[0] <= row["kl"] <= kl[-1] and scale != 1]
+    return [
+        {"scale": scale, "gap": row["accuracy"] - float(np.interp(row["kl"], kl, accuracy))} for scale, row in inside
+    ]
+
+
+def _plot_samples(path: Path, findings: SweepFindings) -> Path | None:
+    if not findings.shown:
+        return None
+    [name, control], column = next(iter(findings.controls.items())), 0
+    rows = []
+    for index, class_name in enumerate(control.class_names):
+        lines = []
+        mine = np.flatnonzero(findings.before.samples.labels[:, column] == index)[:_COLUMNS]
+        if not len(mine):
+            continue
+        for title, evaluation in {"before": findings.before, **{k: e for k, (_, e) in findings.shown.items()}}.items():
+            lines.append(grid_line(title, evaluation, mine, name, index))
+        unit = f" {control.unit}" if control.unit else ""
+        rows.append((f"{name}, class {index}: {class_name}{unit}", lines))
+    return plot_sample_grid(path, rows)
+
+
+def _page(findings: SweepFindings, figures: Sequence[ReportFigure]) -> str:
+    prompt = findings.before.samples.prompts[0] if len(findings.before.samples) else "PROMPT"
+    sections = [
+        _headline(findings),
+        "<h2>Trials</h2>",
+        _trials_table(findings),
+        "<h2>Is it the ratio?</h2>",
+        _ratio_section(findings),
+        "<h2>Pictures</h2>",
+        *(picture(figure) for figure in figures),
+    ]
+    if findings.adapter:
+        sections += [
+            "<h2>Sample from the best</h2>",
+            sampling_commands(findings.controls, prompt, findings.adapter),
+            "<p>A weaker pull without training again: add <code>--adapter-scale 0.6</code>.</p>",
+        ]
+    facts = {**findings.facts, **environment_facts()}
+    sections += ["<h2>Made with</h2>", table([(text(key), text(value)) for key, value in facts.items()])]
+    return html_page(f"ctrl_ray sweep: {findings.name}", sections)
+
+
+def _headline(findings: SweepFindings) -> str:
+    counts = {
+        status: sum(trial.status == status for trial in findings.trials)
+        for status in ("finished", "stopped early", "failed")
+    }
+    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    sentence = f"{len(findings.trials)} trials: {words}."
+    if findings.best is not None:
+        names = short_names(list(findings.knobs))
+        knobs = ", ".join(f"{names[path]} {shown(value)}" for path, value in findings.best.knobs.items())
+        value = findings.best.metric(findings.metric)
+        sentence += f" The best by {findings.metric} is trial {findings.best.name} ({knobs}): {shown(value)}"
+        kl = findings.best.metric("kl")
+        sentence += (
+            f", {kl:.2f} nats from the pre-trained model." if kl is not None and findings.metric != "kl" else "."
+        )
+    return f"<h1>Sweep: {text(findings.name)}</h1><p class='lead'>{text(sentence)}</p>"
+
+
+def _trials_table(findings: SweepFindings) -> str:
+    names = short_names(list(findings.knobs))
+    head = ["trial", *names.values(), "ratio", "updates", "accuracy", "KL / nats", "fidelity", "minutes", "state"]
+    rows = []
+    for trial in findings.trials:
+        mark = " ★" if findings.best is not None and trial.name == findings.best.name else ""
+        cells = [trial.name + mark, *(shown(trial.knobs.get(path)) for path in findings.knobs)]
+        cells += [shown(trial.exponent), str(trial.updates_done)]
+        for name, digits in (("accuracy", ".3f"), ("kl", ".2f"), ("prompt_fidelity", ".3f")):
+            value, error = trial.metric(name), trial.metric(f"{name}_error")
+            cells.append(
+                "–" if value is None else f"{value:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
+            )
+        cells += [f"{trial.seconds / 60:.1f}", f"failed: {trial.error}" if trial.status == "failed" else trial.status]
+        rows.append([text(cell) for cell in cells])
+    note = "<p class='note'>★ the best; ± is one standard error. A trial that did not finish shows its last evaluation.</p>"
+    return table(rows, head) + note
+
+
+def _ratio_section(findings: SweepFindings) -> str:
+    correlation, pairs = ratio_correlation(findings.trials), equal_ratios(findings.trials)
+    if correlation is None and not pairs:
+        return "<p>Fewer than three ratios guidance_strength / kl_coef finished.</p>"
+    html = ""
+    if correlation is not None:
+        html += f"<p>Rank correlation of log(guidance_strength / kl_coef) and KL over the finished trials: {correlation:.3f}."
+        html += "</p>"
+    if pairs:
+        rows = [
+            (
+                f"{pair.exponent:.3g}",
+                text(", ".join(pair.names)),
+                ", ".join(f"{kl:.2f}" for kl in pair.kl),
+                f"{max(pair.kl) - min(pair.kl):.2f}",
+                f"{pair.allowed:.2f}",
+                "yes" if pair.agree else "no",
+            )
+            for pair in pairs
+        ]
+        html += table(rows, ["ratio", "trials", "KL / nats", "difference", "allowed: 30 % or 0.3 nats", "agree"])
+    return html

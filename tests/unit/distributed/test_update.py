@@ -1,0 +1,52 @@
+"""An update that is shared by ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrl_ray.distributed.batches import num_rounds, rank_share
+from ctrl_ray.distributed.update import Rank, train_update
+from ctrl_ray.exact.suite import Effort, gaussian
+from tests.analytic import PlainEngine, make_learner
+
+
+class _Accumulating(PlainEngine):
+    """Keeps the gradient instead of using it."""
+
+    def step(self, update: int) -> float:
+        return 0.0
+
+
+def _gradient(micro_batch_size: int, num_ranks: int) -> Tensor:
+    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples."""
+    case = dataclasses.replace(gaussian(), effort=Effort(batch_size=8, num_nodes=5))
+    learner, policy = make_learner(case, engine=_Accumulating)
+    config = dataclasses.replace(learner.config, micro_batch_size_per_worker=micro_batch_size)
+    for rank in range(num_ranks):
+        train_update(
+            dataclasses.replace(learner, config=config, rank=Rank(rank, num_ranks, torch.device("cpu"))), update=3
+        )
+    gradient = policy.pushes["first"].grad
+    assert gradient is not None
+    return gradient / num_ranks
+
+
+@pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(4, 1), (1, 1), (4, 2), (2, 3), (2, 4), (1, 5), (1, 8)])
+def test_shares_that_do_not_divide_have_the_same_gradient(micro_batch_size: int, num_ranks: int) -> None:
+    """Eight samples on 1 to 8 ranks, also where shares, and so the numbers of micro-batches, differ (3 and 5 ranks)."""
+    whole = _gradient(8, 1)
+    assert (_gradient(micro_batch_size, num_ranks) - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_every_sample_is_somewhere_once() -> None:
+    """Shares are neighbours, differ by one at most, and fit in the rounds that every rank runs."""
+    for total, ranks, micro in ((64, 3, 16), (8, 5, 1), (7, 7, 2), (64, 4, 16)):
+        shares = [rank_share(total, rank, ranks) for rank in range(ranks)]
+        assert [i for share in shares for i in share] == list(range(total))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert num_rounds(total, ranks, micro) * micro >= max(map(len, shares))
+        assert (num_rounds(total, ranks, micro) - 1) * micro < max(map(len, shares))

@@ -1,0 +1,240 @@
+"""The adjoint sweep against autograd through the whole graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import LoraConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import Guidance, step_kl
+from ctrl_ray.errors import NonFiniteError
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
+from ctrl_ray.gradients.estimators import full
+from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
+from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.controlled import ControlledPolicy
+
+PROMPTS = ("a red circle", "a blue cross", "a green square")
+
+
+def _perturbed_policy(folder: str, **kwargs: Any) -> ControlledPolicy:
+    policy = ControlledPolicy(load_unet(folder), {"size": 4, "hue": 2}, lora=LoraConfig(rank=2), **kwargs).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable_parameters().values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    for table in policy.controls.tables.values():
+        table.weight.data[-1] = 0
+    return policy
+
+
+def _setup(folder: str, num_steps: int, guidance: Guidance) -> tuple[ControlledPolicy, DDIMKernel, Any, Tensor]:
+    policy = _perturbed_policy(folder)
+    kernel = make_kernel(load_scheduler(folder), num_steps, 1.0)
+    condition = load_prompt_encoder(folder).encode(PROMPTS)
+    condition = type(condition)(condition.prompts, {k: v.double() for k, v in condition.tensors.items()})
+    labels = torch.tensor([[0, 1], [4, 0], [2, 2]])
+    return policy, kernel, condition, labels
+
+
+def _reward(latents: Tensor) -> Tensor:
+    return torch.tanh(latents).pow(3).flatten(1).sum(1) + latents.flatten(1)[:, 0] * latents.flatten(1)[:, 1]
+
+
+def _whole_graph_gradient(
+    policy: ControlledPolicy,
+    kernel: DDIMKernel,
+    condition: Any,
+    labels: Tensor,
+    guidance: Guidance,
+    ids: list[int],
+    weights: Tensor,
+    kl_coef: float,
+) -> dict[str, Tensor]:
+    noise = keyed_noise(0, 0, ids, policy.latent_shape, kernel.num_steps)
+    latents = noise(0).double()
+    loss = torch.zeros((), dtype=torch.float64)
+    for k in range(kernel.num_steps):
+        step = policy_step(policy, kernel, k, latents, condition, labels, guidance, reference=False)
+        ref = policy_step(policy, kernel, k, latents, condition, labels, guidance, reference=True)
+        loss = loss + kl_coef * (weights * step_kl(step, ref)).sum()
+        latents = step.mean + step.std * noise(k + 1).double()
+    loss = loss - (weights * _reward(latents)).sum()
+    names, parameters = zip(*policy.trainable_parameters().items(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(1.7), Guidance(2.0, 1.3)])
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_sweep_equals_autograd_through_the_whole_graph(
+    tiny_pipeline: str, guidance: Guidance, num_micro_batches: int
+) -> None:
+    """float64, T = 4, LoRA and two tables, one sample with a null label: 1e-9 relative."""
+    policy, kernel, condition, labels = _setup(tiny_pipeline, 4, guidance)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    expected = _whole_graph_gradient(policy, kernel, condition, labels, guidance, [0, 1, 2], weights, 0.7)
+    batches = [[0, 1, 2]] if num_micro_batches == 1 else [[0], [1], [2]]
+    for rows in batches:
+        noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
+        trajectory = rollout(
+            policy, kernel, condition.select(rows), labels[rows], guidance, lambda p, n=noise: n(p).double()
+        )
+        clean = trajectory.clean_latents.clone().requires_grad_(True)
+        (cotangent,) = torch.autograd.grad(_reward(clean).sum(), clean)
+        adjoint_sweep(
+            policy,
+            kernel,
+            trajectory,
+            TerminalReward(None, cotangent),
+            full().plan(4, 0, 0, 0),
+            kl_coef=0.7,
+            sample_weights=weights[rows],
+            backward=lambda loss: loss.backward(),
+        )
+    for name, parameter in policy.trainable_parameters().items():
+        assert parameter.grad is not None
+        scale = expected[name].norm().clamp_min(1e-12)
+        assert (parameter.grad - expected[name]).norm() / scale < 1e-9, name
+
+
+def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -> None:
+    """The null rows stay zero, and samples of weight 0 change nothing."""
+    policy, kernel, condition, labels = _setup(tiny_pipeline, 3, Guidance())
+
+    def gradients(rows: list[int], weights: list[float]) -> dict[str, Tensor]:
+        policy.zero_grad()
+        noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
+        trajectory = rollout(
+            policy, kernel, condition.select(rows), labels[rows], Guidance(), lambda p: noise(p).double()
+        )
+        adjoint_sweep(
+            policy,
+            kernel,
+            trajectory,
+            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+            full().plan(3, 0, 0, 0),
+            kl_coef=1.0,
+            sample_weights=torch.tensor(weights, dtype=torch.float64),
+            backward=lambda loss: loss.backward(),
+        )
+        return {n: p.grad.clone() for n, p in policy.trainable_parameters().items() if p.grad is not None}
+
+    padded, plain = gradients([0, 1, 2], [0.5, 0.5, 0.0]), gradients([0, 1], [0.5, 0.5])
+    for name, gradient in plain.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=1e-9, atol=1e-12)
+    assert padded["controls.tables.size.weight"][4].abs().max() == 0
+    assert padded["controls.tables.size.weight"][0].abs().max() > 0
+
+
+def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
+    """The recomputation must run in the mode (policy or reference) of its own forward."""
+    results = []
+    for checkpointed in (False, True):
+        policy, kernel, condition, labels = _setup(tiny_pipeline, 3, Guidance(1.5))
+        if checkpointed:
+            policy.enable_gradient_checkpointing()
+        noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
+        trajectory = rollout(policy, kernel, condition, labels, Guidance(1.5), lambda p, n=noise: n(p).double())
+        adjoint_sweep(
+            policy,
+            kernel,
+            trajectory,
+            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+            full().plan(3, 0, 0, 0),
+            kl_coef=1.0,
+            sample_weights=torch.ones(3, dtype=torch.float64),
+            backward=lambda loss: loss.backward(),
+        )
+        results.append({n: p.grad for n, p in policy.trainable_parameters().items()})
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-10, atol=1e-12)
+
+
+def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) -> None:
+    """With ᾱ_final = 1 the last step has std 0: it is the reference's, without KL, and gradients pass through it."""
+    policy, _, condition, labels = _setup(tiny_pipeline, 3, Guidance())
+    scheduler = load_scheduler(tiny_pipeline)
+    scheduler.set_timesteps(3)
+    kernel = DDIMKernel(
+        scheduler.alphas_cumprod,
+        scheduler.timesteps.tolist(),
+        final_alpha_cumprod=1.0,
+        eta=1.0,
+        prediction_type="epsilon",
+        num_train_timesteps=1000,
+    )
+    assert kernel.std(2) == 0 < kernel.std(1)
+    assert [kernel.controlled(k) for k in range(3)] == [True, True, False]
+    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
+    trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double(), with_kl=True)
+    assert trajectory.kl_per_step is not None and trajectory.kl_per_step[:, 2].abs().max() == 0
+    last = policy_step(policy, kernel, 2, trajectory.latents[2], condition, labels, Guidance(), reference=True)
+    torch.testing.assert_close(trajectory.clean_latents, last.mean)
+    stats = adjoint_sweep(
+        policy,
+        kernel,
+        trajectory,
+        TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
+        full().plan(3, 0, 0, 0),
+        kl_coef=1.0,
+        sample_weights=torch.ones(3, dtype=torch.float64),
+        backward=lambda loss: loss.backward(),
+    )
+    assert stats.cotangent_norms[0] > 0
+
+
+def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> None:
+    """A NaN reward gradient is an error that names the step."""
+    policy, kernel, condition, labels = _setup(tiny_pipeline, 2, Guidance())
+    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
+    trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double())
+    bad = torch.full_like(trajectory.clean_latents, float("nan"))
+    with pytest.raises(NonFiniteError, match="denoising step 1"):
+        adjoint_sweep(
+            policy,
+            kernel,
+            trajectory,
+            TerminalReward(None, bad),
+            full().plan(2, 0, 0, 0),
+            kl_coef=1.0,
+            sample_weights=torch.ones(3, dtype=torch.float64),
+            backward=lambda loss: loss.backward(),
+        )
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 2, 2, 2), (3, 3, 2), (5, 3)])
+def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str, sizes: tuple[int, ...]) -> None:
+    """Eight samples at once, in equal parts, and with a ragged last part that is padded with weight 0."""
+
+    def gradients(parts: list[tuple[list[int], list[float]]]) -> dict[str, Tensor]:
+        policy, kernel, condition, _ = _setup(tiny_pipeline, 2, Guidance())
+        labels = torch.tensor([[i % 5, i % 3] for i in range(8)])
+        for rows, weights in parts:
+            noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
+            chosen = condition.select([row % 3 for row in rows])
+            trajectory = rollout(policy, kernel, chosen, labels[rows], Guidance(), lambda p, n=noise: n(p).double())
+            adjoint_sweep(
+                policy,
+                kernel,
+                trajectory,
+                TerminalReward(None, torch.cos(trajectory.clean_latents)),
+                full().plan(2, 0, 0, 0),
+                kl_coef=1.0,
+                sample_weights=torch.tensor(weights, dtype=torch.float64),
+                backward=lambda loss: loss.backward(),
+            )
+        return {name: p.grad.clone() for name, p in policy.trainable_parameters().items() if p.grad is not None}
+
+    parts, start = [], 0
+    for size in sizes:
+        rows = list(range(start, start + size))
+        padding = max(sizes) - size
+        parts.append((rows + rows[:1] * padding, [1 / 8] * size + [0.0] * padding))
+        start += size
+    whole, split = gradients([(list(range(8)), [1 / 8] * 8)]), gradients(parts)
+    assert whole.keys() == split.keys() and len(whole) > 4
+    for name, gradient in whole.items():
+        assert (split[name] - gradient).norm() < 1e-10 * gradient.norm().clamp_min(1e-9), name

@@ -1,0 +1,62 @@
+"""Comparing finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ctrl_ray import evaluate
+from ctrl_ray.config import presets
+from ctrl_ray.config.json import to_json
+from ctrl_ray.errors import ConfigError, DataError
+from ctrl_ray.evaluate import EvaluateOptions
+from ctrl_ray.reporting.comparison import compare_runs, format_runs, is_monotone
+
+
+def _run(folder: Path, strength: float, accuracy: float | None, kl: float) -> Path:
+    base = presets.shapes()
+    controls = {name: dataclasses.replace(c, guidance_strength=strength) for name, c in base.controls.items()}
+    (folder / "report").mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(dataclasses.replace(base, controls=controls, kl_coef=2.0)))
+    after = {"accuracy": accuracy, "kl": kl, "prompt_fidelity": None, "diversity": 0.2}
+    after["standard_errors"] = {"accuracy": 0.02, "kl": 0.1}
+    summary = {"before": {"accuracy": 0.25}, "after": after}
+    (folder / "report" / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_runs_are_ordered_by_their_exponent_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command line: exponent is guidance_strength / kl_coef, the picture is there."""
+    folders = [_run(tmp_path / name, s, a, k) for name, s, a, k in (("b", 4.0, 0.8, 4.0), ("a", 1.0, 0.5, 1.0))]
+    arguments = ["--runs", *map(str, folders), "--output-dir", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("\na ") < printed.index("\nb ") and "0.5" in printed
+    assert printed.count("yes") == 2
+    assert Image.open(tmp_path / "out" / "guidance.png").width > 600
+
+
+def test_a_fall_beyond_two_standard_errors_is_told(tmp_path: Path) -> None:
+    """Two standard errors of a difference of two runs."""
+    assert is_monotone([0.5, 0.46, 0.9], [0.02, 0.02, 0.02])
+    assert not is_monotone([0.5, 0.43], [0.02, 0.02])
+    folders = [_run(tmp_path / name, s, a, k) for name, s, a, k in (("a", 1.0, 0.9, 1.0), ("b", 2.0, 0.5, 4.0))]
+    runs, _ = compare_runs(folders, tmp_path / "out")
+    assert "accuracy rises with it, within two standard errors: NO" in format_runs(runs)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    """An unfinished run, a run without an oracle, one run alone, no run and no adapter."""
+    good = _run(tmp_path / "good", 1.0, 0.5, 1.0)
+    with pytest.raises(DataError, match="finished run"):
+        compare_runs([good, tmp_path / "nowhere"], tmp_path)
+    with pytest.raises(DataError, match="no control of the run has an oracle"):
+        compare_runs([good, _run(tmp_path / "blind", 1.0, None, 1.0)], tmp_path)
+    with pytest.raises(DataError, match="at least two"):
+        compare_runs([good], tmp_path)
+    with pytest.raises(ConfigError, match="either --adapter"):
+        EvaluateOptions()

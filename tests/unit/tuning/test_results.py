@@ -1,0 +1,209 @@
+"""A sweep's table, theory and report, from trials made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctrl_ray.evaluation.judging import judge
+from ctrl_ray.reporting.report import Evaluation
+from ctrl_ray.tuning.results import figures as sweep_figures
+from ctrl_ray.tuning.results import parallel_figure
+from ctrl_ray.tuning.results.report import SweepFindings, dial_gaps, write_sweep_report
+from ctrl_ray.tuning.results.tracking import SweepTracker, _Tail
+from ctrl_ray.tuning.results.trials import (
+    SweepTrial,
+    best_trial,
+    equal_ratios,
+    format_trials,
+    pareto_front,
+    predict_optimum,
+    ratio_correlation,
+    short_names,
+)
+from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
+
+STRENGTH = "controls.light.guidance_strength"
+KNOBS = ("kl_coef", STRENGTH)
+
+
+def _trial(name: str, kl_coef: float, strength: float, kl: float, accuracy: float, **others) -> SweepTrial:
+    return SweepTrial(
+        name=name,
+        knobs={"kl_coef": kl_coef, STRENGTH: strength},
+        guidance_strength=strength,
+        kl_coef=kl_coef,
+        **{
+            "status": "finished",
+            "updates_done": 28,
+            "seconds": 90.0,
+            "metrics": {"accuracy": accuracy, "kl": kl, "kl_error": 0.05, "prompt_fidelity": 0.9},
+            **others,
+        },
+    )
+
+
+TRIALS = [
+    _trial("0", 2.0, 0.6, 0.2, 0.30),
+    _trial("1", 0.5, 0.5, 1.0, 0.50),
+    _trial("2", 2.0, 2.0, 1.25, 0.52),
+    _trial("3", 0.5, 3.0, 4.0, 0.90),
+    _trial("4", 1.0, 6.0, 5.4, 0.88),
+    _trial("5", 1.0, 1.0, 9.0, 1.0, status="stopped early"),
+    _trial("6", 1.0, 1.0, math.nan, math.nan, status="failed", error="ConfigError: <b>no</b>", metrics={}),
+]
+
+
+def test_the_table_tells_what_happened_to_each() -> None:
+    lines = format_trials(TRIALS, KNOBS).splitlines()
+    assert lines[0].split() == [
+        *("trial", "kl_coef", "guidance_strength", "updates", "accuracy", "KL", "/", "nats", "fidelity", "minutes")
+    ]
+    assert lines[1].split() == ["0", "2", "0.6", "28", "0.300", "0.20", "0.900", "1.5", "finished"]
+    assert lines[6].endswith("stopped early")
+    assert lines[7].split()[4:7] == ["–", "–", "–"] and lines[7].endswith("failed: ConfigError: <b>no</b>")
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert short_names(["optimizer.learning_rate", "classifier.learning_rate", "lora.rank"]) == {
+        "optimizer.learning_rate": "optimizer.learning_rate",
+        "classifier.learning_rate": "classifier.learning_rate",
+        "lora.rank": "rank",
+    }
+
+
+def test_only_finished_trials_are_best() -> None:
+    best = best_trial(TRIALS, "accuracy", "max")
+    assert best is not None and best.name == "3"
+    least = best_trial(TRIALS, "kl", "min")
+    assert least is not None and least.name == "0"
+    assert best_trial(TRIALS[5:], "accuracy", "max") is None
+
+
+def test_the_front_is_what_no_other_trial_beats() -> None:
+    kl, accuracy = [0.0, 1.0, 1.0, 2.0, 3.0, 4.0], [0.2, 0.5, 0.4, 0.45, 0.6, 0.6]
+    beaten = {
+        i
+        for i in range(6)
+        for j in range(6)
+        if kl[j] <= kl[i] and accuracy[j] >= accuracy[i] and (kl[j], accuracy[j]) != (kl[i], accuracy[i])
+    }
+    assert set(pareto_front(kl, accuracy)) == set(range(6)) - beaten == {0, 1, 4}
+
+
+def test_ratio_and_kl() -> None:
+    # ratios 0.3, 1, 1, 6, 6: midranks 1, 2.5, 2.5, 4.5, 4.5 against 1 to 5
+    x, y = np.array([1, 2.5, 2.5, 4.5, 4.5]) - 3, np.arange(1, 6) - 3
+    assert ratio_correlation(TRIALS) == pytest.approx(float(x @ y / math.sqrt((x @ x) * (y @ y))))
+    assert ratio_correlation(TRIALS[:2]) is None
+    one, six = equal_ratios(TRIALS)
+    assert (one.exponent, one.names, one.agree, one.allowed) == (1.0, ("1", "2"), True, pytest.approx(0.3375))
+    assert (six.names, six.agree, six.allowed) == (("3", "4"), True, pytest.approx(1.41))
+    apart = equal_ratios([*TRIALS[:3], dataclasses.replace(TRIALS[2], name="7", metrics={"accuracy": 0.5, "kl": 2.0})])
+    assert not apart[0].agree
+
+
+def test_the_predicted_optimum_is_the_tilt() -> None:
+    """Two kinds of images, equally likely, of which the classifier says p = 0.8 and 0.2; it is right."""
+    beliefs = np.array([[0.8, 0.2]] * 4 + [[0.2, 0.8]] * 4)
+    truth = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    prediction = predict_optimum(np.log(beliefs), truth, np.array([0.0, 1.0, 3.0]))
+    for index, ratio in enumerate((0.0, 1.0, 3.0)):
+        share = 0.8**ratio / (0.8**ratio + 0.2**ratio)  # of the kind that is likely of the class, under the tilt
+        accuracy = (share * 0.75 + share * 1.0 + (1 - share) * 0.25) / 2  # class 0: 3/4 or 0 right; class 1: 1 or 1/4
+        kl = share * math.log(2 * share) + (1 - share) * math.log(2 * (1 - share))
+        assert prediction.accuracy[index] == pytest.approx(accuracy)
+        assert prediction.kl[index] == pytest.approx(kl, abs=1e-12)
+    assert prediction.effective_samples[0] == pytest.approx(8)
+
+
+def _findings(tmp_path: Path) -> SweepFindings:
+    samples = flat_samples([30, 100, 200, 90, 220, 40], [0, 1, 2, 0, 1, 2], log_probs=np.log(np.full((6, 3), 1 / 3)))
+    judged = judge(samples, {"light": CONTROL}, oracles={"light": brightness})
+    evaluation = Evaluation(judged, samples)
+    dial = {0.5: {"accuracy": 0.4, "kl": 0.6}, 1.0: {"accuracy": 0.9, "kl": 4.0}, 2.0: {"accuracy": 1.0, "kl": 50.0}}
+    return SweepFindings(
+        name="<mine>",
+        trials=TRIALS,
+        knobs=KNOBS,
+        metric="accuracy",
+        mode="max",
+        controls={"light": CONTROL},
+        before=evaluation,
+        best=TRIALS[3],
+        shown={"best,\nratio 6": (TRIALS[3], evaluation)},
+        dial_of=TRIALS[3],
+        dial=dial,
+        adapter="/sweeps/mine/adapter",
+    )
+
+
+def test_the_dial_is_compared_at_equal_kl(tmp_path: Path) -> None:
+    # at 0.6 nats the trials have, halfway between (0.2, 0.30) and (1.0, 0.50), 0.40; 50 nats are out of their range
+    assert dial_gaps(_findings(tmp_path)) == [{"scale": 0.5, "gap": pytest.approx(0.0)}]
+
+
+def test_the_report_is_one_page_with_every_picture(tmp_path: Path) -> None:
+    page, figures = write_sweep_report(tmp_path, _findings(tmp_path))
+    assert {path.name for path in figures.values()} == {
+        *("accuracy_map.png", "pareto.png", "ratio.png", "parallel.png", "samples.png", "dial.png")
+    }
+    for path in figures.values():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("L").getcolors() or range(99)) > 20
+    text = page.read_text()
+    assert text.count("<img") == 6 and 'src="http' not in text and "<script" not in text
+    assert "<b>no</b>" not in text and "&lt;mine&gt;" in text
+    for words in ("python -m ctrl_ray.sample --adapter /sweeps/mine/adapter", "5 finished, 1 stopped early, 1 failed"):
+        assert words in text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["best"] == "3" and results["trials"][6]["error"] == "ConfigError: <b>no</b>"
+    assert results["rank_correlation_of_ratio_and_kl"] == ratio_correlation(TRIALS)
+
+
+def test_a_sweep_of_which_nothing_finished_has_a_report_too(tmp_path: Path) -> None:
+    nothing = dataclasses.replace(
+        _findings(tmp_path), trials=TRIALS[5:], best=None, shown={}, dial_of=None, dial={}, adapter=""
+    )
+    page, figures = write_sweep_report(tmp_path, nothing)
+    assert figures == {} and "2 trials: 1 stopped early, 1 failed." in page.read_text()
+
+
+def test_trials_on_a_line_and_settings_that_are_words_are_drawn(tmp_path: Path) -> None:
+    line = [_trial(str(i), 1.0, g, g, 0.2 + 0.1 * i) for i, g in enumerate((1.0, 2.0, 4.0))]
+    assert sweep_figures.plot_accuracy_map(tmp_path / "map.png", line) is not None
+    words = [dataclasses.replace(t, knobs={"estimator.name": n}) for t, n in zip(line, ("full", "last_k", "full"))]
+    assert parallel_figure.plot_parallel(tmp_path / "parallel.png", words, ["estimator.name"]) is not None
+    assert sweep_figures.plot_accuracy_map(tmp_path / "none.png", line[:2]) is None
+
+
+def test_a_file_is_followed_through_growth_and_rewriting(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = _Tail(path)
+    assert tail.read() == []
+    path.write_text('{"update": 1}\n{"upd')
+    assert tail.read() == [{"update": 1}]
+    with path.open("a") as file:
+        file.write('ate": 2}\n')
+    assert tail.read() == [{"update": 2}]
+    draft = tmp_path / "draft"
+    draft.write_text('{"update": 1}\n{"update": 7, "kind": "longer than before"}\n')
+    draft.replace(path)
+    assert [row["update"] for row in tail.read()] == [1, 7]
+
+
+def test_aim_that_fails_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "update", "update": 1, "kl": 0.5}\n')
+    (tmp_path / "file").write_text("")  # no folder can be made beneath it
+    tracker = SweepTracker(tmp_path / "file" / "aim", tmp_path, experiment="x", config={}, resume=False)
+    trial = dataclasses.replace(TRIALS[0], folder=tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"Aim could not log metrics \(NotADirectoryError") as caught:
+        tracker.follow([trial, dataclasses.replace(trial, name="other")])
+        tracker.log_images("sweep", {})
+    assert [warning.category for warning in caught].count(RuntimeWarning) == 1

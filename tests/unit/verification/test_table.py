@@ -1,0 +1,91 @@
+"""The table of exact against reached, and the split of the remaining error."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctrl_ray.exact.chain import reference_chain
+from ctrl_ray.exact.grid import make_grid, solve_on_grid
+from ctrl_ray.exact.problems import Sampler
+from ctrl_ray.exact.suite import Case, all_cases, default_cases, logistic
+from ctrl_ray.verification.error_budget import (
+    CAUSES,
+    ErrorBudget,
+    budget_cases,
+    error_budget,
+    fit_logistic,
+    format_budget,
+    plot_budget,
+)
+from ctrl_ray.verification.table import format_table, machine_summary, plot_densities, verify_case
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """T4 at 10 steps."""
+    return logistic(num_steps=10)
+
+
+def test_the_optimum_meets_every_bar_and_the_reference_does_not(case: Case, tmp_path: Path) -> None:
+    """Means of the best policy pass with error 0; the pre-trained sampler's miss, and the table says so."""
+    best = np.array(solve_on_grid(case.problem).policy_means)
+    chain = reference_chain(case.problem.mixture, case.problem.sampler)
+    reference = np.array([step.mean(make_grid(case.problem).centres) for step in chain])
+    (good,) = verify_case(case, {0: best}, [{0: best}])
+    (bad,) = verify_case(case, {0: reference}, [{0: best}])
+    assert good.passed and all(abs(row.error) < 1e-9 and row.noise < 1e-9 for row in good.rows)
+    assert not bad.passed
+    missed = {row.quantity for row in bad.rows if not row.passed}
+    assert missed == {"mean", "std", "p_positive", "objective", "tv_to_optimum"}
+    table = format_table([good, bad])
+    assert table.count("MISSED") == 5 and "log Z" in table
+    assert machine_summary(good)["tv_to_optimum"] == 0 < machine_summary(good)["tv_to_target"]
+    assert Image.open(plot_densities(tmp_path / "d.png", [good, bad])).width > 400
+
+
+def test_sets_of_cases_have_unique_titles_and_bars() -> None:
+    """Rewards are looked up by title, so no two may share one."""
+    for cases in (default_cases(), all_cases()):
+        titles = [case.title for case in cases]
+        assert len(set(titles)) == len(titles)
+        assert all(case.bars for case in cases)
+
+
+def test_fitted_classifier_comes_closer_with_more_labels(case: Case) -> None:
+    """Maximum likelihood on samples of the pre-trained sampler."""
+    few, many = (fit_logistic(case.problem, count, seed=0) for count in (100, 100_000))
+    assert (many.slope, many.offset) == pytest.approx((1.0, 0.0), abs=0.05)
+    assert abs(few.slope - 1) + abs(few.offset) > abs(many.slope - 1) + abs(many.offset)
+
+
+def test_causes_can_be_switched_off(case: Case, tmp_path: Path) -> None:
+    """With the exact optimum in place of a training, its link is 0; with the true classifier, the first link is."""
+    fitted_case, true_case = budget_cases(case, 200, seed=1)
+    fitted, true = solve_on_grid(fitted_case.problem), solve_on_grid(true_case.problem)
+    budget = error_budget(true_case.problem, fitted, fitted.optimum, true.optimum)
+    assert tuple(budget.links) == CAUSES
+    assert budget.links["optimisation"] == 0 < budget.links["classifier"]
+    whole = budget.switched_off
+    assert whole["all on"] <= sum(budget.links.values()) + 1e-12
+    assert whole["exact optimisation"] == whole["all on"]
+    exact = error_budget(true_case.problem, true, true.optimum, true.optimum)
+    assert (
+        exact.links["classifier"] == 0
+        and exact.switched_off["exact optimisation, free variances, free initial noise"] == 0
+    )
+    more = dataclasses.replace(case.problem, sampler=Sampler(num_steps=25))
+    solution = solve_on_grid(more, num_bins=800)
+    finer = ErrorBudget(
+        solution.grid,
+        solution.tilt,
+        (solution.tilt, solution.free, solution.optimum, solution.optimum),
+        solution.optimum,
+    )
+    assert finer.links["fixed variances"] < exact.links["fixed variances"]
+    assert "classifier" in format_budget(budget)
+    assert Image.open(plot_budget(tmp_path / "b.png", budget)).width > 400
