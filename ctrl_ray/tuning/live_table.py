@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ class LiveTable:
         self._handle: Any = _notebook_handle()
         self._in_place = self._handle is not None or sys.stdout.isatty()
         self._every_s = every_s if self._in_place else log_every_s
-        self._last, self._last_time, self._height = "", 0.0, 0
+        self._last, self._last_time, self._height = "", -math.inf, 0
 
     def show(self, text: str, *, now: bool = False) -> None:
         """Draw `text` when it is time and has changed; `now` draws a change at once."""
