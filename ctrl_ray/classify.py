@@ -1,4 +1,4 @@
-"""`python -m ctrl_ray.classify --data data.parquet --control NAME`: step 1, fit and calibrate p(y|x,c)."""
+"""`python -m ctrl_ray.classify --data data.parquet --control NAME`: stage 1, fit and calibrate p(y|x,c)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: ClassifyConfig) -> FitResult:
-    """Fit, and print the figures before and after scaling."""
+    """Fit, and print the metrics before and after scaling."""
     config = train_config(settings)
     sampler = None
     if config.classifier.num_pipeline_samples:
@@ -129,10 +129,10 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
 
 
 def describe(result: FitResult) -> str:
-    """The figures as a table."""
+    """The metrics as a table."""
     lines = [
         f"classifier written to {result.folder} (epoch {result.best_epoch}, temperature {result.temperature:.4f}; "
-        f"figures of {result.num_rows['figures']} held-out images)",
+        f"judged on {result.num_rows['judged']} held-out images)",
         f"{'':10}{'before':>10}{'after scaling':>15}",
     ]
     lines += [f"{name:10}{result.before[name]:10.4f}{result.after[name]:15.4f}" for name in result.before]

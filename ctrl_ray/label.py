@@ -1,4 +1,4 @@
-"""`python -m ctrl_ray.label --images DIR --output data.parquet`: from images to the offline data set of step 1."""
+"""`python -m ctrl_ray.label --images DIR --output data.parquet`: from images to the offline data set of stage 1."""
 
 from __future__ import annotations
 

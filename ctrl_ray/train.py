@@ -56,28 +56,28 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
 
     started, job = time.monotonic(), ray_job()
     folder = RunFolder(config.output_dir)
-    plan = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run)
-    print(plan.summary, flush=True)
+    checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run)
+    print(checked.summary, flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
-    folder.check(plan.asked, resume=resume)
+    folder.check(checked.asked, resume=resume)
     print(f"run        {folder.name}, written to {folder.storage_path}", flush=True)
     if job is not None:
         print(job.hint, flush=True)
     with connected(), stoppable(folder.storage_path):
-        check_cluster(plan.config)
-        check_shared(plan.config, folder)
-        folder.prepare(plan.asked, resume=resume)
-        plan = prepare_classifiers(plan, folder, PipelineSampler(plan.config, plan.prompts))
-        with rewards_of(plan.config) as rewards:
-            trained = fine_tune(plan, folder, rewards, resume=resume)
+        check_cluster(checked.config)
+        check_shared(checked.config, folder)
+        folder.prepare(checked.asked, resume=resume)
+        checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts))
+        with rewards_of(checked.config) as rewards:
+            trained = fine_tune(checked, folder, rewards, resume=resume)
             if trained.stopped.endswith("received"):
                 raise InterruptedRunError(
-                    f"stopped after update {trained.updates_done} of {plan.config.num_updates}; a checkpoint is in "
+                    f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
                     f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
-            summary = evaluate_and_report(plan, folder, rewards, trained, facts)
+            summary = evaluate_and_report(checked, folder, rewards, trained, facts)
     _print_end(folder.local, summary, time.monotonic() - started)
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
 

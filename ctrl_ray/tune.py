@@ -77,20 +77,22 @@ def sweep(
     from ctrl_ray.tuning.sweep_folder import SweepFolder
 
     folder = SweepFolder.at(output_dir or f"runs/sweep-{loaded.name}")
-    plan = preflight(dataclasses.replace(start, output_dir=str(folder.path)))
-    wanted = folder.prepare(loaded, plan.asked, num_samples, resume=resume)
+    checked = preflight(dataclasses.replace(start, output_dir=str(folder.path)))
+    wanted = folder.prepare(loaded, checked.asked, num_samples, resume=resume)
     print(f"sweep      {folder.name}, written to {folder.path}", flush=True)
     with connected(), stoppable(str(folder.path)):
-        check_cluster(plan.config)
-        check_shared(plan.config, RunFolder(str(folder.path)))
-        plan = prepare_classifiers(plan, RunFolder(str(folder.path)), PipelineSampler(plan.config, plan.prompts))
-        with rewards_of(plan.config) as rewards:
-            return _run_and_report(loaded, plan, folder, rewards, wanted, max_concurrent, resume=resume)
+        check_cluster(checked.config)
+        check_shared(checked.config, RunFolder(str(folder.path)))
+        checked = prepare_classifiers(
+            checked, RunFolder(str(folder.path)), PipelineSampler(checked.config, checked.prompts)
+        )
+        with rewards_of(checked.config) as rewards:
+            return _run_and_report(loaded, checked, folder, rewards, wanted, max_concurrent, resume=resume)
 
 
 def _run_and_report(
     space: Space,
-    plan: Any,
+    checked: Any,
     folder: Any,
     rewards: Any,
     num_samples: int,
@@ -106,15 +108,15 @@ def _run_and_report(
     from ctrl_ray.wording import duration
 
     started = time.monotonic()
-    sample_before(plan, folder, rewards)
-    num_concurrent = room_for_trials(plan.config, max_concurrent)
+    sample_before(checked, folder, rewards)
+    num_concurrent = room_for_trials(checked.config, max_concurrent)
     print(f"trials     {num_concurrent} at a time", flush=True)
-    job = TrialJob(base=plan.config, rewards=rewards, folder=str(folder.path))
-    with _tracking(plan.config, folder, resume) as tracker:
-        follower = SweepFollower(folder.path, plan.config, list(space.knobs), tracker)
+    job = TrialJob(base=checked.config, rewards=rewards, folder=str(folder.path))
+    with _tracking(checked.config, folder, resume) as tracker:
+        follower = SweepFollower(folder.path, checked.config, list(space.knobs), tracker)
         trials = run_trials(space, job, folder, follower, num_samples=num_samples, num_concurrent=num_concurrent)
         facts = {"time of this session's trials": duration(time.monotonic() - started)}
-        findings = conclude(space, plan, folder, rewards, trials, facts)
+        findings = conclude(space, checked, folder, rewards, trials, facts)
         page, figures = write_sweep_report(folder.path, findings)
         if tracker is not None:
             tracker.log_images("sweep", figures)

@@ -24,8 +24,8 @@ from ctrl_ray.exact.problems import (
 from ctrl_ray.exact.suite import PROBLEMS, Case, all_cases, default_cases, named_case
 
 if TYPE_CHECKING:
-    from ctrl_ray.verification.cases import Reached
-    from ctrl_ray.verification.table import Verified
+    from ctrl_ray.verification.cases import ReachedLaw
+    from ctrl_ray.verification.table import CaseResult
 
 EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
 DENSITIES = "densities.png"
@@ -230,15 +230,15 @@ def verify_error_budget(options: VerifyOptions) -> bool:
     return True
 
 
-def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[Verified]:
+def _train_and_compare(cases: Sequence[Case], options: VerifyOptions) -> list[CaseResult]:
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.verification.cases import train_cases
     from ctrl_ray.verification.table import verify_case
 
     progress = _Progress(quiet=options.json)
-    verified: list[Verified] = []
+    verified: list[CaseResult] = []
 
-    def compare(case: Case, reached: Reached) -> None:
+    def compare(case: Case, reached: ReachedLaw) -> None:
         items = verify_case(case, reached.means, reached.earlier)
         verified.extend(items)
         missed = [f"{row.quantity} {row.error:+.4f}" for item in items for row in item.rows if not row.passed]

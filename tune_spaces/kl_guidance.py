@@ -1,7 +1,7 @@
 """Where accuracy is bought most cheaply: the pull of the control against the price of leaving the pre-trained model.
 
-Both are drawn log-uniformly, so that their ratio (at the optimum all that counts) goes from 0.3 to 10. The first eight
-trials span it, with three pairs of equal ratio. No scheduler: a weak pull is not a bad trial, it is a point of the map.
+Both are drawn log-uniformly, so that their exponent (at the optimum all that counts) goes from 0.3 to 10. The first eight
+trials span it, with three pairs of equal exponent. No scheduler: a weak pull is not a bad trial, it is a point of the map.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MODE = "max"
 
 KL_COEF, STRENGTH = "kl_coef", "controls.jpeg_size.guidance_strength"
 PAIRS = [(2.0, 0.6), (0.5, 5.0), (0.6, 0.6), (2.0, 2.0), (0.5, 1.5), (1.6, 4.8), (0.5, 3.0), (0.8, 4.8)]
-"""(kl_coef, guidance_strength): ratios 0.3, 10, and twice each of 1, 3 and 6."""
+"""(kl_coef, guidance_strength): exponents 0.3, 10, and twice each of 1, 3 and 6."""
 
 
 def space() -> dict[str, Any]:

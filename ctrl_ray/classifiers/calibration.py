@@ -1,4 +1,4 @@
-"""How far a classifier's probabilities can be trusted: temperature scaling, calibration figures, a diagram."""
+"""How far a classifier's probabilities can be trusted: temperature scaling, calibration metrics, a diagram."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def reliability_bins(log_probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS
     return Bins(counts.long(), total / counts.clamp(min=1), right / counts.clamp(min=1))
 
 
-def calibration_figures(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+def calibration_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, NLL, Brier score and ECE of log-probabilities (N, K) against labels (N,).
 
     - `accuracy`: share of rows whose most probable class is the label.
@@ -86,7 +86,7 @@ def calibration_figures(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
       probability.
     """
     if len(labels) == 0:
-        raise DataError("calibration figures need at least one row, got none")
+        raise DataError("calibration metrics need at least one row, got none")
     log_p = log_probs.detach().cpu().double()
     target = labels.detach().cpu().long()
     one_hot = F.one_hot(target, log_p.shape[1]).double()
@@ -121,14 +121,14 @@ def reliability_diagram(
     axes = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
     centres = (np.arange(NUM_BINS) + 0.5) / NUM_BINS
     for column, (name, log_probs) in enumerate((("before scaling", before), ("after scaling", after))):
-        figures = calibration_figures(log_probs, labels)
+        metrics = calibration_metrics(log_probs, labels)
         counts, confidence, accuracy = (part.numpy() for part in reliability_bins(log_probs.cpu(), labels.cpu()))
         filled = counts > 0
         top, bottom = axes[0][column], axes[1][column]
         top.plot((0, 1), (0, 1), color="0.6", linestyle="--", linewidth=1, label="perfectly calibrated")
         top.bar(centres[filled], accuracy[filled], 0.9 / NUM_BINS, color="tab:blue", alpha=0.7, label="accuracy")
         top.plot(confidence[filled], accuracy[filled], "o", color="black", ms=4, label="mean confidence")
-        top.set(title=f"{name}: ECE {figures['ece']:.4f}, NLL {figures['nll']:.4f}", xlim=(0, 1), ylim=(0, 1.02))
+        top.set(title=f"{name}: ECE {metrics['ece']:.4f}, NLL {metrics['nll']:.4f}", xlim=(0, 1), ylim=(0, 1.02))
         bottom.bar(centres, counts, width=0.9 / NUM_BINS, color="0.5")
         bottom.set(xlabel="probability of the most probable class", ylim=(0, float(counts.max()) * 1.35))
         for x, count in zip(centres.tolist(), counts.tolist(), strict=True):

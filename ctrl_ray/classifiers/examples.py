@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import DataError, ModelError
-from ctrl_ray.offline.images import fit
+from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
 from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import load_oracle, measure
@@ -72,7 +72,7 @@ def read_examples(
     """
     if config.data == "shapes":
         rows: Iterator[Example] = (
-            Example(np.asarray(fit(image, (image_size, image_size))), prompt, None)
+            Example(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, None)
             for image, prompt in draw_dataset(config.num_drawn_images, config.seed)
         )
     else:

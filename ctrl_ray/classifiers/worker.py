@@ -1,4 +1,4 @@
-"""Step 1 on the Ray Train workers: decode once, fit by epochs, keep the best, calibrate it."""
+"""Stage 1 on the Ray Train workers: decode once, fit by epochs, keep the best, calibrate it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrl_ray.classifiers.calibration import calibration_figures, fit_temperature, reliability_diagram
+from ctrl_ray.classifiers.calibration import calibration_metrics, fit_temperature, reliability_diagram
 from ctrl_ray.classifiers.classifier import ImageClassifier, new_network
 from ctrl_ray.classifiers.examples import BlockWriter, Examples, SamplePipeline, read_examples
 from ctrl_ray.config import TrainConfig
@@ -250,12 +250,12 @@ def _report(
     before = torch.log_softmax(logits, dim=1)
     after = torch.log_softmax(logits / classifier.temperature, dim=1)
     classifier.calibration = {
-        "before": calibration_figures(before, labels),
-        "after": calibration_figures(after, labels),
+        "before": calibration_metrics(before, labels),
+        "after": calibration_metrics(after, labels),
         "measured_on": "the pipeline's samples of the temperature split" if on_samples else "the temperature split",
         "best_epoch": best.epoch,
         "selection_nll": best.nll,
-        "num_rows": {**{name: len(some) for name, some in examples.rows.items()}, "figures": len(labels)},
+        "num_rows": {**{name: len(some) for name, some in examples.rows.items()}, "judged": len(labels)},
     }
     metrics = {"nll": classifier.calibration["after"]["nll"]}
     if rank != 0:

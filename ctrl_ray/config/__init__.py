@@ -34,7 +34,7 @@ class ControlConfig:
     column: str | None = None
     """Column of the offline data set; None: the control's name."""
     classifier: str | None = None
-    """Folder of a fitted classifier; None: step 1 fits one from `data` first."""
+    """Folder of a fitted classifier; None: stage 1 fits one from `data` first."""
     label_weights: tuple[float, ...] = ()
     """Label law in training: relative weight of each class. Empty: uniform."""
 
@@ -82,7 +82,7 @@ class ControlConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierConfig:
-    """Step 1: how p(y|x,c) is fitted and calibrated."""
+    """Stage 1: how p(y|x,c) is fitted and calibrated."""
 
     network: str = "cnn"
     """'cnn' (small convolutional network), 'clip:NAME_OR_FOLDER' (head on a CLIP vision tower), or
@@ -412,7 +412,7 @@ class TrainConfig:
     controls: dict[str, ControlConfig] = field(default_factory=dict)
     """The controls by name; several compose."""
     data: str | None = None
-    """Offline data set (Parquet file or folder) for step 1; 'shapes' draws it."""
+    """Offline data set (Parquet file or folder) for stage 1; 'shapes' draws it."""
     num_drawn_images: int = 6000
     """With data = 'shapes': how many images are drawn."""
     prompts_file: str | None = None
@@ -463,7 +463,7 @@ class TrainConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Workers and sharding."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """Step 1."""
+    """Stage 1."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Judging."""
 

@@ -71,19 +71,19 @@ def typed(value: Any, hint: Any, path: str) -> Any:
     that type."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()  # numpy's numbers
-    fits, result = _fit(value, hint)
+    fits, result = _of_type(value, hint)
     if not fits:
         raise ConfigError(f"{path} is {value!r} ({type(value).__name__}); expected {_shown(hint)}")
     return result
 
 
-def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+def _of_type(value: Any, hint: Any) -> tuple[bool, Any]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in arguments), value
     if origin in (Union, types.UnionType):
         for argument in arguments:
-            fits, result = _fit(value, argument)
+            fits, result = _of_type(value, argument)
             if fits:
                 return True, result
         return False, value
@@ -91,9 +91,9 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
         if not isinstance(value, list | tuple):
             return False, value
         if len(arguments) != 2 or arguments[1] is not Ellipsis:
-            items = [_fit(*pair) for pair in zip(value, arguments)]
+            items = [_of_type(*pair) for pair in zip(value, arguments)]
             return len(value) == len(arguments) and all(fits for fits, _ in items), tuple(item for _, item in items)
-        items = [_fit(item, arguments[0]) for item in value]
+        items = [_of_type(item, arguments[0]) for item in value]
         return all(fits for fits, _ in items), tuple(item for _, item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return True, float(value)

@@ -34,7 +34,7 @@ RowHandler = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What the workers left."""
 
     best: Checkpoint
@@ -47,7 +47,7 @@ class Trained:
 
 def run_training(
     job: TrainJob, storage_path: str, run_name: str, on_row: RowHandler, *, callbacks: Sequence[UserCallback] = ()
-) -> Trained:
+) -> TrainingResult:
     """Run the Train worker group of a job to its end and return its best checkpoint.
 
     Resumes by itself from the latest checkpoint under `storage_path`/checkpoints/`run_name`. The first SIGINT or SIGTERM
@@ -126,7 +126,7 @@ def run_workers(
     return result
 
 
-def export_adapter(trained: Trained, folder: Path) -> Path:
+def export_adapter(trained: TrainingResult, folder: Path) -> Path:
     """Copy the best checkpoint's adapter to where the run keeps it."""
     with trained.best.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
@@ -189,13 +189,13 @@ def _shorten_polling() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
 
 
-def _trained(result: Result, follower: _Follower) -> Trained:
+def _trained(result: Result, follower: _Follower) -> TrainingResult:
     candidates = [(checkpoint, metrics) for checkpoint, metrics in result.best_checkpoints or []]
     if not candidates:
         raise RunFolderError("the run left no checkpoint: it was stopped before its first update ended; run it again")
     best, metrics = max(candidates, key=lambda pair: (pair[1]["score"], pair[1]["updates_done"]))
     latest = max(pair[1]["updates_done"] for pair in candidates)
-    return Trained(best, metrics, max(latest, follower.updates_done), follower.stopped)
+    return TrainingResult(best, metrics, max(latest, follower.updates_done), follower.stopped)
 
 
 class _Follower:

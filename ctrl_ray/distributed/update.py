@@ -17,7 +17,7 @@ from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
 from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds, rank_share, training_batch
 from ctrl_ray.distributed.engine import PolicyEngine, all_reduce_sum
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
 from ctrl_ray.gradients.estimators import Estimator
 from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, policy_step, rollout
 from ctrl_ray.oracles import load_oracle, measure
@@ -120,7 +120,7 @@ def train_update(learner: Learner, update: int) -> dict[str, float]:
     assert waiting is not None
     totals += _sweep(learner, waiting, update, clock)
     totals = all_reduce_sum(totals)
-    with clock("sweep_s"):
+    with clock("backward_s"):
         gradient_norm = learner.engine.step(update)
     return _update_metrics(learner, totals, gradient_norm, clock)
 
@@ -150,9 +150,9 @@ def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Ten
     )
     plan = learner.estimator.plan(learner.kernel.num_steps, config.seed, update, scored.index)
     groups = torch.tensor(batch.sample_ids, device=rank.device) // config.group_size
-    with clock("sweep_s"):
+    with clock("backward_s"):
         try:
-            stats = adjoint_sweep(
+            stats = adjoint_pass(
                 learner.engine,
                 learner.kernel,
                 scored.trajectory,
@@ -331,7 +331,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {"rollout_s": 0.0, "reward_wait_s": 0.0, "sweep_s": 0.0}
+        self.seconds: dict[str, float] = {"rollout_s": 0.0, "reward_wait_s": 0.0, "backward_s": 0.0}
 
     def __call__(self, phase: str) -> Any:
         return _Phase(self.seconds, phase)

@@ -1,4 +1,4 @@
-"""Step 1: fit p(y|x,c) under Ray Train and calibrate it. The driver's side; the workers' is `worker`."""
+"""Stage 1: fit p(y|x,c) under Ray Train and calibrate it. The driver's side; the workers' is `worker`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FitResult:
     folder: Path
     """Holds `model.safetensors`, `classifier.json` and `reliability.png`."""
     before: Mapping[str, float]
-    """Accuracy, NLL, Brier and ECE on the temperature split with temperature 1 (`calibration.calibration_figures`)."""
+    """Accuracy, NLL, Brier and ECE on the temperature split with temperature 1 (`calibration.calibration_metrics`)."""
     after: Mapping[str, float]
     """The same at the fitted temperature."""
     temperature: float
@@ -37,7 +37,7 @@ class FitResult:
     best_epoch: int
     """The epoch that was kept, from 1."""
     num_rows: Mapping[str, int]
-    """Rows of each split, and how many rows the figures are of."""
+    """Rows of each split, and how many rows were judged."""
 
 
 def fit_classifier(
@@ -135,21 +135,21 @@ def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipel
 
 
 def read_result(folder: str | Path) -> FitResult:
-    """The figures that a fit stored in its classifier folder."""
+    """The metrics that a fit stored in its classifier folder."""
     path = Path(folder)
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        figures = settings["calibration"]
+        metrics = settings["calibration"]
         return FitResult(
             folder=path,
-            before=figures["before"],
-            after=figures["after"],
+            before=metrics["before"],
+            after=metrics["after"],
             temperature=settings["temperature"],
-            best_epoch=figures["best_epoch"],
-            num_rows=figures["num_rows"],
+            best_epoch=metrics["best_epoch"],
+            num_rows=metrics["num_rows"],
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path / SETTINGS} lacks the figures of a fit ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{path / SETTINGS} lacks the metrics of a fit ({type(error).__name__}: {error})") from error
 
 
 def _control(config: TrainConfig, control: str) -> ControlConfig:

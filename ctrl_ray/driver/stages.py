@@ -1,4 +1,4 @@
-"""The stages of a run, on the driver: step 1, fine-tuning, evaluation, report. `ctrl_ray.train` puts them in order."""
+"""The stages of a run, on the driver: stage 1, fine-tuning, evaluation, report. `ctrl_ray.train` puts them in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray.train import UserCallback
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.distributed.launch import Trained, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.launch import TrainingResult, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
@@ -23,7 +23,7 @@ from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
-from ctrl_ray.planning.preflight import Preflight
+from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import REPORT, Evaluation, report_pictures, write_report
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
@@ -35,19 +35,19 @@ ADAPTER, CLASSIFIER = "adapter", "classifier"
 Scorer = PooledRewards | RewardModelSpec
 
 
-def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> Preflight:
-    """Step 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
+def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
+    """Stage 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
     controls: dict[str, ControlConfig] = {}
-    for name, control in plan.config.controls.items():
+    for name, control in checked.config.controls.items():
         target = folder / CLASSIFIER / name
         if not (target / "classifier.json").is_file():
             if control.classifier is not None:
                 shutil.copytree(control.classifier, target, dirs_exist_ok=True)
             else:
-                wants_samples = plan.config.classifier.num_pipeline_samples > 0
-                wait = ClusterWait(plan.config, lambda line: print(line, flush=True))
+                wants_samples = checked.config.classifier.num_pipeline_samples > 0
+                wait = ClusterWait(checked.config, lambda line: print(line, flush=True))
                 fitted = fit_classifier(
-                    plan.config,
+                    checked.config,
                     name,
                     output_dir=target,
                     sample_pipeline=sample_pipeline if wants_samples else None,
@@ -61,8 +61,8 @@ def prepare_classifiers(plan: Preflight, folder: RunFolder, sample_pipeline: Sam
                     flush=True,
                 )
         controls[name] = dataclasses.replace(control, classifier=str(target))
-    config = dataclasses.replace(plan.config, controls=controls)
-    return dataclasses.replace(plan, config=config)
+    config = dataclasses.replace(checked.config, controls=controls)
+    return dataclasses.replace(checked, config=config)
 
 
 @contextmanager
@@ -86,19 +86,19 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
 
 
 def fine_tune(
-    plan: Preflight,
+    checked: CheckedRun,
     folder: RunFolder,
     rewards: Scorer,
     *,
     resume: bool,
     callbacks: Sequence[UserCallback] = (),
-) -> Trained:
+) -> TrainingResult:
     """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter.
 
     callbacks: Ray Train's, such as the one that tells Ray Tune.
     """
-    log = RunLog(plan.config, folder, resume=resume)
-    job = train_job(plan, rewards)
+    log = RunLog(checked.config, folder, resume=resume)
+    job = train_job(checked, rewards)
     try:
         trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
@@ -108,29 +108,29 @@ def fine_tune(
     return trained
 
 
-def train_job(plan: Preflight, rewards: Scorer) -> TrainJob:
+def train_job(checked: CheckedRun, rewards: Scorer) -> TrainJob:
     """What the workers of a checked run get, with a channel of their own to this process."""
     return TrainJob(
-        config=plan.config,
-        controls=plan.controls,
-        prompts=plan.prompts,
+        config=checked.config,
+        controls=checked.controls,
+        prompts=checked.prompts,
         rewards=rewards,
-        info=plan.info,
+        info=checked.info,
         channel=new_channel(),
-        copies=copies_of([plan.config.init_adapter] if plan.config.init_adapter else []),
+        copies=copies_of([checked.config.init_adapter] if checked.config.init_adapter else []),
     )
 
 
-def reference_job(plan: Preflight) -> SamplingJob:
+def reference_job(checked: CheckedRun) -> SamplingJob:
     """Sampling the pre-trained model for the final evaluation of a checked run."""
-    config = plan.config
+    config = checked.config
     return SamplingJob(
         adapter=None,
         base_model=config.base_model,
         revision=config.base_revision,
         controls=config.controls,
         sampler=config.sampler,
-        prompts=plan.evaluation_prompts,
+        prompts=checked.evaluation_prompts,
         sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
         seed=config.evaluation.seed,
         batch_size=config.evaluation.batch_size,
@@ -140,10 +140,10 @@ def reference_job(plan: Preflight) -> SamplingJob:
 
 
 def evaluate_and_report(
-    plan: Preflight,
+    checked: CheckedRun,
     folder: RunFolder,
     rewards: Scorer,
-    trained: Trained,
+    trained: TrainingResult,
     facts: Mapping[str, str],
     *,
     before: EvaluationSamples | None = None,
@@ -155,8 +155,8 @@ def evaluate_and_report(
     (`reference_job` of the same config).
     """
     updates_done = trained.updates_done
-    config = plan.config
-    job = reference_job(plan)
+    config = checked.config
+    job = reference_job(checked)
     evaluations = {}
     for name, reference in (("before", True), ("after", False)):
         if reference and before is not None:
@@ -165,7 +165,7 @@ def evaluate_and_report(
             part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
             samples = sample_policy(part, rewards, config.scaling)
         height, width = samples.images.shape[1:3]
-        fidelity = choose_fidelity(plan.evaluation_prompts, (height, width))
+        fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     with RunTracker(

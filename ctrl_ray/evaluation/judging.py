@@ -25,7 +25,7 @@ NUM_CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class OracleLabels:
     """What one control's judge says about every sample."""
 
     classes: np.ndarray
@@ -147,7 +147,7 @@ def _measure(
     oracle: Oracle | None,
     held_out: HeldOutJudge | None,
     notes: list[str],
-) -> Measured | None:
+) -> OracleLabels | None:
     if oracle is None and control.oracle is not None:
         oracle = load_oracle(control.oracle)
     if oracle is not None:
@@ -157,9 +157,9 @@ def _measure(
         classes = np.array(
             [control.classify(value) if control.thresholds else int(value) for value in values], dtype=np.int64
         )
-        return Measured(classes, values, f"oracle {control.oracle or getattr(oracle, '__name__', 'of the caller')}")
+        return OracleLabels(classes, values, f"oracle {control.oracle or getattr(oracle, '__name__', 'of the caller')}")
     if held_out is not None:
-        return Measured(
+        return OracleLabels(
             np.asarray(held_out(samples.images, samples.prompts), dtype=np.int64), None, "held-out classifier"
         )
     notes.append(
@@ -179,7 +179,7 @@ def _check_classes(name: str, control: ControlConfig, values: np.ndarray) -> Non
 
 
 def _judge_control(
-    samples: EvaluationSamples, column: int, name: str, control: ControlConfig, measured: Measured | None
+    samples: EvaluationSamples, column: int, name: str, control: ControlConfig, measured: OracleLabels | None
 ) -> dict[str, Any]:
     asked = samples.labels[:, column]
     rows = np.flatnonzero(asked < control.num_classes)
@@ -261,7 +261,7 @@ def _mean_over_controls(per_control: Mapping[str, Any], key: str) -> tuple[float
 
 
 def _joint_accuracy(
-    samples: EvaluationSamples, controls: Mapping[str, ControlConfig], measured: Mapping[str, Measured | None]
+    samples: EvaluationSamples, controls: Mapping[str, ControlConfig], measured: Mapping[str, OracleLabels | None]
 ) -> tuple[float | None, float | None]:
     right, asked_any = np.ones(len(samples), dtype=bool), np.zeros(len(samples), dtype=bool)
     for column, (name, control) in enumerate(controls.items()):
@@ -279,7 +279,7 @@ def _joint_accuracy(
 def _diversity(
     samples: EvaluationSamples,
     controls: Mapping[str, ControlConfig],
-    measured: Mapping[str, Measured | None],
+    measured: Mapping[str, OracleLabels | None],
     by: Literal["label", "oracle"],
     notes: list[str],
 ) -> tuple[float | None, float | None]:

@@ -9,7 +9,7 @@ which is reverse-mode differentiation of  −Σ weights · log p(y|h_T) + kl_coe
 h_{k+1} = mean_k(h_k) + std_k z_k, step by step (the discrete adjoint): memory is flat in T and independent of the
 reward model. KL_k depends on h_k through the policy and through the reference; both paths count.
 
-The other estimators differ in what carries the cotangent (`SweepPlan.pullback`): the reference's step alone, or nothing.
+The other estimators differ in what carries the cotangent (`AdjointPlan.pullback`): the reference's step alone, or nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_log_prob, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.estimators import SweepPlan
+from ctrl_ray.gradients.estimators import AdjointPlan
 from ctrl_ray.gradients.rollout import Trajectory, policy_step
 from ctrl_ray.policy.protocol import Policy
 
@@ -34,11 +34,11 @@ class TerminalReward(NamedTuple):
     value: Tensor | None
     """(B,); needed by the score function only."""
     cotangent: Tensor | None
-    """Like the clean latents, float32, unreduced: its gradient (`Rewarded.cotangent`); None for a reward without."""
+    """Like the clean latents, float32, unreduced: its gradient (`RewardAnswer.cotangent`); None for a reward without."""
 
 
 @dataclass(frozen=True)
-class SweepStats:
+class AdjointStats:
     """What a sweep saw."""
 
     kl_per_step: Tensor
@@ -47,19 +47,19 @@ class SweepStats:
     """(T + 1,): L2 norm of λ_0 … λ_T over the micro-batch; NaN where there is none."""
 
 
-def adjoint_sweep(
+def adjoint_pass(
     policy: Policy,
     kernel: StepKernel,
     trajectory: Trajectory,
     reward: TerminalReward,
-    plan: SweepPlan,
+    plan: AdjointPlan,
     *,
     kl_coef: float,
     sample_weights: Tensor,
     backward: Callable[[Tensor], None],
     latent_reduction: LatentReduction = "sum",
     groups: Tensor | None = None,
-) -> SweepStats:
+) -> AdjointStats:
     """Accumulate the gradient of Σ_b sample_weights_b (−reward_b + kl_coef Σ_k KL_bk) into the policy's parameters.
 
     Args:
@@ -90,7 +90,7 @@ class _Sweep:
         policy: Policy,
         kernel: StepKernel,
         trajectory: Trajectory,
-        plan: SweepPlan,
+        plan: AdjointPlan,
         kl_coef: float,
         sample_weights: Tensor,
         backward: Callable[[Tensor], None],
@@ -103,7 +103,7 @@ class _Sweep:
         self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
         self.norms = torch.full((kernel.num_steps + 1,), float("nan"))
 
-    def through(self, reward_cotangent: Tensor) -> SweepStats:
+    def through(self, reward_cotangent: Tensor) -> AdjointStats:
         """Carry the cotangent back through the policy's or the reference's steps."""
         one_step = self._policy_pullback if self.plan.pullback == "policy" else self._reference_pullback
         cotangent = -reward_cotangent * self.weights.view(-1, *[1] * (reward_cotangent.dim() - 1))
@@ -116,9 +116,9 @@ class _Sweep:
                 cotangent, _ = self._through_reference(step_index, cotangent)
             _require_finite(cotangent, f"the cotangent at denoising step {step_index}")
             self.norms[step_index] = cotangent.norm()
-        return SweepStats(self.kl_per_step, self.norms)
+        return AdjointStats(self.kl_per_step, self.norms)
 
-    def score(self, rewards: Tensor, groups: Tensor | None) -> SweepStats:
+    def score(self, rewards: Tensor, groups: Tensor | None) -> AdjointStats:
         """Log-probabilities times what the later steps and the reward bring, plus the direct gradient of the KL."""
         returns = rewards.to(self.weights)
         for step_index in reversed(range(self.plan.stop_below, self.kernel.num_steps)):
@@ -136,7 +136,7 @@ class _Sweep:
             _require_finite(loss, f"the loss of denoising step {step_index}")
             self.backward(loss * self.plan.weights[step_index])
             returns = returns - self.kl_coef * kl.detach()
-        return SweepStats(self.kl_per_step, self.norms)
+        return AdjointStats(self.kl_per_step, self.norms)
 
     def _policy_pullback(self, step_index: int, cotangent: Tensor) -> Tensor:
         """Step k's parameter gradient; the cotangent through policy and KL, free of the step's weight."""

@@ -18,7 +18,7 @@ Pullback = Literal["policy", "reference", "score"]
 
 
 @dataclass(frozen=True)
-class SweepPlan:
+class AdjointPlan:
     """One micro-batch's sweep."""
 
     weights: tuple[float, ...]
@@ -37,7 +37,7 @@ class Estimator:
     name: str
     needs_cotangent: bool
     """Whether the reward must have a gradient."""
-    plan: Callable[[int, int, int, int], SweepPlan]
+    plan: Callable[[int, int, int, int], AdjointPlan]
     """(num_steps, seed, update, micro_batch) to the plan: the same on every rank."""
     cost: Callable[[int, bool], Mapping[str, float]]
     """(num_steps, guided) to denoiser 'forwards' and 'backwards' per sample, the mean over random plans."""
@@ -52,7 +52,7 @@ def full() -> Estimator:
     return Estimator(
         "full",
         needs_cotangent=True,
-        plan=lambda num_steps, seed, update, micro_batch: SweepPlan((1.0,) * num_steps, 0, "policy"),
+        plan=lambda num_steps, seed, update, micro_batch: AdjointPlan((1.0,) * num_steps, 0, "policy"),
         cost=lambda num_steps, guided: _cost(3 * num_steps, 2 * num_steps, guided),
     )
 
@@ -64,9 +64,9 @@ def last_k(steps: int) -> Estimator:
     reward. Cost with K = steps: T + 2 K forwards, 2 K backwards.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> SweepPlan:
+    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
         first = _first_of_last(num_steps, steps)
-        return SweepPlan((0.0,) * first + (1.0,) * (num_steps - first), first, "policy")
+        return AdjointPlan((0.0,) * first + (1.0,) * (num_steps - first), first, "policy")
 
     return Estimator(
         "last_k",
@@ -84,14 +84,14 @@ def random_suffix(full_probability: float = 0.3) -> Estimator:
     norm. Cost: T + 2 S forwards, 2 S backwards, with S = T − (1 − full_probability) T / 2 swept steps on average.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> SweepPlan:
+    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
         draw = draw_uniform(seed, update, micro_batch, "random_suffix")
         first = 0
         if draw >= full_probability and num_steps > 1:
             first = 1 + int((draw - full_probability) / (1 - full_probability) * (num_steps - 1))
         kept = [full_probability + (1 - full_probability) * _share(k, num_steps) for k in range(num_steps)]
         weights = tuple(1.0 / kept[k] if k >= first else 0.0 for k in range(num_steps))
-        return SweepPlan(weights, first, "policy")
+        return AdjointPlan(weights, first, "policy")
 
     def cost(num_steps: int, guided: bool) -> Mapping[str, float]:
         swept = num_steps - (1 - full_probability) * num_steps / 2 if num_steps > 1 else 1.0
@@ -110,14 +110,14 @@ def adjoint_matching(matched_steps: int = 0) -> Estimator:
     steps. Cost with M matched steps: 2 T + M forwards (rollout; reference; policy), T + M backwards.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> SweepPlan:
+    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
         count = min(matched_steps or num_steps, num_steps)
         borders = [round(stratum * num_steps / count) for stratum in range(count + 1)]
         weights = [0.0] * num_steps
         for stratum, (low, high) in enumerate(zip(borders, borders[1:], strict=False)):
             draw = draw_uniform(seed, update, micro_batch, f"adjoint_matching {stratum}")
             weights[low + int(draw * (high - low))] = float(high - low)
-        return SweepPlan(tuple(weights), 0, "reference")
+        return AdjointPlan(tuple(weights), 0, "reference")
 
     def cost(num_steps: int, guided: bool) -> Mapping[str, float]:
         matched = min(matched_steps or num_steps, num_steps)
@@ -136,7 +136,7 @@ def reinforce() -> Estimator:
     return Estimator(
         "reinforce",
         needs_cotangent=False,
-        plan=lambda num_steps, seed, update, micro_batch: SweepPlan((1.0,) * num_steps, 0, "score"),
+        plan=lambda num_steps, seed, update, micro_batch: AdjointPlan((1.0,) * num_steps, 0, "score"),
         cost=lambda num_steps, guided: _cost(3 * num_steps, num_steps, guided),
     )
 

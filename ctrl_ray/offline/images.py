@@ -39,10 +39,10 @@ def decode_image(data: bytes, image_size: tuple[int, int] | None = None) -> Imag
         raise
     except Exception as error:  # decoders fail in many ways on broken bytes
         raise UndecodableImageError(_first_line(error)) from error
-    return fit(image, image_size)
+    return cover_and_crop(image, image_size)
 
 
-def fit(image: Image.Image, image_size: tuple[int, int] | None) -> Image.Image:
+def cover_and_crop(image: Image.Image, image_size: tuple[int, int] | None) -> Image.Image:
     """Scale to cover (height, width) and crop around the centre; None, or the size it has, changes nothing."""
     if image_size is None or image.size == image_size[::-1]:
         return image

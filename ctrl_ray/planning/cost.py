@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.planning.counts import StepFlops
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, USABLE
-from ctrl_ray.planning.plan import Plan
+from ctrl_ray.planning.plan import RunPlan
 from ctrl_ray.wording import duration
 
 PRICES_OF = "us-west-2 on demand, remembered from 2025 and looked up nowhere"
@@ -68,7 +68,7 @@ class Estimate:
     """None: not a rented machine."""
 
 
-def work_of(config: TrainConfig, plan: Plan, flops: StepFlops) -> Work:
+def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops) -> Work:
     """Per worker; `flops` are of a step at the run's micro-batch."""
     update = plan.calls.forwards * flops.forward + plan.calls.backwards * flops.backward
     every, beside = config.evaluation.every_updates, config.evaluation
@@ -111,7 +111,7 @@ def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
     return num_threads * operations / best
 
 
-def estimate_lines(config: TrainConfig, plan: Plan, work: Work) -> list[str]:
+def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work) -> list[str]:
     """Time, and on rented machines the price, with what is assumed."""
     counted = f"{_flops_text(work.update_flops)} an update and worker (counted)"
     updates = f"{config.num_updates} updates"

@@ -93,7 +93,7 @@ class StepBytes:
     """Alive after the policy's forward: what its backward needs."""
     reference_kept: int
     """Alive in addition after the reference's forward."""
-    sweep_peak: int
+    backward_peak: int
     """The most that is alive during both forwards and the backward; 0 where the estimator sweeps no step."""
     rollout_peak: int
     """The most that is alive during one forward without gradient."""
@@ -270,7 +270,9 @@ def _count_step(
     peak = live.peak - start
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
-    return StepBytes(policy_kept=policy_kept, reference_kept=reference_kept, sweep_peak=peak, rollout_peak=rollout_peak)
+    return StepBytes(
+        policy_kept=policy_kept, reference_kept=reference_kept, backward_peak=peak, rollout_peak=rollout_peak
+    )
 
 
 def _through_reference(run: Any, latents: Tensor, cotangent: Tensor) -> None:

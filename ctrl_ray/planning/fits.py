@@ -11,7 +11,7 @@ from typing import Literal
 from ctrl_ray.cluster.resources import ClusterFacts, NodeFacts
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ResourceError
-from ctrl_ray.planning.plan import Plan
+from ctrl_ray.planning.plan import RunPlan
 from ctrl_ray.wording import size_text
 
 PROCESS_BYTES = 700 * 2**20
@@ -21,12 +21,12 @@ GPU_CONTEXT_BYTES = 700 * 2**20
 USABLE = 0.9
 """Share of a memory that a plan may fill; the rest is fragmentation and what the count does not see."""
 
-Planner = Callable[[TrainConfig], Plan]
+Planner = Callable[[TrainConfig], RunPlan]
 """The plan of a config whose number of workers is decided."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """Whether a plan fits."""
 
     answer: Literal["yes", "no", "unknown"]
@@ -44,15 +44,15 @@ class ResolvedWorkers:
     """For people; '' where nothing was decided."""
 
 
-def fit_of(plan: Plan, config: TrainConfig, facts: ClusterFacts | None) -> Fit:
+def memory_fit(plan: RunPlan, config: TrainConfig, facts: ClusterFacts | None) -> MemoryFit:
     """Compare a worker's peak with a GPU's memory, or the processes of a node with its RAM."""
     if facts is None:
-        return Fit("unknown", "no cluster is connected")
+        return MemoryFit("unknown", "no cluster is connected")
     if config.scaling.use_gpu:
         needed = plan.memory.peak + GPU_CONTEXT_BYTES
         sizes = [node.gpu_memory_bytes for node in facts.nodes if node.gpus >= 1]
         if not sizes or None in sizes:
-            return Fit(
+            return MemoryFit(
                 "unknown", f"a worker needs {size_text(needed)}, but {facts.where} does not say what its GPUs have"
             )
         have = min(size for size in sizes if size is not None)
@@ -61,19 +61,21 @@ def fit_of(plan: Plan, config: TrainConfig, facts: ClusterFacts | None) -> Fit:
     for node in facts.nodes:
         for workers, actors in _on_node(node, config):
             if node.memory_bytes is None:
-                return Fit("unknown", f"{facts.where} does not say what memory it has")
+                return MemoryFit("unknown", f"{facts.where} does not say what memory it has")
             wanted = workers * (plan.memory.peak + PROCESS_BYTES) + actors * (plan.actor_bytes + PROCESS_BYTES)
             if not have or wanted / node.memory_bytes > needed / have:
                 needed, have = wanted, node.memory_bytes
                 who = f"{_count(workers, 'worker')} and {_count(actors, 'reward actor')} on one node"
     if not have:
-        return Fit("unknown", f"no node of {facts.where} has room for a worker")
+        return MemoryFit("unknown", f"no node of {facts.where} has room for a worker")
     return _compare(needed, have, who, facts.where)
 
 
-def _compare(needed: int, have: int, who: str, where: str) -> Fit:
+def _compare(needed: int, have: int, who: str, where: str) -> MemoryFit:
     answer: Literal["yes", "no"] = "yes" if needed <= USABLE * have else "no"
-    return Fit(answer, f"{who} need {size_text(needed)} of the {size_text(have)} of {where} ({USABLE:.0%} are usable)")
+    return MemoryFit(
+        answer, f"{who} need {size_text(needed)} of the {size_text(have)} of {where} ({USABLE:.0%} are usable)"
+    )
 
 
 def remedies(config: TrainConfig, planner: Planner, facts: ClusterFacts | None) -> list[str]:
@@ -83,7 +85,7 @@ def remedies(config: TrainConfig, planner: Planner, facts: ClusterFacts | None) 
     for name, changed in _changes(config):
         plan = planner(changed)
         if plan.memory.peak < now:
-            fits = " (fits)" if fit_of(plan, changed, facts).answer == "yes" else ""
+            fits = " (fits)" if memory_fit(plan, changed, facts).answer == "yes" else ""
             tried.append((plan.memory.peak, f"{name}: {size_text(plan.memory.peak)}{fits}"))
     return [text for _, text in sorted(tried)]
 
@@ -142,7 +144,7 @@ def resolve_num_workers(config: TrainConfig, facts: ClusterFacts | None, planner
         )
         for size in sizes
     ]
-    chosen = next((c for c in candidates if fit_of(planner(c), c, facts).answer != "no"), candidates[0])
+    chosen = next((c for c in candidates if memory_fit(planner(c), c, facts).answer != "no"), candidates[0])
     asked, got = config.micro_batch_size_per_worker, chosen.micro_batch_size_per_worker
     if got < sizes[0]:
         why += f"; micro_batch_size_per_worker is lowered from {asked} to {got}, the largest that fits its memory"

@@ -88,14 +88,14 @@ class MemoryPlan:
         )
 
     @property
-    def sweep_peak(self) -> int:
+    def backward_peak(self) -> int:
         """All of the worker's tensors during the sweep: the sum of the rows."""
         return self.resident + self.gradients + self.communication + self.activations + self.latents + self.requests
 
     @property
     def peak(self) -> int:
         """The largest of the three phases."""
-        return max(self.sweep_peak, self.rollout_peak, self.update_peak)
+        return max(self.backward_peak, self.rollout_peak, self.update_peak)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class CallPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """What a run will take."""
 
     memory: MemoryPlan
@@ -137,10 +137,10 @@ class Plan:
 
 def make_plan(
     config: TrainConfig, counts: PolicyCounts, step: StepBytes, kernel: DDIMKernel, *, num_prompts: int
-) -> Plan:
+) -> RunPlan:
     """The plan of a config whose number of workers is decided; `step` was counted at its micro-batch size."""
     calls = call_plan(config, kernel)
-    return Plan(
+    return RunPlan(
         memory=memory_plan(config, counts, step, num_prompts=num_prompts),
         traffic=traffic_plan(config, counts, calls),
         calls=calls,
@@ -187,7 +187,7 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, n
         gradients=gradients,
         optimizer=moments,
         communication=bucket + gathered,
-        activations=step.sweep_peak,
+        activations=step.backward_peak,
         policy_kept=step.policy_kept,
         reference_kept=step.reference_kept,
         latents=in_flight * trajectory,

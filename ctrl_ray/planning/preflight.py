@@ -17,8 +17,8 @@ from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.planning.cost import Work, estimate_lines, work_of
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepFlops
-from ctrl_ray.planning.fits import fit_of, remedies, resolve_num_workers
-from ctrl_ray.planning.plan import Plan, make_plan, num_branches, zero_options
+from ctrl_ray.planning.fits import memory_fit, remedies, resolve_num_workers
+from ctrl_ray.planning.plan import RunPlan, make_plan, num_branches, zero_options
 from ctrl_ray.planning.table import plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
@@ -26,7 +26,7 @@ from ctrl_ray.policy.build import policy_controls
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight:
+class CheckedRun:
     """A checked run, ready to start."""
 
     config: TrainConfig
@@ -45,7 +45,7 @@ class Preflight:
     """What a worker computes; counted for an estimate only."""
 
 
-def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> Preflight:
+def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> CheckedRun:
     """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change.
 
     with_estimate: the summary tells time and cost too (a few seconds of counting).
@@ -74,7 +74,7 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
     config = resolved.config
     check_local_machine(config)
     plan = planner.plan(config)
-    fit = fit_of(plan, config, facts)
+    fit = memory_fit(plan, config, facts)
     lines = plan_lines(plan, config, fit, remedies(config, planner.plan, facts) if fit.answer == "no" else [])
     work = work_of(config, plan, planner.flops(config)) if with_estimate else None
     if work is not None:
@@ -88,7 +88,7 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         lora=None if config.full_finetune else config.lora,
         training={"kl_coef": config.kl_coef, "seed": config.seed, "num_updates": config.num_updates},
     )
-    return Preflight(
+    return CheckedRun(
         config=config,
         asked=asked,
         controls=controls,
@@ -107,7 +107,7 @@ class _Planner:
         self._controls, self._kernel, self._num_prompts = controls, kernel, num_prompts
         self._counters: dict[tuple[str, bool, int], PolicyCounter] = {}
 
-    def plan(self, config: TrainConfig) -> Plan:
+    def plan(self, config: TrainConfig) -> RunPlan:
         """The plan of a config whose number of workers is decided."""
         step = self._counter(config).step(config.micro_batch_size_per_worker)
         return make_plan(config, self.counts(config), step, self._kernel, num_prompts=self._num_prompts)

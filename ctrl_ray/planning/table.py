@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.planning.fits import Fit
-from ctrl_ray.planning.plan import MemoryPlan, Plan
+from ctrl_ray.planning.fits import MemoryFit
+from ctrl_ray.planning.plan import MemoryPlan, RunPlan
 from ctrl_ray.wording import size_text
 
 _INDENT = " " * 13
 
 
-def plan_lines(plan: Plan, config: TrainConfig, fit: Fit, fixes: list[str]) -> list[str]:
+def plan_lines(plan: RunPlan, config: TrainConfig, fit: MemoryFit, fixes: list[str]) -> list[str]:
     """Memory, traffic, calls and whether it fits; `fixes` are shown where it does not."""
     scaling = config.scaling
     memory = plan.memory
@@ -19,7 +19,7 @@ def plan_lines(plan: Plan, config: TrainConfig, fit: Fit, fixes: list[str]) -> l
         f"{', gradient checkpointing' if scaling.gradient_checkpointing else ''}, micro-batch "
         f"{config.micro_batch_size_per_worker}), tensors",
         *(f"{_INDENT}{name:<34}{size_text(size):>11}{note}" for name, size, note in _rows(memory, config) if size),
-        f"{_INDENT}{'peak of the sweep (their sum)':<34}{size_text(memory.sweep_peak):>11}   rollout "
+        f"{_INDENT}{'peak of the sweep (their sum)':<34}{size_text(memory.backward_peak):>11}   rollout "
         f"{size_text(memory.rollout_peak)}, optimizer step {size_text(memory.update_peak)}",
     ]
     if memory.offloaded:

@@ -56,7 +56,7 @@ def write_report(
         before: The pre-trained model's, on the same prompts and noise; None: not measured (PNGs alone).
         config: Settings of the run, shown in full.
         metrics_rows: Rows of `metrics.jsonl`, for the curves.
-        classifier_figures: Title to an existing PNG of step 1, such as its reliability diagram.
+        classifier_figures: Title to an existing PNG of stage 1, such as its reliability diagram.
         facts: What else to tell, such as wall-clock times; added to `environment_facts`.
         adapter: Where the adapter lies, for the command that samples from it.
         images_per_class: Samples shown of each class.
@@ -67,7 +67,7 @@ def write_report(
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class)
     pictures += [
-        ReportFigure(title, "Step 1, on held-out data.", Path(path))
+        ReportFigure(title, "Stage 1, on held-out data.", Path(path))
         for title, path in (classifier_figures or {}).items()
     ]
     page = render_page(

@@ -27,7 +27,7 @@ class RewardActor:
 
     def __init__(self, given: bytes) -> None:
         """given: (RewardModelSpec, a model to use instead of loading it or None), pickled by the driver so that the
-        pool's front can pass it on unread."""
+        pool's dispatcher can pass it on unread."""
         import torch
 
         self._spec: RewardModelSpec

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ctrl_ray.errors import RewardError
 from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Reward
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 
 CONTROLS = ("first", "second")
 """The control of coordinate 0 and that of coordinate 1; each has one class, 'asked', and a null label."""
@@ -31,7 +31,7 @@ class AnalyticRewardModel(nn.Module):
         """Number of classes of each control."""
         return dict.fromkeys(CONTROLS, 1)
 
-    def evaluate(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> Rewarded:
+    def evaluate(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> RewardAnswer:
         """log p (B, C) and the cotangent d/d latents Σ_c weights[:, c] log p_c, (B, D); null labels count nothing."""
         with torch.enable_grad():
             leaf = latents.detach().double().requires_grad_(True)
@@ -43,7 +43,7 @@ class AnalyticRewardModel(nn.Module):
                     columns[column] = torch.where(asked, log_prob(reward, leaf[:, column]), columns[column])
             log_probs = torch.stack(columns, dim=1)
             (cotangent,) = torch.autograd.grad((weights.double() * log_probs).sum(), leaf)
-        return Rewarded(log_probs.detach().float(), cotangent.float())
+        return RewardAnswer(log_probs.detach().float(), cotangent.float())
 
     def decode(self, latents: Tensor) -> Tensor:
         """There are no images here."""

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTa
 from torch import Tensor
 
 from ctrl_ray.errors import CtrlRayError, RewardError
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 
 _MAX_RETRIES = 3
 """Times that a request is sent to the pool again because its answer was lost on the way (with the node that held it)."""
@@ -95,7 +95,7 @@ class PooledRewards:
     def _wait(self, tokens: list[Any], deadline: float | None) -> bool:
         """Wait until one of the calls has ended, or the deadline (monotonic) has passed; whether one has ended.
 
-        Without a deadline for as long as the pool's front is alive: it ends every call, with an answer or an error.
+        Without a deadline for as long as the pool's dispatcher is alive: it ends every call, with an answer or an error.
         """
         while True:
             patience_s = self._timeout_s if deadline is None else max(0.0, deadline - time.monotonic())
@@ -105,7 +105,7 @@ class PooledRewards:
                 return False
             if not ray.wait([self._dispatcher.stats.remote()], timeout=self._timeout_s)[0]:
                 raise RewardError(
-                    f"the front of the reward pool has not answered for {self._timeout_s:g} s; look at the driver's "
+                    f"the dispatcher of the reward pool has not answered for {self._timeout_s:g} s; look at the driver's "
                     "node, then restart the run with --resume"
                 )
 
@@ -116,9 +116,9 @@ class PooledPendingRewards:
     def __init__(self, call: _Call, device: torch.device) -> None:
         self._call = call
         self._device = device
-        self._rewarded: Rewarded | None = None
+        self._rewarded: RewardAnswer | None = None
 
-    def result(self, timeout_s: float | None = None) -> Rewarded:
+    def result(self, timeout_s: float | None = None) -> RewardAnswer:
         """Wait at most `timeout_s` for the one answer; asking again gives the same one.
 
         None: for as long as it takes, which is bounded: the pool gives an actor rewards.timeout_s for a request, sends
@@ -128,7 +128,7 @@ class PooledPendingRewards:
         """
         if self._rewarded is None:
             log_probs, cotangent = self._call.result(timeout_s)
-            self._rewarded = Rewarded(*(torch.from_numpy(x).to(self._device) for x in (log_probs, cotangent)))
+            self._rewarded = RewardAnswer(*(torch.from_numpy(x).to(self._device) for x in (log_probs, cotangent)))
         return self._rewarded
 
 

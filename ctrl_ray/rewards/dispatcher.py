@@ -1,4 +1,4 @@
-"""The front of the reward pool: one small actor that keeps the queue, knows every reward actor's load, and replaces,
+"""The reward pool's dispatcher: one small actor that keeps the queue, knows every reward actor's load, and replaces,
 adds and stops reward actors.
 
 Why one process in the middle: sharing a forward between workers, first come first served over all of them, a pool that

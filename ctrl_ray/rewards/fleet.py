@@ -1,4 +1,4 @@
-"""The reward actors that the pool's front has: starting, replacing, draining and ending them."""
+"""The reward actors that the pool's dispatcher has: starting, replacing, draining and ending them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """A reward actor as the front sees it."""
+    """A reward actor as the dispatcher sees it."""
 
     handle: Any
     process_id: int | None = None

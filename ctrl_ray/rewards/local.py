@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.model import RewardModel
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 
 
 class LocalPendingRewards(NamedTuple):
     """An answer that is already there."""
 
-    rewarded: Rewarded
+    rewarded: RewardAnswer
 
-    def result(self, timeout_s: float | None = None) -> Rewarded:
+    def result(self, timeout_s: float | None = None) -> RewardAnswer:
         """The answer, at once."""
         return self.rewarded
 

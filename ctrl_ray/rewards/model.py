@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
 from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
 from ctrl_ray.runs.copies import folder_here
 
@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
         """Where the model computes; inputs are moved there and answers moved back."""
         return self.decoder.vae.device
 
-    def evaluate(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> Rewarded:
+    def evaluate(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> RewardAnswer:
         """log p(y_c|x,c) (B, C) and the cotangent d/d latents Σ_c weights[:, c] log p_c, both unreduced.
 
         latents (B, ch, h, w), prompts B strings, labels (B, C) integers in [0, num_classes] with num_classes = null,
@@ -78,7 +78,7 @@ class RewardModel(nn.Module):
             answer = self._evaluate_chunk(latents[rows], prompts[rows], labels[rows], weights[rows])
             log_probs.append(answer[0])
             cotangents.append(answer[1])
-        rewarded = Rewarded(torch.cat(log_probs).to(latents.device), torch.cat(cotangents).to(latents.device))
+        rewarded = RewardAnswer(torch.cat(log_probs).to(latents.device), torch.cat(cotangents).to(latents.device))
         _require_finite("log-probabilities", rewarded.log_probs)
         _require_finite("cotangents", rewarded.cotangent)
         return rewarded

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class Rewarded(NamedTuple):
+class RewardAnswer(NamedTuple):
     """The answer to one request."""
 
     log_probs: Tensor
@@ -21,7 +21,7 @@ class Rewarded(NamedTuple):
 class PendingRewards(Protocol):
     """A request under way."""
 
-    def result(self, timeout_s: float | None = None) -> Rewarded:
+    def result(self, timeout_s: float | None = None) -> RewardAnswer:
         """Wait for the answer; RewardError after `timeout_s` seconds, when no actor is left, or when it is not finite."""
         ...
 

@@ -15,7 +15,7 @@ class Request:
     method: str
     """What to call, see `ctrl_ray.rewards.actor.METHODS`."""
     payload: Any
-    """Reference to its arguments in the object store; the pool's front never reads them."""
+    """Reference to its arguments in the object store; the pool's dispatcher never reads them."""
     num_samples: int
     """Size of its batch."""
     arrived_s: float

@@ -14,7 +14,7 @@ from ctrl_ray.driver.stages import ADAPTER, Scorer, reference_job
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
-from ctrl_ray.planning.preflight import Preflight
+from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import Evaluation
 from ctrl_ray.tuning.results.report import SweepFindings
 from ctrl_ray.tuning.results.trials import SweepTrial, best_trial, finished_trials
@@ -26,11 +26,11 @@ DIAL_SCALES = (0.2, 0.4, 0.6, 0.8)
 DIAL_FILE = "dial.json"
 
 
-def sample_before(plan: Preflight, folder: SweepFolder, rewards: Scorer) -> None:
+def sample_before(checked: CheckedRun, folder: SweepFolder, rewards: Scorer) -> None:
     """Samples of the pre-trained model, once for all trials; kept in the sweep's folder."""
     file = folder.path / BEFORE_FILE
     if not file.is_file():
-        samples = sample_policy(reference_job(plan), rewards, plan.config.scaling)
+        samples = sample_policy(reference_job(checked), rewards, checked.config.scaling)
         draft = file.with_name(f"{file.name}.draft")
         save_samples(samples, draft)
         draft.replace(file)
@@ -38,14 +38,14 @@ def sample_before(plan: Preflight, folder: SweepFolder, rewards: Scorer) -> None
 
 def conclude(
     space: Space,
-    plan: Preflight,
+    checked: CheckedRun,
     folder: SweepFolder,
     rewards: Scorer,
     trials: Sequence[SweepTrial],
     facts: Mapping[str, str],
 ) -> SweepFindings:
     """Choose the best finished trial, export its adapter, judge what the report shows, turn the cheap dial."""
-    evaluations = _Evaluations(plan)
+    evaluations = _Evaluations(checked)
     before = evaluations.judged(load_samples(folder.path / BEFORE_FILE), reference=True)
     best = best_trial(trials, space.metric[0], space.mode[0])
     findings = SweepFindings(
@@ -54,7 +54,7 @@ def conclude(
         knobs=list(space.knobs),
         metric=space.metric[0],
         mode=space.mode[0],
-        controls=plan.config.controls,
+        controls=checked.config.controls,
         before=before,
         best=best,
         facts=facts,
@@ -69,37 +69,37 @@ def conclude(
         adapter=str(folder.path / ADAPTER),
         shown={title: (trial, evaluations.of(trial)) for title, trial in _shown(best, trials).items()},
         dial_of=strongest,
-        dial={} if strongest is None else _dial(plan, folder, rewards, strongest, evaluations),
+        dial={} if strongest is None else _dial(checked, folder, rewards, strongest, evaluations),
     )
 
 
 def _shown(best: SweepTrial, trials: Sequence[SweepTrial]) -> dict[str, SweepTrial]:
-    """The best trial between the two extremes of the ratio, each of them once, in order of the ratio."""
+    """The best trial between the two extremes of the exponent, each of them once, in order of the exponent."""
     done = sorted(finished_trials(trials), key=lambda trial: trial.exponent)
     chosen = {trial.name: trial for trial in (*done[:1], best, *done[-1:])}
     return {
-        f"{'best,' if name == best.name else 'ratio'}\n{'ratio ' if name == best.name else ''}{trial.exponent:.3g}": trial
+        f"{'best,' if name == best.name else 'exponent'}\n{'exponent ' if name == best.name else ''}{trial.exponent:.3g}": trial
         for name, trial in sorted(chosen.items(), key=lambda item: item[1].exponent)
     }
 
 
 def _dial(
-    plan: Preflight, folder: SweepFolder, rewards: Scorer, source: SweepTrial, evaluations: _Evaluations
+    checked: CheckedRun, folder: SweepFolder, rewards: Scorer, source: SweepTrial, evaluations: _Evaluations
 ) -> dict[float, dict[str, float]]:
     """Accuracy and KL of the strongest trial's adapter at several scales; {} where it has no LoRA to scale."""
     assert source.folder is not None
-    if plan.config.full_finetune or source.metric("accuracy") is None:
+    if checked.config.full_finetune or source.metric("accuracy") is None:
         return {}
     file = folder.path / DIAL_FILE
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     rows: dict[str, Any] = known.get("rows", {}) if known.get("trial") == source.name else {}
     job = dataclasses.replace(
-        reference_job(plan), adapter=str(source.folder / ADAPTER), reference=False, controls=plan.config.controls
+        reference_job(checked), adapter=str(source.folder / ADAPTER), reference=False, controls=checked.config.controls
     )
     for scale in DIAL_SCALES:
         if str(scale) not in rows:
             scaled = dataclasses.replace(job, adapter_scale=scale)
-            judged = evaluations.judged(sample_policy(scaled, rewards, plan.config.scaling)).judged
+            judged = evaluations.judged(sample_policy(scaled, rewards, checked.config.scaling)).judged
             rows[str(scale)] = {name: judged[name] for name in ("accuracy", "kl", "prompt_fidelity")}
             file.write_text(json.dumps({"trial": source.name, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     whole = {name: source.metric(name) for name in ("accuracy", "kl", "prompt_fidelity")}
@@ -109,8 +109,8 @@ def _dial(
 class _Evaluations:
     """Judges samples as the trials were judged."""
 
-    def __init__(self, plan: Preflight) -> None:
-        self._plan = plan
+    def __init__(self, checked: CheckedRun) -> None:
+        self._checked = checked
 
     def of(self, trial: SweepTrial) -> Evaluation:
         """A finished trial's final evaluation, from the samples it kept."""
@@ -120,7 +120,7 @@ class _Evaluations:
     def judged(self, samples: EvaluationSamples, *, reference: bool = False) -> Evaluation:
         """The samples with their judgement."""
         height, width = samples.images.shape[1:3]
-        fidelity = choose_fidelity(self._plan.evaluation_prompts, (height, width))
-        controls = self._plan.config.controls
+        fidelity = choose_fidelity(self._checked.evaluation_prompts, (height, width))
+        controls = self._checked.config.controls
         judged = judge(samples, controls, fidelity=fidelity, by="oracle" if reference else "label")
         return Evaluation(judged, samples)

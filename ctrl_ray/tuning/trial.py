@@ -23,7 +23,7 @@ from ctrl_ray.reporting.tracking import METRICS_FILE
 from ctrl_ray.runs.folder import CONFIG_FILE, RunFolder, changed_settings
 from ctrl_ray.tuning.evaluations_to_tune import EvaluationsToTune
 
-FIGURES_FILE, ERROR_FILE, SAMPLES_FILE = "figures.json", "error.txt", "samples.safetensors"
+RESULT_FILE, ERROR_FILE, SAMPLES_FILE = "result.json", "error.txt", "samples.safetensors"
 SESSION_FILE = "session.json"
 BEFORE_FILE = "before.safetensors"
 TRIALS = "trials"
@@ -45,25 +45,25 @@ class TrialJob:
 def run_trial(knobs: dict[str, Any], job: TrialJob) -> dict[str, Any]:
     """Ray Tune's function for one trial; goes on from the trial's own checkpoints, and does nothing twice.
 
-    Returns the figures of its final evaluation. A failure is left in the trial's error.txt, in one line, and raised: it
+    Returns the result of its final evaluation. A failure is left in the trial's error.txt, in one line, and raised: it
     ends this trial alone.
     """
     folder = trial_folder(job.folder, str(tune.get_context().get_trial_id()))
-    known = folder / FIGURES_FILE
+    known = folder / RESULT_FILE
     if known.is_file():  # it was done when the sweep was interrupted, but Tune had not written that down
-        figures: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
-        return figures
+        result: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return result
     folder.local.mkdir(parents=True, exist_ok=True)
     (folder / ERROR_FILE).unlink(missing_ok=True)
     try:
-        figures = _train(knobs, job, folder)
+        result = _train(knobs, job, folder)
     except Exception as error:
         own = own_error(error) or error
         lines = str(own).strip().splitlines() or [""]
         (folder / ERROR_FILE).write_text(f"{type(own).__name__}: {lines[0]}\n", encoding="utf-8")
         raise
-    _write_at_once(known, json.dumps(figures))
-    return figures
+    _write_at_once(known, json.dumps(result))
+    return result
 
 
 def trial_name(trial_id: str) -> str:
@@ -83,21 +83,21 @@ def trial_config(base: TrainConfig, knobs: Mapping[str, Any], folder: RunFolder)
 
 def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[str, Any]:
     started, before_s = time.monotonic(), begin_session(folder.local)
-    plan = preflight(trial_config(job.base, knobs, folder))
-    resume = _begun(folder, plan.asked)
-    plan = prepare_classifiers(plan, folder, None)  # a copy of those of the sweep
-    tells = EvaluationsToTune(plan.config.num_updates)
-    trained = fine_tune(plan, folder, job.rewards, resume=resume, callbacks=[tells])
+    checked = preflight(trial_config(job.base, knobs, folder))
+    resume = _begun(folder, checked.asked)
+    checked = prepare_classifiers(checked, folder, None)  # a copy of those of the sweep
+    tells = EvaluationsToTune(checked.config.num_updates)
+    trained = fine_tune(checked, folder, job.rewards, resume=resume, callbacks=[tells])
     tells.wait_until_taken()
     own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
     before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
-    summary = evaluate_and_report(plan, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
+    summary = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
     save_samples(summary["samples"], folder / SAMPLES_FILE)
     judged = summary["after"]
     errors = {f"{name}_error": judged["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
-    figures = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
-    figures |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
-    return {**figures, "final": True, "seconds": before_s + time.monotonic() - started}
+    result = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
+    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
+    return {**result, "final": True, "seconds": before_s + time.monotonic() - started}
 
 
 def seconds_before(folder: Path) -> float:

@@ -55,7 +55,7 @@ GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Reached:
+class ReachedLaw:
     """The policy that training left."""
 
     means: Mapping[int, np.ndarray]
@@ -70,7 +70,7 @@ def train_cases(
     num_workers: int = 1,
     use_gpu: bool = False,
     on_progress: Callable[[str, int, int], None],
-    on_reached: Callable[[Case, Reached], None],
+    on_reached: Callable[[Case, ReachedLaw], None],
 ) -> None:
     """Train each case on one worker group, in order; on_reached gets each with its policy as soon as it is done.
 
@@ -87,7 +87,7 @@ def train_cases(
         if row["kind"] == "progress":
             on_progress(row["title"], row["update"], row["num_updates"])
         elif row["kind"] == "reached":
-            on_reached(by_title[row["title"]], Reached(row["means"], row["earlier"]))
+            on_reached(by_title[row["title"]], ReachedLaw(row["means"], row["earlier"]))
 
     def poll() -> None:
         for row in ray.get(channel.drain.remote()):

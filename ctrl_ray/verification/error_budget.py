@@ -55,7 +55,7 @@ class ErrorBudget:
 
 
 def fit_logistic(problem: Problem, num_labels: int, seed: int) -> LogisticReward:
-    """Maximum-likelihood logistic regression on labelled samples of the pre-trained sampler, as step 1 fits p(y|x)."""
+    """Maximum-likelihood logistic regression on labelled samples of the pre-trained sampler, as stage 1 fits p(y|x)."""
     true = problem.rewards[0]
     assert isinstance(true, LogisticReward)
     solution = solve_on_grid(problem)

@@ -43,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verified:
+class CaseResult:
     """A case with its exact answers and the policy's, for one coordinate."""
 
     case: Case
@@ -60,7 +60,7 @@ class Verified:
 
 def verify_case(
     case: Case, means: Mapping[int, np.ndarray], earlier: Sequence[Mapping[int, np.ndarray]]
-) -> list[Verified]:
+) -> list[CaseResult]:
     """Solve the case exactly, propagate the policy's kernels on the same grid, and compare, coordinate by coordinate."""
     verified = []
     for coordinate in case.coordinates:
@@ -68,7 +68,7 @@ def verify_case(
         reached = policy_answer(case.problem, solution.grid, list(means[coordinate]), coordinate)
         before = [policy_answer(case.problem, solution.grid, list(look[coordinate]), coordinate) for look in earlier]
         rows = tuple(_row(case, coordinate, solution, reached, before, name) for name in QUANTITIES)
-        verified.append(Verified(case, coordinate, solution, reached, rows))
+        verified.append(CaseResult(case, coordinate, solution, reached, rows))
     return verified
 
 
@@ -94,7 +94,7 @@ def _value(answer: Answer, solution: Solution, name: str) -> float:
     return float(getattr(answer, name))
 
 
-def machine_summary(verified: Verified) -> dict[str, float]:
+def machine_summary(verified: CaseResult) -> dict[str, float]:
     """The numbers of `--json`, of this coordinate."""
     reached, solution = verified.reached, verified.solution
     return {
@@ -111,7 +111,7 @@ def machine_summary(verified: Verified) -> dict[str, float]:
     }
 
 
-def format_table(verified: Sequence[Verified]) -> str:
+def format_table(verified: Sequence[CaseResult]) -> str:
     """problem · estimator · quantity · exact · reached · error · noise · bar, one line for each quantity; then T7."""
     lines = [
         f"{'problem':<34} {'estimator':<17} {'quantity':<14} {'exact':>9} {'reached':>9} {'error':>9} {'noise':>8}  bar"
@@ -139,7 +139,7 @@ def _bar(row: Row) -> str:
     return f"{'ok' if row.passed else 'MISSED'} (≤ {limit})"
 
 
-def plot_densities(path: Path, verified: Sequence[Verified]) -> Path:
+def plot_densities(path: Path, verified: Sequence[CaseResult]) -> Path:
     """Densities of the base, the target, the best fixed-variance policy and the one reached, a panel for each case."""
     columns = min(3, len(verified))
     lines = -(-len(verified) // columns)
@@ -154,7 +154,7 @@ def plot_densities(path: Path, verified: Sequence[Verified]) -> Path:
     return path
 
 
-def _draw_densities(axis: Any, item: Verified) -> None:
+def _draw_densities(axis: Any, item: CaseResult) -> None:
     grid, solution = item.solution.grid, item.solution
     curves = {
         "pre-trained sampler": (solution.base.law, {"color": BEFORE, "linewidth": 1.0}),

@@ -93,9 +93,9 @@ def report(results: dict[str, list[dict[str, float]]], print_line: Callable[[str
         return statistics.median(row[metric] for row in results[name])
 
     local = median("local", "update_s")
-    print_line(f"{'rewards':24} {'update_s':>9} {'ratio':>7} {'rollout_s':>10} {'wait_s':>8} {'sweep_s':>8}")
+    print_line(f"{'rewards':24} {'update_s':>9} {'ratio':>7} {'rollout_s':>10} {'wait_s':>8} {'backward_s':>8}")
     for name in results:
-        row = [median(name, metric) for metric in ("update_s", "rollout_s", "reward_wait_s", "sweep_s")]
+        row = [median(name, metric) for metric in ("update_s", "rollout_s", "reward_wait_s", "backward_s")]
         print_line(f"{name:24} {row[0]:9.3f} {row[0] / local:7.3f} {row[1]:10.3f} {row[2]:8.3f} {row[3]:8.3f}")
 
 

@@ -1,4 +1,4 @@
-"""Step 1 from drawn images to a calibrated classifier, on real Ray Train workers."""
+"""Stage 1 from drawn images to a calibrated classifier, on real Ray Train workers."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl_ray.classifiers.calibration import calibration_figures
+from ctrl_ray.classifiers.calibration import calibration_metrics
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.examples import split_of
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
@@ -102,8 +102,8 @@ def test_the_figures_are_those_of_the_rows_that_were_held_out(
     classifier = ImageClassifier.from_pretrained(result.folder)
     with torch.no_grad():
         log_probs = classifier.class_log_probs(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
-    expected = calibration_figures(log_probs, labels)
-    assert result.num_rows["figures"] == len(images)
+    expected = calibration_metrics(log_probs, labels)
+    assert result.num_rows["judged"] == len(images)
     assert result.after["accuracy"] == pytest.approx(expected["accuracy"], abs=1.5 / len(images))
     assert result.after["nll"] == pytest.approx(expected["nll"], abs=5e-3)
     assert result.after["nll"] <= result.before["nll"]

@@ -25,7 +25,7 @@ from ctrl_ray.config import SamplerConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.distributed.batches import training_batch
 from ctrl_ray.distributed.checkpoints import read_checkpoint
-from ctrl_ray.distributed.launch import Trained, export_adapter, run_training
+from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_training
 from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
 from ctrl_ray.planning.preflight import preflight
@@ -57,7 +57,7 @@ def config(base_config: TrainConfig) -> TrainConfig:  # noqa: F811
 
 def _train(
     config: TrainConfig, folder: Path, rewards: Any, on_update: Callable[[int], None] = lambda update: None
-) -> tuple[Trained, Rows]:
+) -> tuple[TrainingResult, Rows]:
     """Stages 2 and 3 with checkpoints under a folder; on_update(updates done) is called after each one."""
     rows: Rows = []
 

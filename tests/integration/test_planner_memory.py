@@ -22,7 +22,7 @@ from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed import engine
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.update import Learner, Rank, train_update
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
 from ctrl_ray.gradients.estimators import full, make_estimator
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.planning import plan as planner
@@ -31,7 +31,7 @@ from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.planning.plan import MemoryPlan, memory_plan
 from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.memory import allocated_peak, live_storages
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c"))}
@@ -40,9 +40,9 @@ PROMPTS = ("a red circle", "a blue square")
 
 @dataclass(frozen=True)
 class _Answer:
-    rewarded: Rewarded
+    rewarded: RewardAnswer
 
-    def result(self, timeout_s: float | None = None) -> Rewarded:
+    def result(self, timeout_s: float | None = None) -> RewardAnswer:
         return self.rewarded
 
 
@@ -54,7 +54,7 @@ class StandardNormal:
     def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> _Answer:
         log_prob = -latents.flatten(1).square().sum(1, keepdim=True) / 2
         scale = weights.sum(1).view(-1, *[1] * (latents.dim() - 1))
-        return _Answer(Rewarded(log_prob.expand(len(latents), labels.shape[1]).clone(), -latents * scale))
+        return _Answer(RewardAnswer(log_prob.expand(len(latents), labels.shape[1]).clone(), -latents * scale))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def _sweep_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
         trajectory = rollout(policy, kernel, condition, labels, Guidance(), noise)
         del noise
         live.restart_peak()
-        adjoint_sweep(
+        adjoint_pass(
             policy,
             kernel,
             trajectory,

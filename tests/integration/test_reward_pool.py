@@ -32,7 +32,7 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec
 from ctrl_ray.rewards.pool import RewardPool, start_reward_pool
-from ctrl_ray.rewards.protocol import Rewarded
+from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.analytic import make_learner
 from tests.unit.rewards.small import request, small_model
 
@@ -53,7 +53,7 @@ def pool(ray_session: None, model: RewardModel) -> Iterator[RewardPool]:
         yield pool
 
 
-def assert_agree(answer: Rewarded, expected: Rewarded) -> None:
+def assert_agree(answer: RewardAnswer, expected: RewardAnswer) -> None:
     """The bars of the project: log-probabilities to 1e-5 absolute, cotangents to 1e-4 relative L2."""
     assert answer.cotangent is not None and expected.cotangent is not None
     assert float((answer.log_probs - expected.log_probs).abs().max()) <= 1e-5
@@ -106,7 +106,7 @@ def test_a_worker_process_asks(pool: RewardPool, model: RewardModel) -> None:
     def work(rewards: PooledRewards) -> tuple[Tensor, Tensor | None]:
         return tuple(rewards.submit(*request(5)).result())  # type: ignore[return-value]
 
-    assert_agree(Rewarded(*ray.get(work.remote(pool.client()))), model.evaluate(*request(5)))
+    assert_agree(RewardAnswer(*ray.get(work.remote(pool.client()))), model.evaluate(*request(5)))
 
 
 def test_a_worker_that_has_too_many_requests_waits_until_one_is_answered(pool: RewardPool) -> None:
@@ -184,18 +184,18 @@ def test_a_killed_actors_requests_are_answered_by_others_and_it_is_replaced(
 def test_a_killed_front_of_the_pool_comes_back_and_repeats_what_was_under_way(
     pool: RewardPool, model: RewardModel
 ) -> None:
-    """With new actors; Ray ends those of a front that died."""
+    """With new actors; Ray ends those of a dispatcher that died."""
     old = process_ids(pool)
     requests = [request(300, seed) for seed in range(4)]
     client = pool.client()
     pending = [client.submit(*arguments) for arguments in requests]
     wait_until(lambda: unfinished(pool) > 0)
-    (front,) = [
+    (dispatcher,) = [
         process.pid
         for process in psutil.Process(old[0]).parent().children()
         if "RewardDispatcher" in " ".join(process.cmdline())
     ]
-    os.kill(front, signal.SIGKILL)
+    os.kill(dispatcher, signal.SIGKILL)
     for waiting, arguments in zip(pending, requests, strict=True):
         assert_agree(waiting.result(), model.evaluate(*arguments))
     wait_until(lambda: pool.stats().num_ready == 2)

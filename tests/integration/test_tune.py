@@ -101,7 +101,7 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
     rows = {line.split()[0]: line for line in output.splitlines() if line.startswith("0000")}
     assert "failed: ModelError: /no/such/adapter/adapter.json does not exist" in rows["00001"]
     assert rows["00000"].endswith("finished") and rows["00002"].endswith("stopped early")
-    finished = (trials / "00000" / "figures.json").stat().st_mtime_ns
+    finished = (trials / "00000" / "result.json").stat().st_mtime_ns
     before = _updates(trials / "00003")
 
     groups = set(placement_group_table())
@@ -113,13 +113,13 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
         "00002": "stopped early",
         "00003": "finished",
     }
-    assert (trials / "00000" / "figures.json").stat().st_mtime_ns == finished  # not run again
+    assert (trials / "00000" / "result.json").stat().st_mtime_ns == finished  # not run again
     after = _updates(trials / "00003")
     assert [update for update, _ in after] == [1, 2, 3, 4]
     assert after[0] == before[0]  # went on from a checkpoint
     [resumed] = [trial for trial in result.trials if trial.name == "00003"]
     assert resumed.seconds > seconds_before(trials / "00003") > 0
-    whole, parts = (json.loads((trials / name / "figures.json").read_text()) for name in ("00000", "00003"))
+    whole, parts = (json.loads((trials / name / "result.json").read_text()) for name in ("00000", "00003"))
     assert (whole["kl"], whole["accuracy"]) == (parts["kl"], parts["accuracy"])  # equal knobs, one of them killed
     alive = [key for key, group in placement_group_table().items() if group["state"] != "REMOVED" and key not in groups]
     assert alive == []
@@ -132,8 +132,8 @@ def _check_what_is_left(result: ctrl_ray.SweepResult) -> None:
     page = result.report.read_text()
     assert "/no/such/adapter" in page and str(result.adapter) in page and "--adapter-scale 0.6" in page
     results = json.loads((result.folder / "results.json").read_text())
-    [pair] = results["equal_ratios"]
-    assert (pair["ratio"], pair["trials"], pair["agree"]) == (2.0, ["00000", "00003"], True)
+    [pair] = results["equal_exponents"]
+    assert (pair["exponent"], pair["trials"], pair["agree"]) == (2.0, ["00000", "00003"], True)
     dial = {row["scale"]: row["kl"] for row in results["dial"]["scales"]}
     assert 0 < dial[0.2] < dial[0.4] < dial[0.6] < dial[0.8] < dial[1.0] == results["trials"][0]["kl"]
     _check_aim(result)

@@ -22,14 +22,14 @@ from ctrl_ray.tuning.results.trials import (
 
 THEORY = "#b5402a"
 _ENOUGH_SAMPLES = 20
-_RATIO = "guidance_strength / kl_coef"
+_EXPONENT = "guidance_strength / kl_coef"
 _MAP = "viridis"
 _ROOM_FOR_A_LABEL = 0.035
 _APART = 1.03
 
 
 def plot_accuracy_map(path: Path, trials: Sequence[SweepTrial]) -> Path | None:
-    """Accuracy over (kl_coef, guidance_strength), both logarithmic, with lines of equal ratio; None when neither of
+    """Accuracy over (kl_coef, guidance_strength), both logarithmic, with lines of equal exponent; None when neither of
     them varies or fewer than three trials finished."""
     done = [trial for trial in finished_trials(trials) if trial.kl_coef > 0 and trial.guidance_strength > 0]
     if len(done) < 3 or len({(trial.kl_coef, trial.guidance_strength) for trial in done}) < 3:
@@ -82,8 +82,8 @@ def _surface(x: np.ndarray, y: np.ndarray, values: np.ndarray, limits: Sequence[
 
 def _draw_ratio_lines(axis: Any, limits: Sequence[tuple[float, float]]) -> None:
     (left, right), (bottom, top) = limits
-    for ratio in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
-        shift = math.log10(ratio)
+    for exponent in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
+        shift = math.log10(exponent)
         start, end = max(left, bottom - shift), min(right, top - shift)
         if end - start < 0.05:
             continue
@@ -93,7 +93,7 @@ def _draw_ratio_lines(axis: Any, limits: Sequence[tuple[float, float]]) -> None:
             axis.text(
                 place,
                 place + shift,
-                f"ratio {ratio:g}",
+                f"exponent {exponent:g}",
                 fontsize=7.5,
                 color=INK,
                 zorder=5,
@@ -111,8 +111,8 @@ def _logarithmic_ticks(axis: Any, values: np.ndarray) -> None:
 
 
 def plot_pareto(path: Path, trials: Sequence[SweepTrial], prediction: Prediction | None) -> Path | None:
-    """Accuracy against KL: the trials by their ratio, the front that no trial beats, and the theory's curve, on which
-    only the ratio counts; None when no trial finished."""
+    """Accuracy against KL: the trials by their exponent, the front that no trial beats, and the theory's curve, on which
+    only the exponent counts; None when no trial finished."""
     done = finished_trials(trials)
     if not done:
         return None
@@ -142,14 +142,14 @@ def plot_pareto(path: Path, trials: Sequence[SweepTrial], prediction: Prediction
     return path
 
 
-def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction | None) -> Path | None:
-    """KL over guidance_strength / kl_coef: theory says that nothing else counts, so trials of equal ratio (drawn side by
-    side) should be level; None when fewer than two ratios finished."""
+def plot_exponent(path: Path, trials: Sequence[SweepTrial], prediction: Prediction | None) -> Path | None:
+    """KL over guidance_strength / kl_coef: theory says that nothing else counts, so trials of equal exponent (drawn side by
+    side) should be level; None when fewer than two exponents finished."""
     done = [trial for trial in finished_trials(trials) if 0 < trial.exponent < math.inf]
     if len({f"{trial.exponent:.6g}" for trial in done}) < 2:
         return None
     kl, _, kl_error, _ = _columns(done)
-    ratios = np.array([trial.exponent for trial in done])
+    exponents = np.array([trial.exponent for trial in done])
     coefficients = np.array([trial.kl_coef for trial in done])
     with new_figure(path, 6.4, 4.2) as figure:
         axis = figure.subplots()
@@ -158,7 +158,7 @@ def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction 
             axis.plot(
                 prediction.exponents[shown], prediction.kl[shown], color=THEORY, linestyle="--", label=_THEORY_LABEL
             )
-        places = _side_by_side(ratios)
+        places = _side_by_side(exponents)
         axis.errorbar(places, kl, yerr=2 * kl_error, fmt="none", ecolor=BEFORE, elinewidth=0.8, zorder=2)
         spread = coefficients.max() > coefficients.min()
         norm = LogNorm(coefficients.min(), coefficients.max()) if spread else Normalize(0, 1)
@@ -166,21 +166,21 @@ def plot_ratio(path: Path, trials: Sequence[SweepTrial], prediction: Prediction 
         if spread:
             _decimal_ticks(figure.colorbar(dots, ax=axis, label="kl_coef"), coefficients)
         axis.set_xscale("log")
-        axis.set_xlim(ratios.min() / 1.25, ratios.max() * 1.25)
+        axis.set_xlim(exponents.min() / 1.25, exponents.max() * 1.25)
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(bottom=0, top=max(float(kl.max()) * 1.2, 0.1))
-        axis.set_xlabel(f"{_RATIO} (logarithmic)")
+        axis.set_xlabel(f"{_EXPONENT} (logarithmic)")
         axis.set_ylabel("KL to the pre-trained model / nats")
         axis.legend(loc="upper left")
     return path
 
 
-def _side_by_side(ratios: np.ndarray) -> np.ndarray:
-    """The ratios, equal ones a little apart, so that no dot hides another."""
-    places = ratios.astype(np.float64)
-    keys = [f"{ratio:.6g}" for ratio in ratios]
+def _side_by_side(exponents: np.ndarray) -> np.ndarray:
+    """The exponents, equal ones a little apart, so that no dot hides another."""
+    places = exponents.astype(np.float64)
+    keys = [f"{exponent:.6g}" for exponent in exponents]
     for key in set(keys):
         same = [index for index, other in enumerate(keys) if other == key]
         places[same] *= _APART ** (2.0 * np.arange(len(same)) - (len(same) - 1))
@@ -205,11 +205,11 @@ def plot_dial(
     points = np.array([(row["kl"], row["accuracy"]) for row in dial])
     with new_figure(path, 6.4, 4.4) as figure:
         axis = figure.subplots()
-        label = f"adapter of trial {source.name} (ratio {source.exponent:.3g}), scaled"
+        label = f"adapter of trial {source.name} (exponent {source.exponent:.3g}), scaled"
         axis.plot(*points.T, color=THEORY, marker="D", markersize=5, linewidth=1.2, zorder=4, label=label)
         for scale, (x, y) in zip(scales, points):
             axis.annotate(f"{scale:g}", (x, y), xytext=(5, -12), textcoords="offset points", fontsize=7.5, color=THEORY)
-        _draw_trials(figure, axis, done, kl, accuracy, label="trials, each trained for its ratio")
+        _draw_trials(figure, axis, done, kl, accuracy, label="trials, each trained for its exponent")
         highest = max(float(kl.max()), float(points[:, 0].max()))
         axis.set_xlim(0, highest * 1.12 + 0.05)
         axis.set_ylim(min(0.2, float(accuracy.min()) - 0.05), 1.02)
@@ -227,15 +227,15 @@ def _draw_theory(axis: Any, prediction: Prediction) -> None:
     kl, accuracy = prediction.kl[shown], prediction.accuracy[shown]
     axis.plot(kl, accuracy, color=THEORY, linestyle="--", linewidth=1.3, zorder=1, label=_THEORY_LABEL)
     exponents, lowest = prediction.exponents[shown], -math.inf
-    for ratio in (0.3, 1.0, 3.0, 10.0):
-        if len(exponents) and exponents[0] <= ratio <= exponents[-1]:
-            x, y = np.interp(ratio, exponents, kl), np.interp(ratio, exponents, accuracy)
+    for exponent in (0.3, 1.0, 3.0, 10.0):
+        if len(exponents) and exponents[0] <= exponent <= exponents[-1]:
+            x, y = np.interp(exponent, exponents, kl), np.interp(exponent, exponents, accuracy)
             axis.plot([x], [y], marker="|", color=THEORY, markersize=9)
             if y < lowest + _ROOM_FOR_A_LABEL:
                 continue
             lowest = y
             axis.annotate(
-                f"ratio {ratio:g}", (x, y), xytext=(6, -9), textcoords="offset points", fontsize=7.5, color=THEORY
+                f"exponent {exponent:g}", (x, y), xytext=(6, -9), textcoords="offset points", fontsize=7.5, color=THEORY
             )
 
 
@@ -246,17 +246,17 @@ def _reliable(prediction: Prediction) -> np.ndarray:
 def _draw_trials(
     figure: Any, axis: Any, done: Sequence[SweepTrial], kl: np.ndarray, accuracy: np.ndarray, *, label: str = ""
 ) -> None:
-    """Dots coloured by ratio, with the trials' names where there is room."""
+    """Dots coloured by exponent, with the trials' names where there is room."""
     if label:
         axis.scatter([], [], color=BEFORE, s=46, label=label)
-    ratios = np.array([trial.exponent for trial in done])
-    known = np.isfinite(ratios) & (ratios > 0)
-    if known.any() and ratios[known].max() > ratios[known].min():
-        norm = LogNorm(ratios[known].min(), ratios[known].max())
+    exponents = np.array([trial.exponent for trial in done])
+    known = np.isfinite(exponents) & (exponents > 0)
+    if known.any() and exponents[known].max() > exponents[known].min():
+        norm = LogNorm(exponents[known].min(), exponents[known].max())
         dots = axis.scatter(
-            kl[known], accuracy[known], c=ratios[known], cmap=_MAP, norm=norm, s=46, edgecolors="white", zorder=3
+            kl[known], accuracy[known], c=exponents[known], cmap=_MAP, norm=norm, s=46, edgecolors="white", zorder=3
         )
-        _decimal_ticks(figure.colorbar(dots, ax=axis, label=_RATIO), ratios[known])
+        _decimal_ticks(figure.colorbar(dots, ax=axis, label=_EXPONENT), exponents[known])
     else:
         axis.scatter(kl, accuracy, color=AFTER, s=46, edgecolors="white", zorder=3)
     if len(done) <= 24:

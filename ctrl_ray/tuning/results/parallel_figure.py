@@ -25,7 +25,10 @@ def plot_parallel(path: Path, trials: Sequence[SweepTrial], knobs: Sequence[str]
     columns: list[tuple[str, list[Any]]] = [
         (names[path_], [trial.knobs.get(path_) for trial in done]) for path_ in knobs
     ]
-    columns += [("ratio", [trial.exponent for trial in done]), ("KL / nats", [trial.metrics["kl"] for trial in done])]
+    columns += [
+        ("exponent", [trial.exponent for trial in done]),
+        ("KL / nats", [trial.metrics["kl"] for trial in done]),
+    ]
     if all(trial.metric("prompt_fidelity") is not None for trial in done):
         columns.append(("fidelity", [trial.metrics["prompt_fidelity"] for trial in done]))
     accuracy = np.array([trial.metrics["accuracy"] for trial in done])

@@ -20,10 +20,10 @@ from ctrl_ray.tuning.results.parallel_figure import plot_parallel
 from ctrl_ray.tuning.results.trials import (
     Prediction,
     SweepTrial,
-    equal_ratios,
+    equal_exponents,
+    exponent_correlation,
     finished_trials,
     predict_optimum,
-    ratio_correlation,
     short_names,
     shown,
 )
@@ -67,14 +67,20 @@ def write_sweep_report(folder: Path, findings: SweepFindings) -> tuple[Path, dic
 
 
 def sweep_results(findings: SweepFindings) -> dict[str, Any]:
-    """The content of results.json: every trial, and how well the theory's word on the ratio holds."""
+    """The content of results.json: every trial, and how well the theory's word on the exponent holds."""
     return {
         "sweep": findings.name,
         "best": None if findings.best is None else findings.best.name,
-        "rank_correlation_of_ratio_and_kl": ratio_correlation(findings.trials),
-        "equal_ratios": [
-            {"ratio": pair.exponent, "trials": pair.names, "kl": pair.kl, "allowed": pair.allowed, "agree": pair.agree}
-            for pair in equal_ratios(findings.trials)
+        "rank_correlation_of_exponent_and_kl": exponent_correlation(findings.trials),
+        "equal_exponents": [
+            {
+                "exponent": pair.exponent,
+                "trials": pair.names,
+                "kl": pair.kl,
+                "allowed": pair.allowed,
+                "agree": pair.agree,
+            }
+            for pair in equal_exponents(findings.trials)
         ],
         "trials": [_plain(trial) for trial in findings.trials],
         "dial": {
@@ -90,7 +96,7 @@ def _plain(trial: SweepTrial) -> dict[str, Any]:
         "name": trial.name,
         "status": trial.status,
         "knobs": dict(trial.knobs),
-        "ratio": trial.exponent if trial.kl_coef else None,
+        "exponent": trial.exponent if trial.kl_coef else None,
         "updates_done": trial.updates_done,
         **{name: trial.metric(name) for name in names},
         "seconds": round(trial.seconds, 1),
@@ -99,7 +105,7 @@ def _plain(trial: SweepTrial) -> dict[str, Any]:
 
 
 def predict(findings: SweepFindings) -> Prediction | None:
-    """The optimum for ratios from 0.1 to 30; None with several controls, or where nothing measures the truth."""
+    """The optimum for exponents from 0.1 to 30; None with several controls, or where nothing measures the truth."""
     if len(findings.controls) != 1:
         return None
     [name] = findings.controls
@@ -119,7 +125,7 @@ def draw_figures(folder: Path, findings: SweepFindings) -> list[ReportFigure]:
     drawn = [
         (
             "Accuracy by strength and price",
-            "Each dot is a finished trial with its accuracy; the colours between them are interpolated. Dashed: equal ratio "
+            "Each dot is a finished trial with its accuracy; the colours between them are interpolated. Dashed: equal exponent "
             "guidance_strength / kl_coef.",
             sweep_figures.plot_accuracy_map(folder / "accuracy_map.png", trials),
         ),
@@ -130,10 +136,10 @@ def draw_figures(folder: Path, findings: SweepFindings) -> list[ReportFigure]:
             sweep_figures.plot_pareto(folder / "pareto.png", trials, prediction),
         ),
         (
-            "Does only the ratio count?",
-            "At the optimum KL depends on guidance_strength / kl_coef alone: trials of equal ratio, drawn side by side, should "
-            "be level. A short run is not at the optimum yet: it pays more KL than theory asks, or gets there only in part.",
-            sweep_figures.plot_ratio(folder / "ratio.png", trials, prediction),
+            "Does only the exponent count?",
+            "At the optimum KL depends on guidance_strength / kl_coef alone: trials of equal exponent, drawn side by side, "
+            "should be level. A short run is not at the optimum yet: it pays more KL than theory asks, or gets there in part.",
+            sweep_figures.plot_exponent(folder / "exponent.png", trials, prediction),
         ),
         (
             "All trials at once",
@@ -147,7 +153,7 @@ def draw_figures(folder: Path, findings: SweepFindings) -> list[ReportFigure]:
             (
                 "The cheap dial: one adapter, scaled",
                 "Diamonds: the adapter of one trial with LoRA and control embeddings scaled as written, without any training "
-                "(sample --adapter-scale). Dots: trials trained for their own ratio. " + dial_words(findings),
+                "(sample --adapter-scale). Dots: trials trained for their own exponent. " + dial_words(findings),
                 sweep_figures.plot_dial(
                     folder / "dial.png",
                     trials,
@@ -165,15 +171,15 @@ def _theory_words(prediction: Prediction | None) -> str:
     if prediction is None:
         return "The theory's curve is left out: it needs one control with an oracle."
     return (
-        "Dashed: the theory's optimum p(x) p(y|x)^ratio, by importance weights over samples of the pre-trained model, as far "
-        "as those can tell; only the ratio counts there."
+        "Dashed: the theory's optimum p(x) p(y|x)^exponent, by importance weights over samples of the pre-trained model, as "
+        "far as those can tell; only the exponent counts there."
     )
 
 
 def _grid_words(findings: SweepFindings) -> str:
     trials = ", ".join(f"{trial.exponent:.3g}: trial {trial.name}" for trial, _ in findings.shown.values())
     return (
-        "The best trial and the two extremes of the ratio guidance_strength / kl_coef, with the same prompts and noise in "
+        "The best trial and the two extremes of the exponent guidance_strength / kl_coef, with the same prompts and noise in "
         f"each column. Ratio {trials}. Beneath each image: the measured value."
     )
 
@@ -225,7 +231,7 @@ def _page(findings: SweepFindings, figures: Sequence[ReportFigure]) -> str:
         _headline(findings),
         "<h2>Trials</h2>",
         _trials_table(findings),
-        "<h2>Is it the ratio?</h2>",
+        "<h2>Is it the exponent?</h2>",
         _ratio_section(findings),
         "<h2>Pictures</h2>",
         *(picture(figure) for figure in figures),
@@ -262,7 +268,7 @@ def _headline(findings: SweepFindings) -> str:
 
 def _trials_table(findings: SweepFindings) -> str:
     names = short_names(list(findings.knobs))
-    head = ["trial", *names.values(), "ratio", "updates", "accuracy", "KL / nats", "fidelity", "minutes", "state"]
+    head = ["trial", *names.values(), "exponent", "updates", "accuracy", "KL / nats", "fidelity", "minutes", "state"]
     rows = []
     for trial in findings.trials:
         mark = " ★" if findings.best is not None and trial.name == findings.best.name else ""
@@ -280,9 +286,9 @@ def _trials_table(findings: SweepFindings) -> str:
 
 
 def _ratio_section(findings: SweepFindings) -> str:
-    correlation, pairs = ratio_correlation(findings.trials), equal_ratios(findings.trials)
+    correlation, pairs = exponent_correlation(findings.trials), equal_exponents(findings.trials)
     if correlation is None and not pairs:
-        return "<p>Fewer than three ratios guidance_strength / kl_coef finished.</p>"
+        return "<p>Fewer than three exponents guidance_strength / kl_coef finished.</p>"
     html = ""
     if correlation is not None:
         html += f"<p>Rank correlation of log(guidance_strength / kl_coef) and KL over the finished trials: {correlation:.3f}."
@@ -299,5 +305,5 @@ def _ratio_section(findings: SweepFindings) -> str:
             )
             for pair in pairs
         ]
-        html += table(rows, ["ratio", "trials", "KL / nats", "difference", "allowed: 30 % or 0.3 nats", "agree"])
+        html += table(rows, ["exponent", "trials", "KL / nats", "difference", "allowed: 30 % or 0.3 nats", "agree"])
     return html

@@ -102,7 +102,7 @@ def best_trial(trials: Sequence[SweepTrial], metric: str, mode: str) -> SweepTri
 
 
 @dataclass(frozen=True)
-class EqualRatio:
+class EqualExponent:
     """Finished trials with the same guidance_strength / kl_coef, which theory says end alike."""
 
     exponent: float
@@ -125,8 +125,8 @@ def finished_trials(trials: Sequence[SweepTrial]) -> list[SweepTrial]:
     return [t for t in trials if t.status == "finished" and None not in (t.metric("accuracy"), t.metric("kl"))]
 
 
-def equal_ratios(trials: Sequence[SweepTrial]) -> list[EqualRatio]:
-    """Groups of two or more finished trials of equal ratio, in order of it."""
+def equal_exponents(trials: Sequence[SweepTrial]) -> list[EqualExponent]:
+    """Groups of two or more finished trials of equal exponent, in order of it."""
     groups: dict[str, list[SweepTrial]] = {}
     for trial in finished_trials(trials):
         if math.isfinite(trial.exponent):
@@ -134,19 +134,19 @@ def equal_ratios(trials: Sequence[SweepTrial]) -> list[EqualRatio]:
     found = [group for group in groups.values() if len(group) > 1]
     found.sort(key=lambda group: group[0].exponent)
     return [
-        EqualRatio(group[0].exponent, tuple(t.name for t in group), tuple(float(t.metrics["kl"]) for t in group))
+        EqualExponent(group[0].exponent, tuple(t.name for t in group), tuple(float(t.metrics["kl"]) for t in group))
         for group in found
     ]
 
 
-def ratio_correlation(trials: Sequence[SweepTrial]) -> float | None:
+def exponent_correlation(trials: Sequence[SweepTrial]) -> float | None:
     """Spearman's rank correlation of log(guidance_strength / kl_coef) and KL over the finished trials; None for fewer than
-    three different ratios, or when all KL are equal."""
+    three different exponents, or when all KL are equal."""
     points = [(t.exponent, float(t.metrics["kl"])) for t in finished_trials(trials) if 0 < t.exponent < math.inf]
-    if len({f"{ratio:.6g}" for ratio, _ in points}) < 3 or len({kl for _, kl in points}) < 2:
+    if len({f"{exponent:.6g}" for exponent, _ in points}) < 3 or len({kl for _, kl in points}) < 2:
         return None
-    ratios, kl = (rankdata(np.round(values, 9)) for values in zip(*points))
-    return float(np.corrcoef(ratios, kl)[0, 1])
+    exponents, kl = (rankdata(np.round(values, 9)) for values in zip(*points))
+    return float(np.corrcoef(exponents, kl)[0, 1])
 
 
 def pareto_front(kl: Sequence[float], accuracy: Sequence[float]) -> list[int]:

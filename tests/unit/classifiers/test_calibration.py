@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctrl_ray.classifiers.calibration import (
-    calibration_figures,
+    calibration_metrics,
     fit_temperature,
     reliability_bins,
     reliability_diagram,
@@ -48,7 +48,7 @@ def test_temperature_refuses_what_it_cannot_use() -> None:
 def test_figures_by_hand() -> None:
     """Three rows, two classes; confidences 0.9 (right), 0.8 (wrong), 0.6 (right) are alone in their bins of 1/15."""
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
-    figures = calibration_figures(probabilities.log(), torch.tensor([0, 0, 0]))
+    figures = calibration_metrics(probabilities.log(), torch.tensor([0, 0, 0]))
     assert figures["accuracy"] == pytest.approx(2 / 3)
     assert figures["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.2) + math.log(0.6)) / 3)
     assert figures["brier"] == pytest.approx((2 * 0.1**2 + 2 * 0.8**2 + 2 * 0.4**2) / 3)
@@ -63,7 +63,7 @@ def test_rows_of_a_bin_are_averaged_before_they_are_compared() -> None:
     assert bins.counts.tolist() == [0] * 14 + [2]
     assert float(bins.confidence[-1]) == pytest.approx(0.96)
     assert float(bins.accuracy[-1]) == pytest.approx(0.5)
-    assert calibration_figures(probabilities.log(), labels)["ece"] == pytest.approx(0.46)
+    assert calibration_metrics(probabilities.log(), labels)["ece"] == pytest.approx(0.46)
 
 
 def test_a_certain_row_falls_into_the_last_bin() -> None:

@@ -12,7 +12,7 @@ from ctrl_ray.config import LoraConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
 from ctrl_ray.gradients.estimators import full
 from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
 from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, load_unet, make_kernel
@@ -84,7 +84,7 @@ def test_sweep_equals_autograd_through_the_whole_graph(
         )
         clean = trajectory.clean_latents.clone().requires_grad_(True)
         (cotangent,) = torch.autograd.grad(_reward(clean).sum(), clean)
-        adjoint_sweep(
+        adjoint_pass(
             policy,
             kernel,
             trajectory,
@@ -110,7 +110,7 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
         trajectory = rollout(
             policy, kernel, condition.select(rows), labels[rows], Guidance(), lambda p: noise(p).double()
         )
-        adjoint_sweep(
+        adjoint_pass(
             policy,
             kernel,
             trajectory,
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
             policy.enable_gradient_checkpointing()
         noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, condition, labels, Guidance(1.5), lambda p, n=noise: n(p).double())
-        adjoint_sweep(
+        adjoint_pass(
             policy,
             kernel,
             trajectory,
@@ -173,7 +173,7 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
     assert trajectory.kl_per_step is not None and trajectory.kl_per_step[:, 2].abs().max() == 0
     last = policy_step(policy, kernel, 2, trajectory.latents[2], condition, labels, Guidance(), reference=True)
     torch.testing.assert_close(trajectory.clean_latents, last.mean)
-    stats = adjoint_sweep(
+    stats = adjoint_pass(
         policy,
         kernel,
         trajectory,
@@ -193,7 +193,7 @@ def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> Non
     trajectory = rollout(policy, kernel, condition, labels, Guidance(), lambda p: noise(p).double())
     bad = torch.full_like(trajectory.clean_latents, float("nan"))
     with pytest.raises(NonFiniteError, match="denoising step 1"):
-        adjoint_sweep(
+        adjoint_pass(
             policy,
             kernel,
             trajectory,
@@ -216,7 +216,7 @@ def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str, sizes: tuple[
             noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
             chosen = condition.select([row % 3 for row in rows])
             trajectory = rollout(policy, kernel, chosen, labels[rows], Guidance(), lambda p, n=noise: n(p).double())
-            adjoint_sweep(
+            adjoint_pass(
                 policy,
                 kernel,
                 trajectory,

@@ -16,8 +16,8 @@ from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Case, Effort, gaussian, logistic
 from ctrl_ray.gradients import estimators
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_sweep
-from ctrl_ray.gradients.estimators import Estimator, SweepPlan, make_estimator
+from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
+from ctrl_ray.gradients.estimators import AdjointPlan, Estimator, make_estimator
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from tests.analytic import make_learner, means_on
 
@@ -38,7 +38,7 @@ def _short(case: Case, num_steps: int, **effort: Any) -> Case:
 
 def _gradient(
     case: Case,
-    plan: SweepPlan,
+    plan: AdjointPlan,
     batch_size: int,
     pushes: Tensor | None = None,
     policy_of: Callable[[Any], Any] = lambda policy: policy,
@@ -59,7 +59,7 @@ def _gradient(
     strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
     rewarded = learner.rewards.submit(trajectory.clean_latents, condition.prompts, labels, strengths).result()
     assert rewarded.cotangent is not None
-    adjoint_sweep(
+    adjoint_pass(
         called,
         learner.kernel,
         trajectory,

@@ -23,8 +23,8 @@ from ctrl_ray.config import (
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.planning.counts import LiveBytes, PolicyCounter, PolicyCounts, StepBytes, stored_elements
-from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, fit_of, resolve_num_workers
-from ctrl_ray.planning.plan import CallPlan, Plan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
+from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, resolve_num_workers
+from ctrl_ray.planning.plan import CallPlan, RunPlan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
 from ctrl_ray.policy.build import build_policy
@@ -48,7 +48,7 @@ COUNTS = PolicyCounts(
     encoder_bytes=700,
     decoder_bytes=900,
 )
-STEP = StepBytes(policy_kept=50_000, reference_kept=40_000, sweep_peak=120_000, rollout_peak=20_000)
+STEP = StepBytes(policy_kept=50_000, reference_kept=40_000, backward_peak=120_000, rollout_peak=20_000)
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c"))}
 
 
@@ -75,7 +75,7 @@ def test_zero_shards_what_it_says() -> None:
         assert plan.prompt_encoder == 700 + 4 * 100
         assert plan.latents == 2 * 11 * 2 * 16 * 4  # two micro-batches, T + 1 latents, 2 samples of 16 floats
         assert plan.activations == 120_000
-        assert plan.peak == max(plan.sweep_peak, plan.rollout_peak, plan.update_peak)
+        assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak)
     assert rows[0] == (4000, 0, 4000, 8000)
     assert rows[1] == (4000, 1000, 4000, 2000)
     assert rows[2] == (4000, 1000, 2000, 2000)
@@ -195,11 +195,11 @@ def test_stable_diffusion_is_planned_without_its_weights(stable_diffusion: Path)
     checkpointed = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, gradient_checkpointing=True))
     less = PolicyCounter(checkpointed, CONTROLS).step(1)
     assert less.policy_kept < step.policy_kept / 4
-    assert less.sweep_peak < step.sweep_peak / 2
+    assert less.backward_peak < step.backward_peak / 2
 
 
-def _plan_of(peak: int) -> Plan:
-    step = dataclasses.replace(STEP, sweep_peak=peak)
+def _plan_of(peak: int) -> RunPlan:
+    step = dataclasses.replace(STEP, backward_peak=peak)
     return make_plan(_config(), COUNTS, step, make_kernel(load_scheduler("shapes"), 10, 1.0, 1), num_prompts=1)
 
 
@@ -213,18 +213,18 @@ def test_fits_compares_with_the_gpu_or_with_the_node() -> None:
         return ClusterFacts("here", (NodeFacts(8.0, more.pop("gpus", 0.0), memory, **more),))  # type: ignore[arg-type]
 
     enough = (2 * (need + PROCESS_BYTES) + (plan.actor_bytes + PROCESS_BYTES)) / 0.9
-    assert fit_of(plan, cpu, node(int(enough) + 2)).answer == "yes"
-    short = fit_of(plan, cpu, node(int(enough) - 1000))
+    assert memory_fit(plan, cpu, node(int(enough) + 2)).answer == "yes"
+    short = memory_fit(plan, cpu, node(int(enough) - 1000))
     assert short.answer == "no" and "2 workers and 1 reward actor on one node" in short.reason
     small = ClusterFacts("here", tuple(NodeFacts(cpus, 0.0, need + PROCESS_BYTES) for cpus in (0.0, 1.0, 1.0)))
-    assert "1 worker and 0 reward actors" in fit_of(plan, cpu, small).reason  # the actor may be on the other node
-    assert fit_of(plan, cpu, node(None)).answer == "unknown"
-    assert fit_of(plan, cpu, None).answer == "unknown"
+    assert "1 worker and 0 reward actors" in memory_fit(plan, cpu, small).reason  # the actor may be on the other node
+    assert memory_fit(plan, cpu, node(None)).answer == "unknown"
+    assert memory_fit(plan, cpu, None).answer == "unknown"
     gpu = _scaled(1, 2, use_gpu=True)
     card = (need + GPU_CONTEXT_BYTES) / 0.9
-    assert fit_of(plan, gpu, node(GIB, gpus=2.0, gpu_memory_bytes=int(card) + 2)).answer == "yes"
-    assert fit_of(plan, gpu, node(GIB, gpus=2.0, gpu_memory_bytes=int(card) - 1000)).answer == "no"
-    assert fit_of(plan, gpu, node(GIB, gpus=2.0)).answer == "unknown"
+    assert memory_fit(plan, gpu, node(GIB, gpus=2.0, gpu_memory_bytes=int(card) + 2)).answer == "yes"
+    assert memory_fit(plan, gpu, node(GIB, gpus=2.0, gpu_memory_bytes=int(card) - 1000)).answer == "no"
+    assert memory_fit(plan, gpu, node(GIB, gpus=2.0)).answer == "unknown"
 
 
 def _auto(nodes: list[NodeFacts], planner=lambda config: _plan_of(GIB), **changes: object):
@@ -255,7 +255,7 @@ def test_auto_takes_what_the_cluster_has_beside_the_pool() -> None:
 def test_auto_lowers_the_micro_batch_until_it_fits() -> None:
     """A plan of 1 GiB a sample on a node that holds two samples; groups stay whole."""
 
-    def planner(config: TrainConfig) -> Plan:
+    def planner(config: TrainConfig) -> RunPlan:
         return _plan_of(config.micro_batch_size_per_worker * GIB)
 
     nodes = [NodeFacts(2.0, 0.0, 5 * GIB)]
@@ -264,7 +264,7 @@ def test_auto_lowers_the_micro_batch_until_it_fits() -> None:
     assert "lowered from 8 to 2, the largest that fits" in chosen.why
     grouped = _auto(nodes, planner, micro_batch_size_per_worker=8, group_size=4)
     assert grouped.config.micro_batch_size_per_worker == 8  # not even one group fits: as asked, and the verdict says no
-    assert fit_of(planner(grouped.config), grouped.config, ClusterFacts("the cluster", tuple(nodes))).answer == "no"
+    assert memory_fit(planner(grouped.config), grouped.config, ClusterFacts("the cluster", tuple(nodes))).answer == "no"
 
 
 def test_auto_without_room_says_what_is_missing() -> None:

@@ -20,11 +20,11 @@ from ctrl_ray.tuning.results.tracking import SweepTracker, _Tail
 from ctrl_ray.tuning.results.trials import (
     SweepTrial,
     best_trial,
-    equal_ratios,
+    equal_exponents,
+    exponent_correlation,
     format_trials,
     pareto_front,
     predict_optimum,
-    ratio_correlation,
     short_names,
 )
 from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
@@ -98,14 +98,16 @@ def test_the_front_is_what_no_other_trial_beats() -> None:
 
 
 def test_ratio_and_kl() -> None:
-    # ratios 0.3, 1, 1, 6, 6: midranks 1, 2.5, 2.5, 4.5, 4.5 against 1 to 5
+    # exponents 0.3, 1, 1, 6, 6: midranks 1, 2.5, 2.5, 4.5, 4.5 against 1 to 5
     x, y = np.array([1, 2.5, 2.5, 4.5, 4.5]) - 3, np.arange(1, 6) - 3
-    assert ratio_correlation(TRIALS) == pytest.approx(float(x @ y / math.sqrt((x @ x) * (y @ y))))
-    assert ratio_correlation(TRIALS[:2]) is None
-    one, six = equal_ratios(TRIALS)
+    assert exponent_correlation(TRIALS) == pytest.approx(float(x @ y / math.sqrt((x @ x) * (y @ y))))
+    assert exponent_correlation(TRIALS[:2]) is None
+    one, six = equal_exponents(TRIALS)
     assert (one.exponent, one.names, one.agree, one.allowed) == (1.0, ("1", "2"), True, pytest.approx(0.3375))
     assert (six.names, six.agree, six.allowed) == (("3", "4"), True, pytest.approx(1.41))
-    apart = equal_ratios([*TRIALS[:3], dataclasses.replace(TRIALS[2], name="7", metrics={"accuracy": 0.5, "kl": 2.0})])
+    apart = equal_exponents(
+        [*TRIALS[:3], dataclasses.replace(TRIALS[2], name="7", metrics={"accuracy": 0.5, "kl": 2.0})]
+    )
     assert not apart[0].agree
 
 
@@ -114,8 +116,10 @@ def test_the_predicted_optimum_is_the_tilt() -> None:
     beliefs = np.array([[0.8, 0.2]] * 4 + [[0.2, 0.8]] * 4)
     truth = np.array([0, 0, 0, 1, 1, 1, 1, 1])
     prediction = predict_optimum(np.log(beliefs), truth, np.array([0.0, 1.0, 3.0]))
-    for index, ratio in enumerate((0.0, 1.0, 3.0)):
-        share = 0.8**ratio / (0.8**ratio + 0.2**ratio)  # of the kind that is likely of the class, under the tilt
+    for index, exponent in enumerate((0.0, 1.0, 3.0)):
+        share = 0.8**exponent / (
+            0.8**exponent + 0.2**exponent
+        )  # of the kind that is likely of the class, under the tilt
         accuracy = (share * 0.75 + share * 1.0 + (1 - share) * 0.25) / 2  # class 0: 3/4 or 0 right; class 1: 1 or 1/4
         kl = share * math.log(2 * share) + (1 - share) * math.log(2 * (1 - share))
         assert prediction.accuracy[index] == pytest.approx(accuracy)
@@ -152,7 +156,7 @@ def test_the_dial_is_compared_at_equal_kl(tmp_path: Path) -> None:
 def test_the_report_is_one_page_with_every_picture(tmp_path: Path) -> None:
     page, figures = write_sweep_report(tmp_path, _findings(tmp_path))
     assert {path.name for path in figures.values()} == {
-        *("accuracy_map.png", "pareto.png", "ratio.png", "parallel.png", "samples.png", "dial.png")
+        *("accuracy_map.png", "pareto.png", "exponent.png", "parallel.png", "samples.png", "dial.png")
     }
     for path in figures.values():
         with Image.open(path) as picture:
@@ -164,7 +168,7 @@ def test_the_report_is_one_page_with_every_picture(tmp_path: Path) -> None:
         assert words in text
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["best"] == "3" and results["trials"][6]["error"] == "ConfigError: <b>no</b>"
-    assert results["rank_correlation_of_ratio_and_kl"] == ratio_correlation(TRIALS)
+    assert results["rank_correlation_of_exponent_and_kl"] == exponent_correlation(TRIALS)
 
 
 def test_a_sweep_of_which_nothing_finished_has_a_report_too(tmp_path: Path) -> None:
