@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ctrl_ray.config import ControlConfig, TrainConfig
     from ctrl_ray.config.presets import preset
     from ctrl_ray.errors import CtrlRayError
-    from ctrl_ray.policy.pipeline import ControlledPipeline
+    from ctrl_ray.pipeline import ControlledPipeline
     from ctrl_ray.train import Run, fit
     from ctrl_ray.tune import SweepResult, sweep
     from ctrl_ray.tuning.space import Space
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "ControlConfig": "ctrl_ray.config",
-    "ControlledPipeline": "ctrl_ray.policy.pipeline",
+    "ControlledPipeline": "ctrl_ray.pipeline",
     "CtrlRayError": "ctrl_ray.errors",
     "Run": "ctrl_ray.train",
     "Space": "ctrl_ray.tuning.space",

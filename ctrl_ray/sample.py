@@ -82,7 +82,7 @@ def image_seed(seed: int, index: int) -> int:
 
 def parse_controls(arguments: Sequence[str], info: AdapterInfo) -> dict[str, int]:
     """Labels by control of 'NAME=CLASS' arguments; ConfigError for what the adapter does not have."""
-    from ctrl_ray.policy.pipeline import class_index
+    from ctrl_ray.pipeline import class_index
 
     labels: dict[str, int] = {}
     for argument in arguments:
@@ -133,7 +133,7 @@ Generate = Callable[[list[str], list[int]], list[Any]]
 
 
 def _adapter_generator(config: SampleConfig, controls: Mapping[str, int]) -> Generate:
-    from ctrl_ray.policy.pipeline import ControlledPipeline
+    from ctrl_ray.pipeline import ControlledPipeline
 
     pipeline = ControlledPipeline.from_pretrained(
         config.adapter or "", base_model=config.base_model, device=_device(config)
@@ -155,18 +155,18 @@ def _adapter_generator(config: SampleConfig, controls: Mapping[str, int]) -> Gen
 
 
 def _base_generator(config: SampleConfig, info: AdapterInfo | None) -> Generate:
-    from ctrl_ray.policy.base_model import resolve_base_model
-    from ctrl_ray.policy.pipeline import load_base_pipeline
+    from ctrl_ray.pipeline import ControlledPipeline
+    from ctrl_ray.policy.backbones import load_backbone
 
     sampler = SamplerConfig() if info is None else info.sampler
-    if info is None:
-        pipeline = load_base_pipeline(config.base_model or "shapes")
-    else:
-        revision = None if config.base_model else info.base_revision
-        folder = resolve_base_model(config.base_model or info.base_model, revision)
-        check_base_model(info, folder)
-        pipeline = load_base_pipeline(folder, scheduler_config=info.scheduler)
-    pipeline.to(_device(config)).set_progress_bar_config(disable=True)
+    base = config.base_model or ("shapes" if info is None else info.base_model)
+    revision = None if config.base_model or info is None else info.base_revision
+    if info is not None:
+        check_base_model(info, load_backbone(base, revision))
+    pipeline = ControlledPipeline.from_base_model(
+        base, revision, scheduler=None if info is None else info.scheduler, device=_device(config)
+    )
+    pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> list[Any]:
         return pipeline(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ctrl_ray.config import ScalingConfig, TrainConfig
-from ctrl_ray.diffusion.steps import Guidance, ModelOutput
+from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.distributed.engine import learning_rate_factor
-from ctrl_ray.distributed.update import Learner, Rank
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import make_method
+from ctrl_ray.distributed.update import CTRL
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid
 from ctrl_ray.exact.suite import Case
-from ctrl_ray.gradients.estimators import Estimator
+from ctrl_ray.gradients.adjoint import Estimator
 from ctrl_ray.policy.analytic import AnalyticPolicy
-from ctrl_ray.policy.protocol import Condition
+from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.verification.cases import averaged_updates, case_config, case_learner, policy_means
@@ -27,7 +27,7 @@ class PlainEngine:
 
     def __init__(self, policy: AnalyticPolicy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
-        self.latent_shape, self.prediction_type = policy.latent_shape, policy.prediction_type
+        self.latent_shape = policy.latent_shape
         self.learning_rate = config.optimizer.learning_rate
         self.optimizer = torch.optim.AdamW(
             policy.parameters(),
@@ -36,18 +36,9 @@ class PlainEngine:
             weight_decay=0.0,
         )
 
-    def __call__(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        labels: Tensor,
-        guidance: Guidance,
-        *,
-        reference: bool,
-    ) -> ModelOutput:
+    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
         """The policy's forward."""
-        return self.policy(latents, time, condition, labels, guidance, reference=reference)
+        return self.policy(latents, time, inputs, reference=reference)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients."""
@@ -62,23 +53,19 @@ class PlainEngine:
         return 0.0
 
 
-def make_learner(
-    case: Case, estimator: Estimator | None = None, engine: type[PlainEngine] = PlainEngine
-) -> tuple[Learner, AnalyticPolicy]:
+def make_learner(case: Case, engine: type[PlainEngine] = PlainEngine) -> tuple[Learner, AnalyticPolicy]:
     """A learner on the case, with local rewards."""
     rewards = LocalRewards(AnalyticRewardModel({case.title: case.problem.rewards}))
-    learner, policy = case_learner(
-        case, case_config(case, ScalingConfig()), rewards, Rank(0, 1, torch.device("cpu")), engine
-    )
-    return (dataclasses.replace(learner, estimator=estimator) if estimator else learner), policy
+    return case_learner(case, case_config(case, ScalingConfig()), rewards, Rank(0, 1, torch.device("cpu")), engine)
 
 
 def train(
     case: Case, estimator: Estimator | None = None, engine: type[PlainEngine] = PlainEngine
 ) -> tuple[Answer, Solution]:
     """Train the case to its end; the law of coordinate 0 that is reached, and the exact answers."""
-    learner, policy = make_learner(case, estimator, engine)
-    *_, (_, averaged) = averaged_updates(learner, policy)
+    learner, policy = make_learner(case, engine)
+    method = make_method(learner.config) if estimator is None else CTRL(estimator)
+    *_, (_, averaged) = averaged_updates(learner, policy, method)
     solution = solve_on_grid(case.problem, num_bins=600, controlled_from=case.controlled_from)
     return policy_answer(case.problem, solution.grid, means_on(solution.grid.centres, learner, averaged)), solution
 

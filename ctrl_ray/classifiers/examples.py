@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.errors import DataError, ModelError
+from ctrl_ray.errors import DataError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
 from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import load_oracle, measure
-from ctrl_ray.policy.base_model import resolve_base_model
-from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 
 BLOCK_ROWS = 256
 """Rows of a block."""
@@ -42,20 +42,6 @@ class Example(NamedTuple):
     image: np.ndarray
     prompt: str
     label: int | None
-
-
-def image_size_of(base_model: str, revision: str | None = None) -> int:
-    """Side in pixels of the square images that a pipeline makes."""
-    folder = Path(resolve_base_model(base_model, revision))
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"base model folder {folder} lacks a readable unet/config.json or vae/config.json "
-            f"({type(error).__name__}: {error}); expected a pipeline written by diffusers' save_pretrained"
-        ) from error
 
 
 def read_examples(
@@ -112,7 +98,8 @@ class BlockWriter:
         self.decoder: LatentDecoder | None = None
         if config.classifier.decode:
             chunk = config.rewards.decode_chunk_size
-            self.decoder = load_decoder(config.base_model, config.base_revision, chunk_size=chunk, device=device)
+            backbone = load_backbone(config.base_model, config.base_revision)
+            self.decoder = backbone.load_decoder(chunk, device)
 
     def write_data(self, rows: Iterable[Example], rank: int, num_workers: int) -> int:
         """Write the blocks rank, rank + num_workers, ... of `rows`; returns how many rows there are in all."""

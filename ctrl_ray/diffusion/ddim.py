@@ -61,10 +61,12 @@ class DDIMKernel:
         stride = (num_train_timesteps or len(table)) // len(self._timesteps)
         self._alphas = [table[t] for t in self._timesteps]
         self._next_alphas = [table[t - stride] if t - stride >= 0 else final_alpha_cumprod for t in self._timesteps]
-        self._stds = [
-            eta * (max(0.0, (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha))) ** 0.5
+        ancestral = [
+            (max(0.0, (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha))) ** 0.5
             for alpha, next_alpha in zip(self._alphas, self._next_alphas, strict=True)
         ]
+        self._noisy = [std > 0 for std in ancestral]
+        self._stds = [eta * std for std in ancestral]
 
     @property
     def num_steps(self) -> int:
@@ -80,8 +82,9 @@ class DDIMKernel:
         return self._stds[step_index]
 
     def controlled(self, step_index: int) -> bool:
-        """Whether the policy takes this step: it has a density, and is not one of the last `reference_steps`."""
-        return self._stds[step_index] > 0 and step_index < self.num_steps - self.reference_steps
+        """Whether the policy takes this step: it would have a density at eta 1, and is not one of the last
+        `reference_steps`. At eta 0 the policy may sample, but nothing has a KL."""
+        return self._noisy[step_index] and step_index < self.num_steps - self.reference_steps
 
     def alpha_prod(self, step_index: int) -> tuple[float, float]:
         """(alpha_prod_t, alpha_prod_next) of the step."""

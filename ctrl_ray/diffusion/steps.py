@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ctrl_ray.config import SamplerConfig
+
 LatentReduction = Literal["sum", "mean"]
 
 
@@ -39,12 +41,20 @@ class Guidance:
     control_scale: float | None = None
     """Separate scale s of the label direction: ε_u + w (ε_prompt − ε_u) + s (ε_prompt,labels − ε_prompt)."""
 
+    @classmethod
+    def of(cls, sampler: SamplerConfig) -> Guidance:
+        """The guidance that a sampler's settings name."""
+        return cls(sampler.guidance_scale, sampler.control_scale)
+
     @property
     def num_branches(self) -> int:
         """Denoiser rows per sample: 1 without guidance, 2 with, 3 with a separate control scale."""
         if self.control_scale is not None:
             return 3
         return 1 if self.scale == 1.0 else 2
+
+
+NO_GUIDANCE = Guidance()
 
 
 class StepKernel(Protocol):
@@ -64,7 +74,7 @@ class StepKernel(Protocol):
         ...
 
     def controlled(self, step_index: int) -> bool:
-        """Whether the policy takes this step. The reference takes those without density, and the sampler's last
+        """Whether the policy takes this step. The reference takes those that never have a density, and the sampler's last
         `reference_steps`: they are a fixed part of the reward."""
         ...
 

@@ -18,10 +18,10 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from ctrl_ray.config import OptimizerConfig, TrainConfig
-from ctrl_ray.diffusion.steps import Guidance, ModelOutput
+from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
-from ctrl_ray.policy.protocol import Condition, TrainablePolicy
+from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
@@ -48,7 +48,6 @@ class PolicyEngine:
         """`torch.distributed` must be initialised (Ray Train does it). ZeRO gives every rank a shard of the state."""
         self.policy = policy
         self.latent_shape = policy.latent_shape
-        self.prediction_type = policy.prediction_type
         self._config = config
         groups = policy.parameter_groups(config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
         self._rates = tuple(float(group["lr"]) for group in groups)
@@ -61,19 +60,10 @@ class PolicyEngine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
-        self.engine.eval()  # the backbone has no dropout to switch on: rollout = sweep
+        self.engine.eval()  # no dropout: the adjoint pass computes again what the rollout computed
         self._initialise_optimizer_state()
 
-    def __call__(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        labels: Tensor,
-        guidance: Guidance,
-        *,
-        reference: bool,
-    ) -> ModelOutput:
+    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
         """The policy's forward, through the engine.
 
         The reference goes past it where its weights are whole: it has no parameter gradients, and the engine refuses
@@ -81,7 +71,7 @@ class PolicyEngine:
         """
         past = reference and self._config.scaling.zero_stage < 3
         forward = self.policy if past else self.engine
-        return forward(latents, time, condition, labels, guidance, reference=reference)
+        return forward(latents, time, inputs, reference=reference)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the parameter gradients of a scalar; leaves such as the step's latents get theirs unscaled."""

@@ -14,20 +14,14 @@ import torch
 
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
-from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
-from ctrl_ray.gradients.rollout import keyed_noise, rollout
+from ctrl_ray.gradients.rollout import Sampler, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
-from ctrl_ray.policy.backbones.stable_diffusion import (
-    ddim_scheduler,
-    load_prompt_encoder,
-    load_scheduler,
-    load_unet,
-    make_kernel,
-)
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
@@ -52,6 +46,8 @@ class SamplingJob:
     reference: bool
     """Sample the pre-trained model instead of the adapter's policy (labels are still recorded)."""
     with_kl: bool = True
+    draw: Sampler = rollout
+    """How trajectories are drawn; a module's function, which travels by name."""
     precision: str = "fp32"
     adapter_scale: float = 1.0
     """Scales LoRA and control embeddings, as `python -m ctrl_ray.sample --adapter-scale` does."""
@@ -96,22 +92,20 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
     else:
         scorer = rewards
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    policy, controls, scheduler = load_policy(job)
+    policy, controls, kernel = load_policy(job)
     policy.to(device)
-    encoder = load_prompt_encoder(job.base_model, job.revision, device=device)
-    kernel = make_kernel(scheduler, job.sampler.num_steps, job.sampler.eta, job.sampler.reference_steps)
-    guidance = Guidance(job.sampler.guidance_scale, job.sampler.control_scale)
+    encoder = policy.backbone.load_encoder(device)
+    guidance = Guidance.of(job.sampler)
     parts = []
     for start in range(0, len(job.sample_ids), job.batch_size):
         ids = job.sample_ids[start : start + job.batch_size]
         batch = evaluation_batch(ids, job.prompts, controls, tuple(job.controls))
-        trajectory = rollout(
+        trajectory = job.draw(
             policy,
             kernel,
-            encoder.encode(batch.prompts),
-            batch.labels.to(device),
-            guidance,
+            Inputs(encoder.encode(batch.prompts), batch.labels.to(device), guidance),
             keyed_noise(job.seed, 0, ids, policy.latent_shape, kernel.num_steps, device),
+            scorer,
             reference=job.reference,
             with_kl=job.with_kl,
         )
@@ -135,28 +129,29 @@ def _judged(
     )
 
 
-def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], Any]:
-    """(policy, its controls in column order, scheduler): from the adapter, or untouched when there is none."""
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    unet = load_unet(job.base_model, job.revision, dtype=dtype)
-    scheduler = load_scheduler(job.base_model, job.revision)
+def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], StepKernel]:
+    """(policy, its controls in column order, kernel): from the adapter, or untouched when there is none."""
+    backbone = load_backbone(job.base_model, job.revision)
+    denoiser = backbone.load_denoiser(torch.bfloat16 if job.precision == "bf16" else torch.float32)
     controls = dict(job.controls)
     if job.adapter is None:
         counts = {name: control.num_classes for name, control in controls.items()}
-        policy = ControlledPolicy(unet, counts, lora=None, prediction_type=scheduler.config.prediction_type)
-        return policy.eval(), controls, scheduler
+        return (
+            ControlledPolicy(backbone, denoiser, counts, lora=None).eval(),
+            controls,
+            backbone.make_kernel(job.sampler),
+        )
     adapter = folder_here(job.adapter, job.copies)
     info = read_adapter_info(adapter)
-    check_base_model(info, resolve_base_model(job.base_model, job.revision))
+    check_base_model(info, backbone)
     for name, control in info.controls.items():
         controls.setdefault(name, control)
     controls = {name: info.controls.get(name, control) for name, control in controls.items()}
     counts = {name: control.num_classes for name, control in controls.items()}
-    scheduler = ddim_scheduler(dict(info.scheduler))
-    policy = ControlledPolicy(unet, counts, lora=info.lora, prediction_type=scheduler.config.prediction_type)
+    policy = ControlledPolicy(backbone, denoiser, counts, lora=info.lora, full_finetune=info.lora is None)
     load_into_policy(adapter, policy)
     policy.scale_adapter(job.adapter_scale)
-    return policy.eval(), controls, scheduler
+    return policy.eval(), controls, backbone.make_kernel(job.sampler, info.scheduler)
 
 
 def evaluation_ids(num_samples: int) -> Sequence[int]:

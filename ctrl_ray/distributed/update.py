@@ -1,78 +1,118 @@
-"""One update and one evaluation of a policy, on one rank of many."""
+"""One update of CTRL, on one rank of many: roll out, score, adjoint pass, optimizer step."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
-from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds, rank_share, training_batch
-from ctrl_ray.distributed.engine import PolicyEngine, all_reduce_sum
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.batches import Batch, num_rounds, rank_share, training_batch
+from ctrl_ray.distributed.engine import all_reduce_sum
+from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import Estimator
-from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, policy_step, rollout
-from ctrl_ray.oracles import load_oracle, measure
-from ctrl_ray.policy.protocol import Encoder
-from ctrl_ray.rewards.protocol import PendingRewards, Rewards
+from ctrl_ray.gradients.adjoint import AdjointPlan, AdjointStats, Estimator, TerminalReward, adjoint_pass
+from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.gradients.rollout import Trajectory
+from ctrl_ray.rewards.protocol import PendingRewards, RewardAnswer
 
 
 @dataclass(frozen=True)
-class Rank:
-    """Who this process is in the group."""
+class CTRL:
+    """The paper's method: direct back-propagation of γ log p(y|x,c) − kl_coef KL, one optimizer step per rollout.
 
-    index: int
-    size: int
-    device: torch.device
+    A `Method` (`ctrl_ray.distributed.method`). The estimator says how the gradient goes back.
+    """
 
-
-@dataclass(frozen=True)
-class Learner:
-    """Everything an update needs."""
-
-    config: TrainConfig
-    engine: PolicyEngine
-    kernel: StepKernel
-    encoder: Encoder
-    rewards: Rewards
     estimator: Estimator
-    controls: Mapping[str, ControlConfig]
-    """The policy's, in column order; the config's controls first."""
-    prompts: Sequence[str]
-    rank: Rank
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> CTRL:
+        """With the estimator that the config names."""
+        return cls(make_estimator(config.estimator, config.sampler.num_steps))
 
     @property
-    def guidance(self) -> Guidance:
-        """Classifier-free guidance of the run."""
-        return Guidance(self.config.sampler.guidance_scale, self.config.sampler.control_scale)
+    def needs_cotangent(self) -> bool:
+        """Whether the reward must have a gradient."""
+        return self.estimator.needs_cotangent
 
-    @property
-    def num_rewarded(self) -> int:
-        """Label columns that the rewards know: the config's controls."""
-        return len(self.config.controls)
+    def update(self, learner: Learner, update: int) -> dict[str, float]:
+        """Roll out, score, adjoint pass, step; returns the update's metrics, the same on every rank.
 
-    def roll_out(self, batch: Batch, seed: int, update: int, *, with_kl: bool = False) -> Trajectory:
-        """Sample a batch under the policy, its noise keyed by (seed, update, sample id)."""
-        return rollout(
-            self.engine,
-            self.kernel,
-            self.encoder.encode(batch.prompts),
-            batch.labels.to(self.rank.device),
-            self.guidance,
-            keyed_noise(
-                seed, update, batch.sample_ids, self.engine.latent_shape, self.kernel.num_steps, self.rank.device
-            ),
-            with_kl=with_kl,
-            latent_reduction=self.config.latent_reduction,
+        The pool scores micro-batch i while i + 1 is rolled out. A global batch that does not divide by the number of ranks
+        is shared as evenly as it can be. Raises NonFiniteError where a reward, a loss or a cotangent is not finite.
+        """
+        config, rank = learner.config, learner.rank
+        clock = _Clock()
+        batch = training_batch(
+            config.seed,
+            update,
+            rank_share(config.global_batch_size, rank.index, rank.size),
+            learner.prompts,
+            learner.controls,
+            tuple(config.controls),
+            config.control_dropout,
+            config.group_size,
         )
+        totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
+        size = config.micro_batch_size_per_worker
+        waiting: _Scored | None = None
+        for index in range(num_rounds(config.global_batch_size, rank.size, size)):
+            part = batch.select(index * size, (index + 1) * size)
+            padding = not len(part)
+            if padding:
+                part = batch.select(0, 1)
+            with clock("rollout_s"):
+                trajectory = learner.roll_out(part, config.seed, update)
+                pending = learner.submit(part, trajectory.clean_latents)
+            if waiting is not None:
+                totals += self._go_back(learner, waiting, update, clock)
+            waiting = _Scored(part, trajectory, pending, index, padding)
+        assert waiting is not None
+        totals += self._go_back(learner, waiting, update, clock)
+        totals = all_reduce_sum(totals)
+        with clock("backward_s"):
+            gradient_norm = learner.engine.step(update)
+        return _update_metrics(learner, totals, gradient_norm, clock)
+
+    def _go_back(self, learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Tensor:
+        """The adjoint pass of one micro-batch; returns its part of the update's sums (see `_sums`)."""
+        config, rank = learner.config, learner.rank
+        where = f"update {update}, micro-batch {scored.index} on rank {rank.index}"
+        with clock("reward_wait_s"):
+            answer = scored.pending.result()
+        _require_rewards(answer, self.needs_cotangent, where)
+        strengths = scored.batch.strengths[:, : learner.num_rewarded].double()
+        value = (strengths * answer.log_probs.double().cpu()).sum(1)
+        reward = TerminalReward(
+            value.to(rank.device), None if answer.cotangent is None else answer.cotangent.to(rank.device)
+        )
+        plan = self.estimator.plan(learner.kernel.num_steps, config.seed, update, scored.index)
+        # the engine averages over ranks, so that Σ over all ranks and micro-batches is 1
+        weight = 0.0 if scored.padding else rank.size / config.global_batch_size
+        with clock("backward_s"):
+            try:
+                stats = adjoint_pass(
+                    learner.engine,
+                    learner.kernel,
+                    scored.trajectory,
+                    reward,
+                    self.estimator,
+                    plan,
+                    kl_coef=config.kl_coef,
+                    sample_weights=torch.full((len(scored.batch),), weight, device=rank.device),
+                    backward=learner.engine.backward,
+                    latent_reduction=config.latent_reduction,
+                    groups=torch.tensor(scored.batch.sample_ids, device=rank.device) // config.group_size,
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{where}: {error}") from error
+        if scored.padding:
+            return torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
+        return _sums(learner, scored.batch, answer, plan, stats)
 
 
 @dataclass(frozen=True)
@@ -82,118 +122,36 @@ class _Scored:
     pending: PendingRewards
     index: int
     padding: bool
-    """It only keeps this rank in step with the others: no weight, no figures."""
+    """It only keeps this rank in step with the others: no weight, no part in the metrics."""
 
 
-def train_update(learner: Learner, update: int) -> dict[str, float]:
-    """Roll out, score, sweep, step; returns the update's metrics, the same on every rank.
-
-    The pool scores micro-batch i while i + 1 is rolled out. A global batch that does not divide by the number of ranks
-    is shared as evenly as it can be. Raises NonFiniteError before the optimizer step.
-    """
-    config, rank = learner.config, learner.rank
-    clock = _Clock()
-    batch = training_batch(
-        config.seed,
-        update,
-        rank_share(config.global_batch_size, rank.index, rank.size),
-        learner.prompts,
-        learner.controls,
-        tuple(config.controls),
-        config.control_dropout,
-        config.group_size,
-    )
-    totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
-    size = config.micro_batch_size_per_worker
-    waiting: _Scored | None = None
-    for index in range(num_rounds(config.global_batch_size, rank.size, size)):
-        part = batch.select(index * size, (index + 1) * size)
-        padding = not len(part)
-        if padding:
-            part = batch.select(0, 1)
-        with clock("rollout_s"):
-            trajectory = learner.roll_out(part, config.seed, update)
-            scored = _Scored(part, trajectory, _submit(learner, part, trajectory.clean_latents), index, padding)
-        if waiting is not None:
-            totals += _sweep(learner, waiting, update, clock)
-        waiting = scored
-    assert waiting is not None
-    totals += _sweep(learner, waiting, update, clock)
-    totals = all_reduce_sum(totals)
-    with clock("backward_s"):
-        gradient_norm = learner.engine.step(update)
-    return _update_metrics(learner, totals, gradient_norm, clock)
-
-
-def _submit(learner: Learner, batch: Batch, latents: Tensor) -> PendingRewards:
-    columns = learner.num_rewarded
-    return learner.rewards.submit(latents, batch.prompts, batch.labels[:, :columns], batch.strengths[:, :columns])
-
-
-def _sweep(learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Tensor:
-    """Sweep one micro-batch; returns (Σ reward, labelled samples, Σ KL labelled, Σ KL null, per control Σ log p, n)."""
-    config, batch, rank = learner.config, scored.batch, learner.rank
-    with clock("reward_wait_s"):
-        rewarded = scored.pending.result()
-    log_probs = rewarded.log_probs.double().cpu()
-    missing = learner.estimator.needs_cotangent and rewarded.cotangent is None
+def _require_rewards(answer: RewardAnswer, needs_cotangent: bool, where: str) -> None:
+    log_probs = answer.log_probs
+    missing = needs_cotangent and answer.cotangent is None
     if missing or not bool(torch.isfinite(log_probs).all()):
         raise NonFiniteError(
-            f"update {update}, micro-batch {scored.index} on rank {rank.index}: rewards are missing or not finite "
+            f"{where}: rewards are missing or not finite "
             f"(log-probabilities {log_probs.min():.3g} … {log_probs.max():.3g}); look at the classifier"
         )
+
+
+def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPlan, stats: AdjointStats) -> Tensor:
+    """(Σ reward, labelled samples, Σ KL labelled, Σ KL null, per control Σ log p, per control labelled samples)."""
     columns = learner.num_rewarded
-    strengths = batch.strengths[:, :columns].double()
-    reward = TerminalReward(
-        (strengths * log_probs).sum(1).to(rank.device),
-        None if rewarded.cotangent is None else rewarded.cotangent.to(rank.device),
-    )
-    plan = learner.estimator.plan(learner.kernel.num_steps, config.seed, update, scored.index)
-    groups = torch.tensor(batch.sample_ids, device=rank.device) // config.group_size
-    with clock("backward_s"):
-        try:
-            stats = adjoint_pass(
-                learner.engine,
-                learner.kernel,
-                scored.trajectory,
-                reward,
-                plan,
-                kl_coef=config.kl_coef,
-                # the engine averages over ranks, so that Σ over all ranks and micro-batches is 1
-                sample_weights=torch.full(
-                    (len(batch),), 0.0 if scored.padding else rank.size / config.global_batch_size, device=rank.device
-                ),
-                backward=learner.engine.backward,
-                latent_reduction=config.latent_reduction,
-                groups=groups,
-            )
-        except NonFiniteError as error:
-            message = f"update {update}, micro-batch {scored.index} on rank {rank.index}: {error}"
-            raise NonFiniteError(message) from error
-    if scored.padding:
-        return torch.zeros(4 + 2 * columns, dtype=torch.float64)
-    counted = (batch.labels[:, :columns] != _null(learner)[:columns]).double()
+    log_probs = answer.log_probs.double().cpu()
+    null = torch.tensor([control.num_classes for control in learner.controls.values()])[:columns]
+    counted = (batch.labels[:, :columns] != null).double()
     labelled = (counted.sum(1) > 0).double()
     # weighted like the gradient: an unbiased estimate where the plan leaves steps out at random
     kl = (stats.kl_per_step.double().cpu() * torch.tensor(plan.weights, dtype=torch.float64)).nansum(1)
+    reward = (batch.strengths[:, :columns].double() * log_probs).sum()
     return torch.cat(
         [
-            torch.stack(
-                [
-                    (strengths * log_probs).sum(),
-                    labelled.sum(),
-                    (kl * labelled).sum(),
-                    (kl * (1 - labelled)).sum(),
-                ]
-            ),
+            torch.stack([reward, labelled.sum(), (kl * labelled).sum(), (kl * (1 - labelled)).sum()]),
             (log_probs * counted).sum(0),
             counted.sum(0),
         ]
     )
-
-
-def _null(learner: Learner) -> Tensor:
-    return torch.tensor([control.num_classes for control in learner.controls.values()])
 
 
 def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, clock: _Clock) -> dict[str, float]:
@@ -217,113 +175,6 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
         if count:
             metrics[f"log_prob/{name}"] = value / count
     return metrics
-
-
-def evaluate_policy(
-    learner: Learner, num_samples: int, on_samples: Callable[[Batch, np.ndarray], None] | None = None
-) -> dict[str, float]:
-    """Accuracy by the oracles on decoded samples, and KL, over all ranks; the noise is the same every time.
-
-    A control without an oracle is judged by its classifier, under 'believed_accuracy' only. on_samples sees this
-    rank's batches with their uint8 images (B, H, W, 3).
-    """
-    config, rank = learner.config, learner.rank
-    active = tuple(config.controls)
-    confusions = [torch.zeros(c.num_classes, c.num_classes, dtype=torch.float64) for c in config.controls.values()]
-    totals = torch.zeros(2 + len(active), dtype=torch.float64)
-    mine = list(range(rank.index, num_samples, rank.size))
-    rounds = num_rounds(num_samples, rank.size, config.evaluation.batch_size)
-    size = math.ceil(math.ceil(num_samples / rank.size) / rounds)
-    for index in range(rounds):  # the same number of forwards on every rank, padded by a repeated sample
-        ids = mine[index * size : (index + 1) * size]
-        batch = evaluation_batch(ids or [0], learner.prompts, learner.controls, active)
-        trajectory = learner.roll_out(batch, config.evaluation.seed, 0, with_kl=True)
-        if not ids:
-            continue
-        assert trajectory.kl_per_step is not None
-        totals[0] += len(ids)
-        totals[1] += trajectory.kl_per_step.double().sum().cpu()
-        images = learner.rewards.decode(trajectory.clean_latents).numpy()
-        if on_samples is not None:
-            on_samples(batch, images)
-        believed = _submit(learner, batch, trajectory.clean_latents).result().log_probs
-        for column, control in enumerate(config.controls.values()):
-            totals[2 + column] += believed[:, column].double().sum()
-            if control.oracle:
-                measured = measured_classes(control, images)
-                for asked, got in zip(batch.labels[:, column].tolist(), measured, strict=True):
-                    confusions[column][asked, got] += 1
-    totals = all_reduce_sum(totals)
-    metrics = {"kl": float(totals[1] / totals[0]), "num_samples": float(totals[0])}
-    accuracies = []
-    for column, (name, control) in enumerate(config.controls.items()):
-        metrics[f"log_prob/{name}"] = float(totals[2 + column] / totals[0])
-        if control.oracle:
-            confusion = all_reduce_sum(confusions[column])
-            metrics[f"accuracy/{name}"] = float(confusion.trace() / confusion.sum())
-            metrics[f"macro_f1/{name}"] = _macro_f1(confusion)
-            accuracies.append(metrics[f"accuracy/{name}"])
-    if accuracies:
-        metrics["accuracy"] = float(np.mean(accuracies))
-        metrics["macro_f1"] = float(np.mean([metrics[f"macro_f1/{n}"] for n, c in config.controls.items() if c.oracle]))
-    return metrics
-
-
-def kl_noise_floor(learner: Learner) -> float:
-    """KL in nats per trajectory that precision alone makes: the reference against itself in batches of another size."""
-    batch = evaluation_batch(range(8), learner.prompts, learner.controls, tuple(learner.config.controls))
-    trajectory = learner.roll_out(batch, learner.config.evaluation.seed, 0)
-    total = 0.0
-    for step_index in range(learner.kernel.num_steps):
-        if not learner.kernel.controlled(step_index):
-            continue
-        whole = _reference_step(learner, trajectory, step_index, slice(0, 8))
-        for half in (slice(0, 3), slice(3, 8)):
-            part = _reference_step(learner, trajectory, step_index, half)
-            total += float(step_kl(GaussianStep(whole.mean[half], whole.std), part).sum())
-    return total / 8
-
-
-@torch.no_grad()
-def _reference_step(learner: Learner, trajectory: Trajectory, step_index: int, rows: slice) -> GaussianStep:
-    condition = trajectory.condition.select(range(len(trajectory.condition))[rows])
-    return policy_step(
-        learner.engine,
-        learner.kernel,
-        step_index,
-        trajectory.latents[step_index][rows],
-        condition,
-        trajectory.labels[rows],
-        trajectory.guidance,
-        reference=True,
-    )
-
-
-def measured_classes(control: ControlConfig, images: np.ndarray) -> list[int]:
-    """Class of each uint8 image (N, H, W, 3) by the control's oracle."""
-    assert control.oracle is not None
-    return [control.classify(value) for value in measure(load_oracle(control.oracle), images)]
-
-
-def _macro_f1(confusion: Tensor) -> float:
-    """Mean F1 over classes; rows: asked, columns: measured."""
-    hits = confusion.diagonal()
-    return float((2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp_min(1)).mean())
-
-
-def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
-    """Why an evaluation ends the run; '' when it does not."""
-    if config.target_kl is None or metrics["kl"] <= config.target_kl:
-        return ""
-    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
-
-
-def evaluation_score(metrics: Mapping[str, float], config: TrainConfig) -> float:
-    """What 'best' means: the objective Σ_c γ_c E[log p̂_c] − kl_coef KL in nats; −1e9 when the KL is above target_kl."""
-    if exceeds_target_kl(config, metrics):
-        return -1e9
-    rewards = (control.guidance_strength * metrics[f"log_prob/{name}"] for name, control in config.controls.items())
-    return sum(rewards) - config.kl_coef * metrics["kl"]
 
 
 class _Clock:

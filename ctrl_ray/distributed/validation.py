@@ -17,15 +17,9 @@ from ray.train.v2.api.validation_config import ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
+from ctrl_ray.distributed.evaluate import evaluate_policy, evaluation_score, exceeds_target_kl, kl_noise_floor
+from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.update import (
-    Learner,
-    Rank,
-    evaluate_policy,
-    evaluation_score,
-    exceeds_target_kl,
-    kl_noise_floor,
-)
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +16,13 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
+from ctrl_ray.distributed.evaluate import evaluate_policy, evaluation_score, exceeds_target_kl, kl_noise_floor
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.update import (
-    Learner,
-    Rank,
-    evaluate_policy,
-    evaluation_score,
-    exceeds_target_kl,
-    kl_noise_floor,
-    train_update,
-)
 from ctrl_ray.errors import HOPELESS
-from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
-from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
@@ -51,6 +44,8 @@ class TrainJob:
     info: AdapterInfo
     channel: Any
     """MetricsChannel handle."""
+    make_method: Callable[[TrainConfig], Method] = make_method
+    """How the policy is trained; a module's function, which travels by name."""
     copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
     """The adapter that the run goes on from, by value, for hosts that do not have it."""
 
@@ -72,6 +67,7 @@ def train_worker(job: TrainJob) -> None:
 def _train(job: TrainJob) -> None:
     config = job.config
     rank = set_up_process(config)
+    method = job.make_method(config)
     learner, first_update = _build_learner(job, rank)
     progress: dict[str, Any] = {"updates_done": first_update}
     if first_update == 0 and config.evaluation.every_updates:
@@ -81,7 +77,7 @@ def _train(job: TrainJob) -> None:
             _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
     leaving: set[str] = set()
     for update in range(first_update, config.num_updates):
-        metrics = train_update(learner, update)
+        metrics = method.update(learner, update)
         progress["updates_done"] = update + 1
         stop = _tell(job, rank, {"kind": "update", "update": update + 1, "metrics": metrics})
         announced = _announced_losses(leaving)
@@ -158,18 +154,13 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
 def make_learner(job: TrainJob, rank: Rank, engine: Any) -> Learner:
     """Everything around a policy (in its engine, or bare where it is only sampled) that updates and evaluations need."""
     config = job.config
+    backbone = load_backbone(config.base_model, config.base_revision)
     return Learner(
         config=config,
         engine=engine,
-        kernel=make_kernel(
-            load_scheduler(config.base_model, config.base_revision),
-            config.sampler.num_steps,
-            config.sampler.eta,
-            config.sampler.reference_steps,
-        ),
-        encoder=load_prompt_encoder(config.base_model, config.base_revision, device=rank.device),
+        kernel=backbone.make_kernel(config.sampler),
+        encoder=backbone.load_encoder(rank.device),
         rewards=_rewards(job, rank),
-        estimator=make_estimator(config.estimator, config.sampler.num_steps),
         controls=job.controls,
         prompts=job.prompts,
         rank=rank,

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_ray.classifiers.classifier import SETTINGS
-from ctrl_ray.classifiers.examples import SamplePipeline, image_size_of
+from ctrl_ray.classifiers.examples import SamplePipeline
 from ctrl_ray.classifiers.worker import FitJob, fit_worker
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError, ModelError, RunFolderError, own_error
 from ctrl_ray.offline.reading import OnBadRow, plan_reading
 from ctrl_ray.oracles import load_oracle
+from ctrl_ray.policy.backbones import load_backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ def fit_classifier(
     job = FitJob(
         config=config,
         control=control,
-        image_size=image_size_of(config.base_model, config.base_revision),
+        image_size=load_backbone(config.base_model, config.base_revision).image_size(),
         folder=str(scratch / "examples") if storage_path is None else None,
         sample_pipeline=sample_pipeline,
         on_bad_row=on_bad_row,
@@ -125,7 +126,7 @@ def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipel
                 f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
                 "of its numbers; give thresholds"
             )
-    image_size = image_size_of(config.base_model, config.base_revision)
+    image_size = load_backbone(config.base_model, config.base_revision).image_size()
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
     if config.data != "shapes":

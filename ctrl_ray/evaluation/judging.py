@@ -148,16 +148,8 @@ def _measure(
     held_out: HeldOutJudge | None,
     notes: list[str],
 ) -> OracleLabels | None:
-    if oracle is None and control.oracle is not None:
-        oracle = load_oracle(control.oracle)
-    if oracle is not None:
-        values = measure(oracle, samples.images)
-        if not control.thresholds:
-            _check_classes(name, control, values)
-        classes = np.array(
-            [control.classify(value) if control.thresholds else int(value) for value in values], dtype=np.int64
-        )
-        return OracleLabels(classes, values, f"oracle {control.oracle or getattr(oracle, '__name__', 'of the caller')}")
+    if oracle is not None or control.oracle is not None:
+        return oracle_labels(name, control, samples.images, oracle)
     if held_out is not None:
         return OracleLabels(
             np.asarray(held_out(samples.images, samples.prompts), dtype=np.int64), None, "held-out classifier"
@@ -167,6 +159,23 @@ def _measure(
         "was the reward does not judge itself)"
     )
     return None
+
+
+def oracle_labels(name: str, control: ControlConfig, images: np.ndarray, oracle: Oracle | None = None) -> OracleLabels:
+    """The true classes of images (N, H, W, 3) uint8: by the control's oracle, or by `oracle` in its place.
+
+    DataError where an oracle answers with no number, or (without thresholds) with no class.
+    """
+    if oracle is None:
+        assert control.oracle is not None
+        oracle = load_oracle(control.oracle)
+    values = measure(oracle, images)
+    if not control.thresholds:
+        _check_classes(name, control, values)
+    classes = np.array(
+        [control.classify(value) if control.thresholds else int(value) for value in values], dtype=np.int64
+    )
+    return OracleLabels(classes, values, f"oracle {control.oracle or getattr(oracle, '__name__', 'of the caller')}")
 
 
 def _check_classes(name: str, control: ControlConfig, values: np.ndarray) -> None:

@@ -30,9 +30,19 @@ def macro_f1(asked: np.ndarray, measured: np.ndarray, num_classes: int) -> float
     A class that was neither asked for nor measured counts as 0, so that a sampler cannot gain by leaving one out. (A
     class that was never asked for but does occur has TP = 0, hence 0 too.)
     """
-    counts = confusion_matrix(asked, measured, num_classes)
-    total = counts.sum(axis=0) + counts.sum(axis=1)
-    return float(np.mean(2 * np.diag(counts) / np.maximum(total, 1)))
+    return macro_f1_of(confusion_matrix(asked, measured, num_classes))
+
+
+def accuracy_of(confusion: np.ndarray) -> float:
+    """Accuracy by a confusion matrix (K, K), such as the sum of several ranks'; NaN when it is empty."""
+    total = confusion.sum()
+    return float(np.trace(confusion) / total) if total else float("nan")
+
+
+def macro_f1_of(confusion: np.ndarray) -> float:
+    """`macro_f1` by a confusion matrix (K, K)."""
+    total = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return float(np.mean(2 * np.diag(confusion) / np.maximum(total, 1)))
 
 
 class Diversity(NamedTuple):

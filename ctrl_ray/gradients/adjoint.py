@@ -1,4 +1,4 @@
-"""The adjoint sweep: back-propagation through a trajectory, one step's graph at a time.
+"""The adjoint pass: back-propagation through a trajectory, one step's graph at a time.
 
 For k = T−1 … 0, with h_k a fresh leaf and λ_{k+1} the cotangent of h_{k+1}:
 
@@ -9,23 +9,34 @@ which is reverse-mode differentiation of  −Σ weights · log p(y|h_T) + kl_coe
 h_{k+1} = mean_k(h_k) + std_k z_k, step by step (the discrete adjoint): memory is flat in T and independent of the
 reward model. KL_k depends on h_k through the policy and through the reference; both paths count.
 
-The other estimators differ in what carries the cotangent (`AdjointPlan.pullback`): the reference's step alone, or nothing.
+What is computed at one step, and what is carried from step to step, is the estimator's (`Estimator.pull_back`; the
+estimators are in `ctrl_ray.gradients.estimators`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_log_prob, step_kl
+from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.estimators import AdjointPlan
 from ctrl_ray.gradients.rollout import Trajectory, policy_step
 from ctrl_ray.policy.protocol import Policy
+
+
+@dataclass(frozen=True)
+class AdjointPlan:
+    """Which steps one micro-batch's adjoint pass visits, and with what weight."""
+
+    weights: tuple[float, ...]
+    """(T,): multiplies a step's parameter gradient, never the cotangent that is passed on; 0: the step has none."""
+    stop_below: int = 0
+    """The pass runs for step indices T − 1 … stop_below."""
 
 
 class TerminalReward(NamedTuple):
@@ -39,12 +50,115 @@ class TerminalReward(NamedTuple):
 
 @dataclass(frozen=True)
 class AdjointStats:
-    """What a sweep saw."""
+    """What an adjoint pass saw."""
 
     kl_per_step: Tensor
     """(B, T) nats; NaN where the plan computed none."""
-    cotangent_norms: Tensor
-    """(T + 1,): L2 norm of λ_0 … λ_T over the micro-batch; NaN where there is none."""
+
+
+class MicroBatch:
+    """One micro-batch in its adjoint pass: what an estimator asks for at a step."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        kernel: StepKernel,
+        trajectory: Trajectory,
+        *,
+        kl_coef: float,
+        sample_weights: Tensor,
+        backward: Callable[[Tensor], None],
+        latent_reduction: LatentReduction = "sum",
+        groups: Tensor | None = None,
+    ) -> None:
+        """See `adjoint_pass` for what they are."""
+        clean = trajectory.clean_latents
+        self.kernel, self.trajectory, self.groups = kernel, trajectory, groups
+        self.kl_coef, self.backward = kl_coef, backward
+        self.weights = sample_weights.to(clean.dtype)
+        self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
+        self._policy, self._latent_reduction = policy, latent_reduction
+
+    def leaf(self, step_index: int) -> Tensor:
+        """h_k as a leaf that takes a gradient."""
+        return self.trajectory.latents[step_index].detach().requires_grad_(True)
+
+    def step(self, step_index: int, latents: Tensor, *, reference: bool) -> GaussianStep:
+        """Law of the next latents under the policy or the reference."""
+        return policy_step(self._policy, self.kernel, step_index, latents, self.trajectory.inputs, reference=reference)
+
+    def kl(self, step_index: int, step: GaussianStep, ref: GaussianStep) -> Tensor:
+        """KL_k, (B,) in nats; it is also noted for the statistics. **The KL of training is computed here.**"""
+        kl = step_kl(step, ref, self._latent_reduction)
+        self.kl_per_step[:, step_index] = kl.detach()
+        return kl
+
+    def through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
+        """The cotangent carried back through the reference's step alone, and that step (without graph)."""
+        latents = self.leaf(step_index)
+        with torch.enable_grad():
+            ref = self.step(step_index, latents, reference=True)
+            (pulled_back,) = torch.autograd.grad((ref.mean * cotangent).sum(), latents)
+        return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
+
+    def require_finite(self, values: Tensor, what: str) -> None:
+        """NonFiniteError that names `what`, and its value where it is a single one."""
+        if bool(torch.isfinite(values).all()):
+            return
+        got = f" is {float(values.detach())}; expected a finite number" if values.numel() == 1 else " is not finite"
+        raise NonFiniteError(
+            f"{what}{got}. Lower the learning rate or gradient_clipping, or look at the rewards of this micro-batch"
+        )
+
+
+class Calls(NamedTuple):
+    """Denoiser calls."""
+
+    forwards: float
+    backwards: float
+    parameter_backwards: float
+    """Of the backwards' steps, those that make parameter gradients (one reduction each under ZeRO 2 and 3)."""
+
+
+class Estimator(ABC):
+    """A way to estimate the gradient of CTRL's objective."""
+
+    name: ClassVar[str]
+    needs_cotangent: ClassVar[bool] = True
+    """Whether the reward must have a gradient."""
+
+    @abstractmethod
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """The steps of one micro-batch: the same on every rank."""
+
+    @abstractmethod
+    def start(self, batch: MicroBatch, reward: TerminalReward) -> Tensor:
+        """What is carried into the last step: the weighted cotangent λ_T, or the return."""
+
+    @abstractmethod
+    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
+        """Accumulate `weight` times step k's parameter gradient (none where it is 0); returns what is carried to k − 1,
+        which the weight must not touch."""
+
+    @abstractmethod
+    def pass_reference(self, batch: MicroBatch, step_index: int, carried: Tensor) -> Tensor:
+        """Carry on through a step that the reference takes in the policy's place."""
+
+    @abstractmethod
+    def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
+        """Denoiser calls of one step of the adjoint pass: of `pull_back`, or (not controlled) of `pass_reference`."""
+
+    def calls(self, plan: AdjointPlan, kernel: StepKernel) -> Calls:
+        """Denoiser calls of a micro-batch under `plan`: its rollout, and every step of its adjoint pass."""
+        steps = [
+            self.step_calls(controlled=kernel.controlled(k), weighted=plan.weights[k] != 0)
+            for k in range(plan.stop_below, kernel.num_steps)
+        ]
+        return Calls(
+            kernel.num_steps + sum(step.forwards for step in steps),
+            sum(step.backwards for step in steps),
+            sum(step.parameter_backwards for step in steps),
+        )
 
 
 def adjoint_pass(
@@ -52,6 +166,7 @@ def adjoint_pass(
     kernel: StepKernel,
     trajectory: Trajectory,
     reward: TerminalReward,
+    estimator: Estimator,
     plan: AdjointPlan,
     *,
     kl_coef: float,
@@ -62,143 +177,38 @@ def adjoint_pass(
 ) -> AdjointStats:
     """Accumulate the gradient of Σ_b sample_weights_b (−reward_b + kl_coef Σ_k KL_bk) into the policy's parameters.
 
+        estimator = Full()
+        plan = estimator.plan(kernel.num_steps, seed, update, micro_batch)
+        adjoint_pass(policy, kernel, trajectory, reward, estimator, plan, kl_coef=1.0, sample_weights=w, backward=...)
+
     Args:
         trajectory: rolled out under this policy with its present parameters.
-        reward: of the trajectory's clean latents. The sign of the cotangent is turned here, once
+        reward: of the trajectory's clean latents. The sign of the cotangent is turned by the estimator, once
             (λ_T = −Σ_c γ_c ∇ log p_c, weighted).
-        plan: from an estimator; weights multiply parameter gradients only.
+        plan: from the estimator; weights multiply parameter gradients only.
         sample_weights: (B,); they sum to 1 over the global batch (times the number of ranks where the engine averages
             over ranks); 0 marks padding.
         backward: runs back-propagation of a scalar into parameters and leaves (`Tensor.backward`, or the engine's).
         groups: (B,) which samples share prompt and label, for the score function's baseline; None: no baseline.
 
-    Raises NonFiniteError where the loss of a step or a cotangent is not finite.
+    Raises NonFiniteError where the loss of a step, or what is carried to the next, is not finite.
     """
-    sweep = _Sweep(policy, kernel, trajectory, plan, kl_coef, sample_weights, backward, latent_reduction)
-    if plan.pullback == "score":
-        assert reward.value is not None, "the score function needs the reward's value"
-        return sweep.score(reward.value, groups)
-    assert reward.cotangent is not None, "this estimator needs the reward's gradient"
-    return sweep.through(reward.cotangent)
-
-
-class _Sweep:
-    """One micro-batch on its way back."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        kernel: StepKernel,
-        trajectory: Trajectory,
-        plan: AdjointPlan,
-        kl_coef: float,
-        sample_weights: Tensor,
-        backward: Callable[[Tensor], None],
-        latent_reduction: LatentReduction,
-    ) -> None:
-        self.policy, self.kernel, self.trajectory, self.plan = policy, kernel, trajectory, plan
-        self.kl_coef, self.backward, self.latent_reduction = kl_coef, backward, latent_reduction
-        clean = trajectory.clean_latents
-        self.weights = sample_weights.to(clean.dtype)
-        self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
-        self.norms = torch.full((kernel.num_steps + 1,), float("nan"))
-
-    def through(self, reward_cotangent: Tensor) -> AdjointStats:
-        """Carry the cotangent back through the policy's or the reference's steps."""
-        one_step = self._policy_pullback if self.plan.pullback == "policy" else self._reference_pullback
-        cotangent = -reward_cotangent * self.weights.view(-1, *[1] * (reward_cotangent.dim() - 1))
-        self.norms[self.kernel.num_steps] = cotangent.norm()
-        for step_index in reversed(range(self.plan.stop_below, self.kernel.num_steps)):
-            if self.kernel.controlled(step_index):
-                cotangent = one_step(step_index, cotangent)
-            else:  # the reference's own step: a fixed part of the reward, with no parameters
-                self.kl_per_step[:, step_index] = 0.0
-                cotangent, _ = self._through_reference(step_index, cotangent)
-            _require_finite(cotangent, f"the cotangent at denoising step {step_index}")
-            self.norms[step_index] = cotangent.norm()
-        return AdjointStats(self.kl_per_step, self.norms)
-
-    def score(self, rewards: Tensor, groups: Tensor | None) -> AdjointStats:
-        """Log-probabilities times what the later steps and the reward bring, plus the direct gradient of the KL."""
-        returns = rewards.to(self.weights)
-        for step_index in reversed(range(self.plan.stop_below, self.kernel.num_steps)):
-            if not self.kernel.controlled(step_index):
-                self.kl_per_step[:, step_index] = 0.0
-                continue
-            latents = self.trajectory.latents[step_index]
-            step = self._step(step_index, latents, reference=False)
-            with torch.no_grad():
-                ref = self._step(step_index, latents, reference=True)
-            log_prob = gaussian_log_prob(step, self.trajectory.latents[step_index + 1])
-            kl = self._kl(step_index, step, ref)
-            advantages = returns - _leave_one_out(returns, groups)
-            loss = (self.weights * (self.kl_coef * kl - advantages * log_prob)).sum()
-            _require_finite(loss, f"the loss of denoising step {step_index}")
-            self.backward(loss * self.plan.weights[step_index])
-            returns = returns - self.kl_coef * kl.detach()
-        return AdjointStats(self.kl_per_step, self.norms)
-
-    def _policy_pullback(self, step_index: int, cotangent: Tensor) -> Tensor:
-        """Step k's parameter gradient; the cotangent through policy and KL, free of the step's weight."""
-        latents = self._leaf(step_index)
-        step = self._step(step_index, latents, reference=False)
-        kl = self._kl(step_index, step, self._step(step_index, latents, reference=True))
-        loss = (step.mean * cotangent).sum() + self.kl_coef * (kl * self.weights).sum()
-        _require_finite(loss, f"the loss of denoising step {step_index}")
-        weight = self.plan.weights[step_index]
-        if weight == 0:
-            return torch.autograd.grad(loss, latents)[0]
-        self.backward(loss * weight)
-        assert latents.grad is not None
-        return latents.grad / weight
-
-    def _reference_pullback(self, step_index: int, cotangent: Tensor) -> Tensor:
-        """Adjoint matching: regress the policy's mean on the adjoint, and carry that through the reference."""
-        pulled_back, ref = self._through_reference(step_index, cotangent)
-        if self.plan.weights[step_index]:
-            step = self._step(step_index, self.trajectory.latents[step_index], reference=False)
-            kl = self._kl(step_index, step, ref)
-            loss = (step.mean * cotangent).sum() + self.kl_coef * (kl * self.weights).sum()
-            _require_finite(loss, f"the loss of denoising step {step_index}")
-            self.backward(loss * self.plan.weights[step_index])
-        return pulled_back
-
-    def _through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
-        latents = self._leaf(step_index)
-        with torch.enable_grad():
-            ref = self._step(step_index, latents, reference=True)
-            (pulled_back,) = torch.autograd.grad((ref.mean * cotangent).sum(), latents)
-        return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
-
-    def _leaf(self, step_index: int) -> Tensor:
-        return self.trajectory.latents[step_index].detach().requires_grad_(True)
-
-    def _step(self, step_index: int, latents: Tensor, *, reference: bool) -> GaussianStep:
-        at = self.trajectory
-        return policy_step(
-            self.policy, self.kernel, step_index, latents, at.condition, at.labels, at.guidance, reference=reference
-        )
-
-    def _kl(self, step_index: int, step: GaussianStep, ref: GaussianStep) -> Tensor:
-        kl = step_kl(step, ref, self.latent_reduction)
-        self.kl_per_step[:, step_index] = kl.detach()
-        return kl
-
-
-def _leave_one_out(returns: Tensor, groups: Tensor | None) -> Tensor:
-    """Mean return of the other samples of each one's group, (B,); 0 for a sample that is alone."""
-    if groups is None:
-        return torch.zeros_like(returns)
-    _, group = torch.unique(groups, return_inverse=True)
-    sums = torch.zeros_like(returns).index_add(0, group, returns)[group]
-    counts = torch.zeros_like(returns).index_add(0, group, torch.ones_like(returns))[group]
-    return (sums - returns) / (counts - 1).clamp_min(1.0)
-
-
-def _require_finite(values: Tensor, what: str) -> None:
-    if bool(torch.isfinite(values).all()):
-        return
-    got = f" is {float(values.detach())}; expected a finite number" if values.numel() == 1 else " is not finite"
-    raise NonFiniteError(
-        f"{what}{got}. Lower the learning rate or gradient_clipping, or look at the rewards of this micro-batch"
+    batch = MicroBatch(
+        policy,
+        kernel,
+        trajectory,
+        kl_coef=kl_coef,
+        sample_weights=sample_weights,
+        backward=backward,
+        latent_reduction=latent_reduction,
+        groups=groups,
     )
+    carried = estimator.start(batch, reward)
+    for step_index in reversed(range(plan.stop_below, kernel.num_steps)):
+        if kernel.controlled(step_index):
+            carried = estimator.pull_back(batch, step_index, carried, plan.weights[step_index])
+        else:  # the reference's own step: a fixed part of the reward, with no parameters
+            batch.kl_per_step[:, step_index] = 0.0
+            carried = estimator.pass_reference(batch, step_index, carried)
+        batch.require_finite(carried, f"the cotangent at denoising step {step_index}")
+    return AdjointStats(batch.kl_per_step)

@@ -1,106 +1,123 @@
-"""Gradient estimators: which steps of a trajectory are swept, with what weight, and what carries the cotangent back.
+"""Gradient estimators: which steps of a trajectory are visited, with what weight, and what carries the cotangent back.
 
-Each function here returns an `Estimator`. What it costs counts calls of the denoiser per sample and update, rollout
-included: T steps, all of them under the policy's control; twice as many with classifier-free guidance.
+Each is a small class that owns its plan, its pullback and its cost. What it costs counts calls of the denoiser, each with
+a whole micro-batch and all its guidance branches (two with classifier-free guidance), rollout included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from ctrl_ray.config import EstimatorConfig
 from ctrl_ray.diffusion.noise import draw_uniform
+from ctrl_ray.diffusion.steps import gaussian_log_prob
 from ctrl_ray.errors import ConfigError
-
-Pullback = Literal["policy", "reference", "score"]
-
-
-@dataclass(frozen=True)
-class AdjointPlan:
-    """One micro-batch's sweep."""
-
-    weights: tuple[float, ...]
-    """(T,): multiplies a step's parameter gradient, never the cotangent that is passed on; 0: the step has none."""
-    stop_below: int
-    """The sweep runs for step indices T − 1 … stop_below."""
-    pullback: Pullback
-    """What carries the reward's gradient from step to step: the policy's own step; the reference's step (adjoint
-    matching); nothing, where the score function replaces it."""
+from ctrl_ray.gradients.adjoint import AdjointPlan, Calls, Estimator, MicroBatch, TerminalReward
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """A way to estimate the gradient of CTRL's objective."""
+class _ByCotangent(Estimator):
+    """Estimators that carry the cotangent λ of the latents."""
 
-    name: str
-    needs_cotangent: bool
-    """Whether the reward must have a gradient."""
-    plan: Callable[[int, int, int, int], AdjointPlan]
-    """(num_steps, seed, update, micro_batch) to the plan: the same on every rank."""
-    cost: Callable[[int, bool], Mapping[str, float]]
-    """(num_steps, guided) to denoiser 'forwards' and 'backwards' per sample, the mean over random plans."""
+    def start(self, batch: MicroBatch, reward: TerminalReward) -> Tensor:
+        """λ_T = −Σ_c γ_c ∇ log p_c, times each sample's weight."""
+        assert reward.cotangent is not None, f"{self.name} needs the reward's gradient"
+        return -reward.cotangent * batch.weights.view(-1, *[1] * (reward.cotangent.dim() - 1))
+
+    def pass_reference(self, batch: MicroBatch, step_index: int, carried: Tensor) -> Tensor:
+        """Through the reference's step."""
+        return batch.through_reference(step_index, carried)[0]
+
+    def _loss(self, batch: MicroBatch, step_index: int, mean: Tensor, carried: Tensor, kl: Tensor) -> Tensor:
+        loss = (mean * carried).sum() + batch.kl_coef * (kl * batch.weights).sum()
+        batch.require_finite(loss, f"the loss of denoising step {step_index}")
+        return loss
 
 
-def full() -> Estimator:
-    """The exact gradient of the discretised objective: every step is swept with weight 1.
+class _ThroughPolicy(_ByCotangent):
+    """The cotangent goes back through the policy's own step, and through the KL's two means."""
+
+    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
+        """One backward gives both: parameter gradient and next cotangent."""
+        latents = batch.leaf(step_index)
+        step = batch.step(step_index, latents, reference=False)
+        kl = batch.kl(step_index, step, batch.step(step_index, latents, reference=True))
+        loss = self._loss(batch, step_index, step.mean, carried, kl)
+        if weight == 0:
+            return torch.autograd.grad(loss, latents)[0]
+        batch.backward(loss * weight)
+        assert latents.grad is not None
+        return latents.grad / weight
+
+    def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
+        """Policy and reference, forward and backward."""
+        return Calls(2, 2, float(weighted)) if controlled else Calls(1, 1, 0)
+
+
+class Full(_ThroughPolicy):
+    """The exact gradient of the discretised objective: every step is visited with weight 1.
 
     Unbiased: autograd through the whole graph, to rounding. Cost: 3 T forwards (rollout; policy and reference in the
-    sweep), 2 T backwards.
+    adjoint pass), 2 T backwards; one each less for a step that is the reference's.
     """
-    return Estimator(
-        "full",
-        needs_cotangent=True,
-        plan=lambda num_steps, seed, update, micro_batch: AdjointPlan((1.0,) * num_steps, 0, "policy"),
-        cost=lambda num_steps, guided: _cost(3 * num_steps, 2 * num_steps, guided),
-    )
+
+    name = "full"
+
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """All steps."""
+        return AdjointPlan((1.0,) * num_steps)
 
 
-def last_k(steps: int) -> Estimator:
-    """Only the last `steps` steps are swept (DRaFT-K, Clark et al. 2024); those before get no gradient.
+@dataclass(frozen=True)
+class LastK(_ThroughPolicy):
+    """Only the last `steps` steps are visited (DRaFT-K, Clark et al. 2024); those before get no gradient.
 
     Biased: unbiased for the derivative by the last steps' use of the parameters only, so it reaches too small a
     reward. Cost with K = steps: T + 2 K forwards, 2 K backwards.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
-        first = _first_of_last(num_steps, steps)
-        return AdjointPlan((0.0,) * first + (1.0,) * (num_steps - first), first, "policy")
+    steps: int
+    name: ClassVar[str] = "last_k"
 
-    return Estimator(
-        "last_k",
-        needs_cotangent=True,
-        plan=plan,
-        cost=lambda num_steps, guided: _cost(num_steps + 2 * steps, 2 * steps, guided),
-    )
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """The last steps; ConfigError where the sampler has fewer."""
+        if not 1 <= self.steps <= num_steps:
+            raise ConfigError(
+                f"last_k visits {self.steps} steps; expected 1 to {num_steps}, the sampler's number of steps"
+            )
+        first = num_steps - self.steps
+        return AdjointPlan((0.0,) * first + (1.0,) * self.steps, first)
 
 
-def random_suffix(full_probability: float = 0.3) -> Estimator:
-    """One draw of K per micro-batch: steps k ≥ K are swept, step k's parameter gradient weighted by 1 / P(K ≤ k).
+@dataclass(frozen=True)
+class RandomSuffix(_ThroughPolicy):
+    """One draw of K per micro-batch: steps k ≥ K are visited, step k's parameter gradient weighted by 1 / P(K ≤ k).
 
     K = 0 with `full_probability`, else uniform over 1 … T − 1. Unbiased before gradient clipping: λ_{k+1} depends on
     steps above k only, all of them kept, so E Σ 1{K ≤ k} g_k / P(K ≤ k) = Σ g_k. The weights inflate the gradient's
-    norm. Cost: T + 2 S forwards, 2 S backwards, with S = T − (1 − full_probability) T / 2 swept steps on average.
+    norm. Cost: T + 2 S forwards, 2 S backwards, with S = T − (1 − full_probability) T / 2 visited steps on average.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
-        draw = draw_uniform(seed, update, micro_batch, "random_suffix")
+    full_probability: float = 0.3
+    name: ClassVar[str] = "random_suffix"
+
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """The steps from K on."""
+        share, draw = self.full_probability, draw_uniform(seed, update, micro_batch, "random_suffix")
         first = 0
-        if draw >= full_probability and num_steps > 1:
-            first = 1 + int((draw - full_probability) / (1 - full_probability) * (num_steps - 1))
-        kept = [full_probability + (1 - full_probability) * _share(k, num_steps) for k in range(num_steps)]
-        weights = tuple(1.0 / kept[k] if k >= first else 0.0 for k in range(num_steps))
-        return AdjointPlan(weights, first, "policy")
-
-    def cost(num_steps: int, guided: bool) -> Mapping[str, float]:
-        swept = num_steps - (1 - full_probability) * num_steps / 2 if num_steps > 1 else 1.0
-        return _cost(num_steps + 2 * swept, 2 * swept, guided)
-
-    return Estimator("random_suffix", needs_cotangent=True, plan=plan, cost=cost)
+        if draw >= share and num_steps > 1:
+            first = 1 + int((draw - share) / (1 - share) * (num_steps - 1))
+        below = [k / (num_steps - 1) if num_steps > 1 else 1.0 for k in range(num_steps)]  # P(K ≤ k | not the whole)
+        weights = (1.0 / (share + (1 - share) * below[k]) if k >= first else 0.0 for k in range(num_steps))
+        return AdjointPlan(tuple(weights), first)
 
 
-def adjoint_matching(matched_steps: int = 0) -> Estimator:
+@dataclass(frozen=True)
+class AdjointMatching(_ByCotangent):
     """The policy is regressed on the lean adjoint, which the *reference* alone carries back (Domingo-Enrich et al. 2025).
 
     Per matched step, with h_k detached: ⟨mean_k, a_{k+1}⟩ + kl_coef KL_k. matched_steps of the T steps are chosen, one
@@ -110,35 +127,75 @@ def adjoint_matching(matched_steps: int = 0) -> Estimator:
     steps. Cost with M matched steps: 2 T + M forwards (rollout; reference; policy), T + M backwards.
     """
 
-    def plan(num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
-        count = min(matched_steps or num_steps, num_steps)
+    matched_steps: int = 0
+    name: ClassVar[str] = "adjoint_matching"
+
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """All steps, with weight at the matched ones."""
+        count = min(self.matched_steps or num_steps, num_steps)
         borders = [round(stratum * num_steps / count) for stratum in range(count + 1)]
         weights = [0.0] * num_steps
         for stratum, (low, high) in enumerate(zip(borders, borders[1:], strict=False)):
             draw = draw_uniform(seed, update, micro_batch, f"adjoint_matching {stratum}")
             weights[low + int(draw * (high - low))] = float(high - low)
-        return AdjointPlan(tuple(weights), 0, "reference")
+        return AdjointPlan(tuple(weights))
 
-    def cost(num_steps: int, guided: bool) -> Mapping[str, float]:
-        matched = min(matched_steps or num_steps, num_steps)
-        return _cost(2 * num_steps + matched, num_steps + matched, guided)
+    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
+        """The adjoint through the reference; where matched, the policy's mean is regressed on it."""
+        pulled_back, ref = batch.through_reference(step_index, carried)
+        if weight:
+            step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
+            kl = batch.kl(step_index, step, ref)
+            batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
+        return pulled_back
 
-    return Estimator("adjoint_matching", needs_cotangent=True, plan=plan, cost=cost)
+    def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
+        """The reference's step; the policy's where matched."""
+        matched = float(controlled and weighted)
+        return Calls(1 + matched, 1 + matched, matched)
 
 
-def reinforce() -> Estimator:
+class Reinforce(Estimator):
     """Score-function gradient with returns-to-go, and the direct gradient of each step's KL; the reward needs none.
 
     Step k's return is Σ_c γ_c log p_c − kl_coef Σ_{j>k} KL_j, less the mean return of the other samples of its group
     (same prompt and label: `group_size`). Unbiased; its variance is the largest of all, so take large batches. Not
     divided by the standard deviation of the returns, which would move the optimum. Cost: 3 T forwards, T backwards.
     """
-    return Estimator(
-        "reinforce",
-        needs_cotangent=False,
-        plan=lambda num_steps, seed, update, micro_batch: AdjointPlan((1.0,) * num_steps, 0, "score"),
-        cost=lambda num_steps, guided: _cost(3 * num_steps, num_steps, guided),
-    )
+
+    name = "reinforce"
+    needs_cotangent = False
+
+    def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
+        """All steps."""
+        return AdjointPlan((1.0,) * num_steps)
+
+    def start(self, batch: MicroBatch, reward: TerminalReward) -> Tensor:
+        """The reward, (B,)."""
+        assert reward.value is not None, "the score function needs the reward's value"
+        return reward.value.to(batch.weights)
+
+    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
+        """Log-probability times the return's advantage, plus the KL; the KL is taken from the return."""
+        latents = batch.trajectory.latents[step_index]
+        step = batch.step(step_index, latents, reference=False)
+        with torch.no_grad():
+            ref = batch.step(step_index, latents, reference=True)
+        log_prob = gaussian_log_prob(step, batch.trajectory.latents[step_index + 1])
+        kl = batch.kl(step_index, step, ref)
+        advantages = carried - _leave_one_out(carried, batch.groups)
+        loss = (batch.weights * (batch.kl_coef * kl - advantages * log_prob)).sum()
+        batch.require_finite(loss, f"the loss of denoising step {step_index}")
+        batch.backward(loss * weight)
+        return carried - batch.kl_coef * kl.detach()
+
+    def pass_reference(self, batch: MicroBatch, step_index: int, carried: Tensor) -> Tensor:
+        """The return stays: the step has no parameters and no KL."""
+        return carried
+
+    def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
+        """Both forwards, one backward; nothing where the reference takes the step."""
+        return Calls(2, 1, float(weighted)) if controlled else Calls(0, 0, 0)
 
 
 def make_estimator(config: EstimatorConfig, num_steps: int) -> Estimator:
@@ -148,26 +205,20 @@ def make_estimator(config: EstimatorConfig, num_steps: int) -> Estimator:
             f"estimator.steps is {config.steps}, but the sampler has {num_steps} steps (sampler.num_steps); lower it"
         )
     makers: dict[str, Callable[[], Estimator]] = {
-        "full": full,
-        "last_k": lambda: last_k(config.steps or 1),
-        "random_suffix": lambda: random_suffix(config.full_probability),
-        "adjoint_matching": lambda: adjoint_matching(config.steps),
-        "reinforce": reinforce,
+        Full.name: Full,
+        LastK.name: lambda: LastK(config.steps or 1),
+        RandomSuffix.name: lambda: RandomSuffix(config.full_probability),
+        AdjointMatching.name: lambda: AdjointMatching(config.steps),
+        Reinforce.name: Reinforce,
     }
     return makers[config.name]()
 
 
-def _first_of_last(num_steps: int, steps: int) -> int:
-    if not 1 <= steps <= num_steps:
-        raise ConfigError(f"last_k sweeps {steps} steps; expected 1 to {num_steps}, the sampler's number of steps")
-    return num_steps - steps
-
-
-def _share(k: int, num_steps: int) -> float:
-    """P(K ≤ k) for K uniform over 1 … T − 1."""
-    return k / (num_steps - 1) if num_steps > 1 else 1.0
-
-
-def _cost(forwards: float, backwards: float, guided: bool) -> dict[str, float]:
-    branches = 2 if guided else 1
-    return {"forwards": float(forwards * branches), "backwards": float(backwards * branches)}
+def _leave_one_out(returns: Tensor, groups: Tensor | None) -> Tensor:
+    """Mean return of the other samples of each one's group, (B,); 0 for a sample that is alone."""
+    if groups is None:
+        return torch.zeros_like(returns)
+    _, group = torch.unique(groups, return_inverse=True)
+    sums = torch.zeros_like(returns).index_add(0, group, returns)[group]
+    counts = torch.zeros_like(returns).index_add(0, group, torch.ones_like(returns))[group]
+    return (sums - returns) / (counts - 1).clamp_min(1.0)

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ctrl_ray.diffusion.noise import draw_noise
-from ctrl_ray.diffusion.steps import GaussianStep, Guidance, LatentReduction, StepKernel, gaussian_sample, step_kl
-from ctrl_ray.policy.protocol import Condition, Policy
+from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_sample, step_kl
+from ctrl_ray.policy.protocol import Inputs, Policy
+from ctrl_ray.rewards.protocol import Rewards
 
 NoiseSource = Callable[[int], Tensor]
-"""0: the initial noise; k + 1: the noise of step k; each (B, ...)."""
+"""0: the initial noise; k + 1: the noise of step k; each (B, ...). Asked once for each, in this order."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One rolled-out micro-batch. The noise is not kept: it is keyed, and the sweep does not need it."""
+    """One rolled-out micro-batch. The noise is not kept: it is keyed, and the adjoint pass does not need it."""
 
     latents: Tensor
     """(T + 1, B, ...) float32: h_0 (initial noise) … h_T (clean latents)."""
-    condition: Condition
-    labels: Tensor
-    """(B, C) int64, null allowed."""
-    guidance: Guidance
+    inputs: Inputs
     kl_per_step: Tensor | None = None
     """(B, T) nats, when it was asked for."""
 
@@ -33,6 +32,29 @@ class Trajectory:
     def clean_latents(self) -> Tensor:
         """h_T, (B, ...)."""
         return self.latents[-1]
+
+
+class Sampler(Protocol):
+    """From noise to clean latents: `rollout` is the plain one, a baseline may ask the rewards on its way.
+
+    A sampler is a module's function (or an object that pickles): it travels to Ray workers.
+    """
+
+    def __call__(
+        self,
+        policy: Policy,
+        kernel: StepKernel,
+        inputs: Inputs,
+        noise: NoiseSource,
+        rewards: Rewards | None = None,
+        *,
+        reference: bool = False,
+        with_kl: bool = False,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Trajectory:
+        """Sample B trajectories; `reference`: of the pre-trained model; `with_kl`: with the KL of each step; `on_step`: told
+        each step's index and its next latents."""
+        ...
 
 
 def keyed_noise(
@@ -52,48 +74,46 @@ def keyed_noise(
 def rollout(
     policy: Policy,
     kernel: StepKernel,
-    condition: Condition,
-    labels: Tensor,
-    guidance: Guidance,
+    inputs: Inputs,
     noise: NoiseSource,
+    rewards: Rewards | None = None,
     *,
     reference: bool = False,
     with_kl: bool = False,
     latent_reduction: LatentReduction = "sum",
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Trajectory:
-    """Sample x_T → x_0 under the policy (or, with `reference`, under the pre-trained model).
+    """Sample x_T → x_0 under the policy (or, with `reference`, under the pre-trained model); a `Sampler`.
 
     Steps that the kernel does not let the policy control (no density, or the last `reference_steps`) are taken by the
     reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
-    in nats.
+    in nats. on_step(step_index, next_latents) is told each step as it is done. The rewards are not asked.
+
+        noise = keyed_noise(seed, update, sample_ids, policy.latent_shape, kernel.num_steps)
+        trajectory = rollout(policy, kernel, Inputs(encoder.encode(prompts), labels), noise, with_kl=True)
+        trajectory.clean_latents, trajectory.kl_per_step.sum(1)
     """
     latents = noise(0)
     kept = [latents]
     kls = []
     for step_index in range(kernel.num_steps):
         by_reference = reference or not kernel.controlled(step_index)
-        step = policy_step(policy, kernel, step_index, latents, condition, labels, guidance, reference=by_reference)
+        step = policy_step(policy, kernel, step_index, latents, inputs, reference=by_reference)
         if with_kl:
             kls.append(latents.new_zeros(len(latents)))
             if not by_reference:
-                ref = policy_step(policy, kernel, step_index, latents, condition, labels, guidance, reference=True)
+                ref = policy_step(policy, kernel, step_index, latents, inputs, reference=True)
                 kls[-1] = step_kl(step, ref, latent_reduction)
         latents = gaussian_sample(step, noise(step_index + 1)) if kernel.std(step_index) > 0 else step.mean
         kept.append(latents)
-    return Trajectory(torch.stack(kept), condition, labels, guidance, torch.stack(kls, dim=1) if with_kl else None)
+        if on_step is not None:
+            on_step(step_index, latents)
+    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None)
 
 
 def policy_step(
-    policy: Policy,
-    kernel: StepKernel,
-    step_index: int,
-    latents: Tensor,
-    condition: Condition,
-    labels: Tensor,
-    guidance: Guidance,
-    *,
-    reference: bool,
+    policy: Policy, kernel: StepKernel, step_index: int, latents: Tensor, inputs: Inputs, *, reference: bool
 ) -> GaussianStep:
     """Law of the next latents under the policy or the reference."""
-    output = policy(latents, kernel.time(step_index), condition, labels, guidance, reference=reference)
+    output = policy(latents, kernel.time(step_index), inputs, reference=reference)
     return kernel.step(step_index, latents, output)

@@ -7,6 +7,7 @@ kernel and torch's own autograd, while a dispatch mode follows which storages ar
 from __future__ import annotations
 
 import json
+import math
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import Guidance, gaussian_log_prob, step_kl
+from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel
+from ctrl_ray.gradients.adjoint import Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
-from ctrl_ray.gradients.rollout import policy_step
-from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.gradients.rollout import Trajectory, policy_step
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
-from ctrl_ray.policy.protocol import Condition
+from ctrl_ray.policy.protocol import Condition, Inputs
 
 _FLOPS_BATCH = 2
 _CPU_ATTENTION = {  # torch's counter knows the GPU's kernels only
@@ -94,7 +94,7 @@ class StepBytes:
     reference_kept: int
     """Alive in addition after the reference's forward."""
     backward_peak: int
-    """The most that is alive during both forwards and the backward; 0 where the estimator sweeps no step."""
+    """The most that is alive during the estimator's forwards and backwards at a step."""
     rollout_peak: int
     """The most that is alive during one forward without gradient."""
 
@@ -107,8 +107,7 @@ class StepFlops:
     forward: float
     """A denoiser forward without gradient."""
     backward: float
-    """A backward, with what gradient checkpointing computes again; the mean over policy and reference. 0 where the
-    estimator sweeps no step."""
+    """A backward, with what gradient checkpointing computes again; the mean over policy and reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +153,13 @@ class PolicyCounter:
         """persistence_threshold: ZeRO-3 leaves smaller parameters whole."""
         self._config = config
         self._fake = FakeTensorMode()
-        scheduler = load_scheduler(config.base_model, config.base_revision)
-        sampler = config.sampler
-        self._kernel: DDIMKernel = make_kernel(scheduler, sampler.num_steps, sampler.eta, sampler.reference_steps)
         self._policy = build_policy(config, controls, empty=True)
+        self._kernel = self._policy.backbone.make_kernel(config.sampler)
         with self._fake:
             _as_fake_cpu(self._policy)
         self._persistence_threshold = persistence_threshold
         self._steps: dict[int, StepBytes] = {}
         self._flops: list[float] | None = None
-        self._text_shape = _text_shape(resolve_base_model(config.base_model, config.base_revision))
 
     def counts(self) -> PolicyCounts:
         """Parameters and sizes."""
@@ -171,12 +167,8 @@ class PolicyCounter:
         trainable = policy.trainable_parameters()
         parameters = list(policy.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
-        reference = [] if policy.reference_unet is None else list(policy.reference_unet.parameters())
-        folder = resolve_base_model(self._config.base_model, self._config.base_revision)
-        tokens, width = self._text_shape
-        latent_elements = 1
-        for size in policy.latent_shape:
-            latent_elements *= size
+        reference = [] if policy.reference_denoiser is None else list(policy.reference_denoiser.parameters())
+        folder = Path(policy.backbone.folder)
         return PolicyCounts(
             trainable_elements=sum(p.numel() for p in trainable.values()),
             table_elements=sum(p.numel() for name, p in trainable.items() if name.startswith("controls.")),
@@ -188,19 +180,17 @@ class PolicyCounter:
             reference_bytes=_bytes(reference),
             unpartitioned_bytes=_bytes(p for p in parameters if p.numel() <= self._persistence_threshold),
             largest_bytes=max(p.numel() * p.element_size() for p in parameters),
-            latent_elements=latent_elements,
-            prompt_bytes=4 * tokens * width,
-            encoder_bytes=4 * stored_elements(Path(folder) / "text_encoder"),
-            decoder_bytes=4 * stored_elements(Path(folder) / "vae"),
+            latent_elements=math.prod(policy.latent_shape),
+            prompt_bytes=4 * sum(math.prod(shape) for shape in policy.backbone.condition_shapes(1).values()),
+            encoder_bytes=4 * sum(stored_elements(part) for part in sorted(folder.glob("text_encoder*"))),
+            decoder_bytes=4 * stored_elements(folder / "vae"),
         )
 
     def step(self, batch_size: int) -> StepBytes:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
             with self._fake, LiveBytes() as live:
-                self._steps[batch_size] = _count_step(
-                    self._policy, self._kernel, self._config, batch_size, self._text_shape, live
-                )
+                self._steps[batch_size] = _count_step(self._policy, self._kernel, self._config, batch_size, live)
         return self._steps[batch_size]
 
     def flops(self, batch_size: int) -> StepFlops:
@@ -210,13 +200,33 @@ class PolicyCounter:
             totals: list[float] = []
             with self._fake, counter, LiveBytes() as live:
                 _count_step(
-                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, self._text_shape, live),
+                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, live),
                     mark=lambda: totals.append(counter.get_total_flops()),
                 )
             self._flops = [total / _FLOPS_BATCH for total in totals]
-        forward, _, reference, whole = (total * batch_size for total in self._flops)
-        backward = (whole - reference) / max(1.0, (reference - forward) / forward)
-        return StepFlops(forward=forward, backward=backward)
+        forward, whole = (total * batch_size for total in self._flops)
+        estimator = make_estimator(self._config.estimator, self._kernel.num_steps)
+        calls = estimator.step_calls(controlled=True, weighted=True)
+        return StepFlops(forward=forward, backward=(whole - (1 + calls.forwards) * forward) / calls.backwards)
+
+
+class _WatchedMicroBatch(MicroBatch):
+    """An adjoint step on fake tensors: notes what each forward leaves alive; there are no values to check."""
+
+    def __init__(self, live: LiveBytes, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.live = live
+        self.kept = {False: 0, True: 0}
+
+    def step(self, step_index: int, latents: Tensor, *, reference: bool) -> GaussianStep:
+        """The step; `kept` says what its forward leaves alive."""
+        before = self.live.bytes
+        step = super().step(step_index, latents, reference=reference)
+        self.kept[reference] = self.live.bytes - before
+        return step
+
+    def require_finite(self, values: Tensor, what: str) -> None:
+        """Fake tensors have no values."""
 
 
 def _count_step(
@@ -224,61 +234,54 @@ def _count_step(
     kernel: DDIMKernel,
     config: TrainConfig,
     batch_size: int,
-    text_shape: tuple[int, int],
     live: LiveBytes,
     mark: Callable[[], None] = lambda: None,
 ) -> StepBytes:
-    """One step as `ctrl_ray.gradients.adjoint` does it, and one of the rollout, on fake tensors; `mark` is called after the
-    rollout's forward, the policy's, the reference's, and the backward."""
-    plan = make_estimator(config.estimator, config.sampler.num_steps).plan(config.sampler.num_steps, config.seed, 0, 0)
-    step_index = next(k for k in range(kernel.num_steps) if kernel.controlled(k))
-    guidance = Guidance(config.sampler.guidance_scale, config.sampler.control_scale)
+    """One step of the rollout, and one of the adjoint pass by the run's own estimator, on fake tensors; `mark` is called
+    after each."""
+    estimator = make_estimator(config.estimator, kernel.num_steps)
+    step_index, weight = _trained_step(estimator, kernel, config.seed)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     latents = torch.zeros(batch_size, *policy.latent_shape)
-    text = torch.zeros(batch_size, *text_shape)
-    condition = Condition(("",) * batch_size, {"text": text, "null_text": torch.zeros(text_shape).expand_as(text)})
+    shapes = policy.backbone.condition_shapes(batch_size)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    null = {name: torch.zeros(shape[1:]).expand(shape) for name, shape in shapes.items()}
     labels = torch.zeros(batch_size, len(policy.controls.names), dtype=torch.long)
-    cotangent = torch.zeros_like(latents)
-
-    def run(at: Tensor, *, reference: bool) -> Any:
-        return policy_step(policy, kernel, step_index, at, condition, labels, guidance, reference=reference)
-
+    inputs = Inputs(Condition(("",) * batch_size, tensors, null), labels, Guidance.of(config.sampler))
+    trajectory = Trajectory(latents.expand(kernel.num_steps + 1, *latents.shape), inputs)
+    batch = _WatchedMicroBatch(
+        *(live, policy, kernel, trajectory),
+        kl_coef=config.kl_coef,
+        sample_weights=torch.ones(batch_size),
+        backward=lambda loss: loss.backward(),
+        latent_reduction=config.latent_reduction,
+    )
+    carried = estimator.start(batch, TerminalReward(torch.zeros(batch_size), torch.zeros_like(latents)))
     start = live.restart_peak()
     with torch.no_grad():
-        run(latents, reference=False)
+        policy_step(policy, kernel, step_index, latents, inputs, reference=False)
     mark()
     rollout_peak = live.peak - start
     start = live.restart_peak()
-    leaf = latents.detach().requires_grad_(plan.pullback == "policy")
-    if plan.pullback == "reference":
-        _through_reference(run, latents, cotangent)
-    step = run(leaf, reference=False)
-    mark()
-    policy_kept = live.bytes - start
-    with torch.set_grad_enabled(plan.pullback == "policy"):
-        ref = run(leaf, reference=True)
-    mark()
-    reference_kept = live.bytes - start - policy_kept
-    kl = step_kl(step, ref, config.latent_reduction)
-    if plan.pullback == "score":
-        loss = (kl - gaussian_log_prob(step, latents)).sum()
-    else:
-        loss = (step.mean * cotangent).sum() + kl.sum()
-    loss.backward()
+    estimator.pull_back(batch, step_index, carried, weight)
     mark()
     peak = live.peak - start
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
     return StepBytes(
-        policy_kept=policy_kept, reference_kept=reference_kept, backward_peak=peak, rollout_peak=rollout_peak
+        policy_kept=batch.kept[False], reference_kept=batch.kept[True], backward_peak=peak, rollout_peak=rollout_peak
     )
 
 
-def _through_reference(run: Any, latents: Tensor, cotangent: Tensor) -> None:
-    """Adjoint matching carries the cotangent through the reference first; the peak is what remains of it."""
-    leaf = latents.detach().requires_grad_(True)
-    torch.autograd.grad((run(leaf, reference=True).mean * cotangent).sum(), leaf)
+def _trained_step(estimator: Estimator, kernel: StepKernel, seed: int) -> tuple[int, float]:
+    """A step that is the policy's and gets a parameter gradient, and its weight; all of them are alike in size."""
+    for update in range(1000):  # a random plan may visit none
+        plan = estimator.plan(kernel.num_steps, seed, update, 0)
+        for step_index in range(plan.stop_below, kernel.num_steps):
+            if kernel.controlled(step_index) and plan.weights[step_index]:
+                return step_index, plan.weights[step_index]
+    raise AssertionError("preflight refuses an estimator that trains nothing")
 
 
 def _as_fake_cpu(module: nn.Module) -> None:
@@ -298,12 +301,6 @@ def _as_fake_cpu(module: nn.Module) -> None:
 
 def _bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _text_shape(folder: str) -> tuple[int, int]:
-    """(tokens, width) of an encoded prompt."""
-    config = json.loads((Path(folder) / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    return int(config["max_position_embeddings"]), int(config["hidden_size"])
 
 
 def stored_elements(folder: Path) -> int:

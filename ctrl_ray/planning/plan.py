@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.diffusion.steps import Guidance, StepKernel
+from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.planning.counts import PolicyCounts, StepBytes
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
@@ -39,7 +39,7 @@ _PLANS_AVERAGED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Tensor bytes of one worker in the middle of a sweep, row by row, and the peaks of the three phases of an update."""
+    """Tensor bytes of one worker in an adjoint pass, row by row, and the peaks of the three phases of an update."""
 
     frozen_weights: int
     """Without the reference copy and the prompt encoder."""
@@ -89,7 +89,7 @@ class MemoryPlan:
 
     @property
     def backward_peak(self) -> int:
-        """All of the worker's tensors during the sweep: the sum of the rows."""
+        """All of the worker's tensors during the adjoint pass: the sum of the rows."""
         return self.resident + self.gradients + self.communication + self.activations + self.latents + self.requests
 
     @property
@@ -136,7 +136,7 @@ class RunPlan:
 
 
 def make_plan(
-    config: TrainConfig, counts: PolicyCounts, step: StepBytes, kernel: DDIMKernel, *, num_prompts: int
+    config: TrainConfig, counts: PolicyCounts, step: StepBytes, kernel: StepKernel, *, num_prompts: int
 ) -> RunPlan:
     """The plan of a config whose number of workers is decided; `step` was counted at its micro-batch size."""
     calls = call_plan(config, kernel)
@@ -232,33 +232,23 @@ def _update_extra(config: TrainConfig, counts: PolicyCounts, shard: int, bucket:
     return max(bucket + shard, 3 * shard)
 
 
-def call_plan(config: TrainConfig, kernel: DDIMKernel) -> CallPlan:
+def call_plan(config: TrainConfig, kernel: StepKernel) -> CallPlan:
     """Denoiser calls of a worker in an update; the mean over plans where the estimator draws them."""
+    calls = mean_calls(config, kernel)
+    scale = config.num_micro_batches
+    return CallPlan(
+        forwards=calls.forwards * scale,
+        backwards=calls.backwards * scale,
+        parameter_backwards=calls.parameter_backwards * scale,
+    )
+
+
+def mean_calls(config: TrainConfig, kernel: StepKernel) -> Calls:
+    """Denoiser calls of a micro-batch's trajectory and its adjoint pass, by the estimator; the mean over its plans."""
     num_steps = kernel.num_steps
     estimator = make_estimator(config.estimator, num_steps)
     plans = [estimator.plan(num_steps, config.seed, update, 0) for update in range(_PLANS_AVERAGED)]
-    forwards = backwards = with_parameters = 0.0
-    for plan in plans:
-        for step_index in range(num_steps):
-            forwards += 1
-            if step_index < plan.stop_below:
-                continue
-            weighted, controlled = plan.weights[step_index] != 0, kernel.controlled(step_index)
-            if plan.pullback == "score":
-                forwards += 2 * controlled
-                backwards += controlled
-            elif not controlled:
-                forwards += 1
-                backwards += 1
-            elif plan.pullback == "reference":
-                forwards += 1 + weighted
-                backwards += 1 + weighted
-            else:
-                forwards += 2
-                backwards += 2
-            with_parameters += controlled and weighted
-    scale = config.num_micro_batches / len(plans)
-    return CallPlan(forwards=forwards * scale, backwards=backwards * scale, parameter_backwards=with_parameters * scale)
+    return Calls(*(sum(counts) / len(plans) for counts in zip(*(estimator.calls(p, kernel) for p in plans))))
 
 
 def traffic_plan(config: TrainConfig, counts: PolicyCounts, calls: CallPlan) -> TrafficPlan:
@@ -290,4 +280,4 @@ _PROMPT_BYTES = 32
 
 def num_branches(config: TrainConfig) -> int:
     """Denoiser rows per sample."""
-    return Guidance(config.sampler.guidance_scale, config.sampler.control_scale).num_branches
+    return Guidance.of(config.sampler).num_branches

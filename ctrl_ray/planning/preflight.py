@@ -12,16 +12,16 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.planning.cost import Work, estimate_lines, work_of
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepFlops
 from ctrl_ray.planning.fits import memory_fit, remedies, resolve_num_workers
-from ctrl_ray.planning.plan import RunPlan, make_plan, num_branches, zero_options
+from ctrl_ray.planning.plan import RunPlan, make_plan, mean_calls, num_branches, zero_options
 from ctrl_ray.planning.table import plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
-from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import policy_controls
 
 
@@ -65,8 +65,7 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
     controls = policy_controls(config)
     prompts = training_prompts(config)
     evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
-    scheduler = load_scheduler(config.base_model, config.base_revision)
-    kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta, config.sampler.reference_steps)
+    kernel = load_backbone(config.base_model, config.base_revision).make_kernel(config.sampler)
     _check_kernel(kernel, config)
     asked, planner = config, _Planner(controls, kernel, len(prompts))
     facts = cluster_facts()
@@ -84,7 +83,6 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         base_revision=config.base_revision,
         controls=controls,
         sampler=config.sampler,
-        scheduler_config=scheduler.config,
         lora=None if config.full_finetune else config.lora,
         training={"kl_coef": config.kl_coef, "seed": config.seed, "num_updates": config.num_updates},
     )
@@ -95,7 +93,9 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         info=info,
-        summary=_summary(config, controls, prompts, planner.counts(config), lines, resolved.why),
+        summary=_summary(
+            config, controls, prompts, planner.counts(config), mean_calls(config, kernel), lines, resolved.why
+        ),
         work=work,
     )
 
@@ -190,10 +190,17 @@ def _check_control(name: str, control: ControlConfig, config: TrainConfig) -> No
 
 
 def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
-    if not any(kernel.controlled(k) for k in range(kernel.num_steps)):
+    if not any(kernel.controlled(k) and kernel.std(k) > 0 for k in range(kernel.num_steps)):
         raise ConfigError(
             f"no step of this sampler has noise (eta {config.sampler.eta}, {kernel.num_steps} steps), so there is no KL; "
             "set sampler.eta to 1.0"
+        )
+    first = kernel.num_steps - (config.estimator.steps or 1)
+    if config.estimator.name == "last_k" and not any(kernel.controlled(k) for k in range(first, kernel.num_steps)):
+        raise ConfigError(
+            f"estimator.name last_k trains the last {config.estimator.steps or 1} steps, and all of them are the pre-trained "
+            f"model's (sampler.reference_steps is {config.sampler.reference_steps}), so nothing would be trained; give "
+            "more estimator.steps"
         )
 
 
@@ -202,12 +209,12 @@ def _summary(
     controls: dict[str, ControlConfig],
     prompts: tuple[str, ...],
     counts: PolicyCounts,
+    calls: Calls,
     plan: list[str],
     why: str,
 ) -> str:
     total, tables = counts.trainable_elements, counts.table_elements
-    guided = num_branches(config) > 1
-    cost = make_estimator(config.estimator, config.sampler.num_steps).cost(config.sampler.num_steps, guided)
+    forwards, backwards = (number * num_branches(config) for number in calls[:2])
     workers = config.scaling.fixed_num_workers
     needed = needed_resources(config)
     kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}"
@@ -225,9 +232,8 @@ def _summary(
         f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
         f"{config.sampler.guidance_scale:g}",
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
-        f"denoiser   per sample and update {cost['forwards']:g} forwards and {cost['backwards']:g} backwards; "
-        f"{cost['forwards'] * config.global_batch_size:,.0f} and {cost['backwards'] * config.global_batch_size:,.0f} an "
-        "update",
+        f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "
+        f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
         *plan,
         f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",

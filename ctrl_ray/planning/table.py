@@ -19,7 +19,7 @@ def plan_lines(plan: RunPlan, config: TrainConfig, fit: MemoryFit, fixes: list[s
         f"{', gradient checkpointing' if scaling.gradient_checkpointing else ''}, micro-batch "
         f"{config.micro_batch_size_per_worker}), tensors",
         *(f"{_INDENT}{name:<34}{size_text(size):>11}{note}" for name, size, note in _rows(memory, config) if size),
-        f"{_INDENT}{'peak of the sweep (their sum)':<34}{size_text(memory.backward_peak):>11}   rollout "
+        f"{_INDENT}{'peak of the adjoint pass (sum)':<34}{size_text(memory.backward_peak):>11}   rollout "
         f"{size_text(memory.rollout_peak)}, optimizer step {size_text(memory.update_peak)}",
     ]
     if memory.offloaded:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.errors import ModelError
-from ctrl_ray.policy.base_model import fingerprint, resolve_base_model
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.base import Backbone
+from ctrl_ray.policy.base_model import fingerprint
 from ctrl_ray.policy.controlled import ControlledPolicy
 
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "control_embeddings.safetensors"
-UNET_FOLDER = "unet"
-_DENOISER = "diffusion_pytorch_model"
+_WEIGHTS = "diffusion_pytorch_model"
 FORMAT_VERSION = 1
 
 
@@ -44,7 +44,7 @@ class AdapterInfo:
     scheduler: Mapping[str, Any]
     """DDIM scheduler config."""
     lora: LoraConfig | None
-    """None: the whole denoiser was trained and lies under unet/."""
+    """None: the whole denoiser was trained and lies in its sub-folder (unet/)."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Facts for people: kl_coef, updates, evaluation."""
 
@@ -119,13 +119,13 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         raise ModelError(f"{file} is not an adapter description of ctrl_ray: {type(error).__name__} {error}") from error
 
 
-def check_base_model(info: AdapterInfo, base_folder: str) -> None:
+def check_base_model(info: AdapterInfo, backbone: Backbone) -> None:
     """ModelError unless the denoiser found is the one the adapter was trained on."""
-    found = fingerprint(base_folder)
+    found = fingerprint(backbone.folder, backbone.denoiser)
     if found != info.base_sha256:
         raise ModelError(
             f"the adapter was trained on {info.base_model!r} (revision {info.base_revision or 'default'}, denoiser "
-            f"{info.base_sha256[:12]}…), but {base_folder} holds denoiser {found[:12]}…; give the original base model"
+            f"{info.base_sha256[:12]}…), but {backbone.folder} holds denoiser {found[:12]}…; give the original base model"
         )
 
 
@@ -137,18 +137,18 @@ def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo
         if parameter.numel() == 0:
             raise ModelError(f"parameter {name} is empty: it is sharded; gather it before exporting")
     if info.lora is None:
-        policy.unet.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+        denoiser: Any = policy.denoiser
+        denoiser.save_pretrained(folder / policy.backbone.denoiser, safe_serialization=True)
     else:
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers={
-                key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(policy.unet).items()
-            },
-            unet_lora_adapter_metadata={
-                "r": info.lora.rank,
-                "lora_alpha": info.lora.alpha,
-                "target_modules": list(info.lora.target_modules),
-            },
+        layers = {key: v.detach().cpu().contiguous() for key, v in get_peft_model_state_dict(policy.denoiser).items()}
+        facts = {
+            "r": info.lora.rank,
+            "lora_alpha": info.lora.alpha,
+            "target_modules": list(info.lora.target_modules),
+        }
+        key = policy.backbone.denoiser
+        policy.backbone.pipeline_class.save_lora_weights(
+            folder, **{f"{key}_lora_layers": layers, f"{key}_lora_adapter_metadata": facts}
         )
     tables = {name: policy.controls.table(name).weight.detach().cpu().contiguous() for name in policy.controls.names}
     _save_facts(folder, tables, info)
@@ -166,22 +166,23 @@ def save_adapter_shard(
 ) -> None:
     """Write one rank's part of a fully fine-tuned denoiser, in diffusers' sharded format; all ranks' parts together are
     the adapter. shard: whole float32 tensors of the parameters that `owners` gives to this rank (others are ignored)."""
-    folder, prefix = Path(folder), "unet."
-    unet = folder / UNET_FOLDER
-    unet.mkdir(parents=True, exist_ok=True)
+    folder, prefix = Path(folder), f"{policy.backbone.denoiser}."
+    target = folder / policy.backbone.denoiser
+    target.mkdir(parents=True, exist_ok=True)
     mine = {name.removeprefix(prefix): shard[name] for name in owners if name in shard and name.startswith(prefix)}
-    save_file(mine, unet / shard_file(_DENOISER, rank, num_ranks), metadata={"format": "pt"})
+    save_file(mine, target / shard_file(_WEIGHTS, rank, num_ranks), metadata={"format": "pt"})
     if rank:
         return
-    policy.unet.save_config(unet)
+    denoiser: Any = policy.denoiser
+    denoiser.save_config(target)
     if num_ranks > 1:
         places = {
-            name.removeprefix(prefix): shard_file(_DENOISER, owner, num_ranks)
+            name.removeprefix(prefix): shard_file(_WEIGHTS, owner, num_ranks)
             for name, owner in owners.items()
             if name.startswith(prefix)
         }
         index = {"metadata": {}, "weight_map": places}
-        (unet / f"{_DENOISER}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (target / f"{_WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     _save_facts(folder, {name: shard[f"controls.tables.{name}.weight"] for name in policy.controls.names}, info)
 
 
@@ -228,7 +229,7 @@ def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInf
         weight = policy.controls.table(name).weight
         weight.data.copy_(table.to(weight.device))
     if info.lora is None:
-        _load_unet(Path(folder) / UNET_FOLDER, policy)
+        _load_denoiser(Path(folder) / policy.backbone.denoiser, policy)
     else:
         _load_lora(Path(folder) / LORA_FILE, policy)
     return info
@@ -237,9 +238,11 @@ def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInf
 def _load_lora(file: Path, policy: ControlledPolicy) -> None:
     if not file.is_file():
         raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
-    state, _ = StableDiffusionPipeline.lora_state_dict(str(file.parent), weight_name=file.name)
-    own = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    expected = get_peft_model_state_dict(policy.unet)
+    prefix = f"{policy.backbone.denoiser}."
+    loaded = policy.backbone.pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name)
+    state = loaded[0] if isinstance(loaded, tuple) else loaded  # with the networks' alphas, in some families
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    expected = get_peft_model_state_dict(policy.denoiser)
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     wanted = {key: tuple(value.shape) for key, value in expected.items()}
     if shapes != wanted:
@@ -249,11 +252,11 @@ def _load_lora(file: Path, policy: ControlledPolicy) -> None:
             f"{different[0]}: file {shapes.get(different[0])}, policy {wanted.get(different[0])}); use the same "
             "lora.rank and lora.target_modules as the adapter"
         )
-    set_peft_model_state_dict(policy.unet, own)
+    set_peft_model_state_dict(policy.denoiser, own)
 
 
-def _load_unet(folder: Path, policy: ControlledPolicy) -> None:
-    if policy.reference_unet is None:
+def _load_denoiser(folder: Path, policy: ControlledPolicy) -> None:
+    if policy.reference_denoiser is None:
         raise ModelError(
             f"adapter {folder.parent} holds a fully fine-tuned denoiser; set full_finetune to go on from it"
         )
@@ -263,7 +266,7 @@ def _load_unet(folder: Path, policy: ControlledPolicy) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(load_file(file))
-    policy.unet.load_state_dict(state)
+    policy.denoiser.load_state_dict(state)
 
 
 def make_adapter_info(
@@ -272,16 +275,16 @@ def make_adapter_info(
     base_revision: str | None,
     controls: Mapping[str, ControlConfig],
     sampler: SamplerConfig,
-    scheduler_config: Mapping[str, Any],
     lora: LoraConfig | None,
     training: Mapping[str, Any],
 ) -> AdapterInfo:
     """Facts of a run as `adapter.json` stores them; hashes the base model."""
-    public = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
+    backbone = load_backbone(base_model, base_revision)
+    public = {key: value for key, value in backbone.scheduler_config().items() if not key.startswith("_")}
     return AdapterInfo(
         base_model=str(base_model),
         base_revision=base_revision,
-        base_sha256=fingerprint(resolve_base_model(base_model, base_revision)),
+        base_sha256=fingerprint(backbone.folder, backbone.denoiser),
         controls=dict(controls),
         sampler=sampler,
         scheduler=json.loads(json.dumps(public, default=str)),

@@ -1,7 +1,7 @@
 """Denoisers in closed form, with a small correction per step as the policy: for problems whose answer is known.
 
 Data are D independent coordinates with the same one-dimensional Gaussian mixture as their law; the prompt chooses the
-mixture's weights. Everything else (rollout, rewards, sweep, engine) is the code of an image pipeline.
+mixture's weights. Everything else (rollout, rewards, adjoint pass, engine) is the code of an image pipeline.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import Guidance, ModelOutput
+from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.protocol import Condition, TrainablePolicy
+from ctrl_ray.policy.protocol import Condition, Inputs, TrainablePolicy
 
 
 def analytic_scheduler() -> DDIMScheduler:
@@ -99,7 +99,6 @@ class AnalyticPolicy(TrainablePolicy):
         for all steps, as the weights of a network are shared; it can reach less, and estimators differ more."""
         super().__init__()
         self.latent_shape = (dimension,)
-        self.prediction_type = "epsilon"
         self.denoiser = denoiser
         self._num_nodes = num_nodes
         self._step_of_time = {int(kernel.time(k)): k for k in range(kernel.num_steps)}
@@ -120,22 +119,13 @@ class AnalyticPolicy(TrainablePolicy):
             {name: nn.Parameter(torch.zeros(classes, *shape)) for name, classes in num_classes.items()}
         )
 
-    def forward(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        labels: Tensor,
-        guidance: Guidance,
-        *,
-        reference: bool,
-    ) -> ModelOutput:
-        """ε of latents (B, D) under labels (B, num_controls), null allowed; there is no guidance of a mixture."""
-        noise = self.denoiser(latents, time, condition.tensors["log_weights"])
+    def forward(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
+        """ε of latents (B, D); there is no guidance of a mixture."""
+        noise = self.denoiser(latents, time, inputs.condition.tensors["log_weights"])
         if reference:
             return ModelOutput(noise)
         step_index = self._step_of_time[int(time)]
-        return ModelOutput(noise + self._factors[step_index] * self._push(latents, labels, step_index))
+        return ModelOutput(noise + self._factors[step_index] * self._push(latents, inputs.labels, step_index))
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
         """One group: the pushes."""

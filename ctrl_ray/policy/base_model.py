@@ -46,7 +46,7 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
         ) from error
 
 
-def fingerprint(folder: str | Path, component: str = "unet") -> str:
+def fingerprint(folder: str | Path, component: str) -> str:
     """SHA-256 over the config and the safetensors of one component (hex, 64 characters).
 
     An adapter stores it and refuses to load on another base model.

@@ -10,8 +10,7 @@ import torch
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
-from ctrl_ray.policy.backbones.stable_diffusion import empty_unet, load_scheduler, load_unet
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
 
 
@@ -42,20 +41,20 @@ def build_policy(
     bf16 = config.scaling.precision == "bf16"
     frozen = not config.full_finetune
     dtype = torch.bfloat16 if bf16 and frozen else torch.float32
-    unet = (empty_unet if empty else load_unet)(config.base_model, config.base_revision, dtype=dtype)
+    backbone = load_backbone(config.base_model, config.base_revision)
+    denoiser = backbone.load_denoiser(dtype, empty=empty)
     with torch.device("meta") if empty else nullcontext():
         policy = ControlledPolicy(
-            unet,
+            backbone,
+            denoiser,
             {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
             lora=config.lora if frozen else None,
-            prediction_type=load_scheduler(config.base_model, config.base_revision).config.prediction_type,
+            full_finetune=config.full_finetune,
             autocast_dtype=torch.bfloat16 if bf16 and not frozen else None,
             seed=config.seed,
         )
     if config.init_adapter and not empty:
-        check_base_model(
-            read_adapter_info(config.init_adapter), resolve_base_model(config.base_model, config.base_revision)
-        )
+        check_base_model(read_adapter_info(config.init_adapter), backbone)
         load_into_policy(config.init_adapter, policy)
     if config.scaling.gradient_checkpointing:
         policy.enable_gradient_checkpointing()

@@ -5,94 +5,105 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctrl_ray.config import LoraConfig
-from ctrl_ray.diffusion.steps import Guidance, ModelOutput, combine_guidance
+from ctrl_ray.diffusion.steps import ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
-from ctrl_ray.policy.protocol import Condition, TrainablePolicy
+from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
+
+_BRANCHES: dict[int, tuple[tuple[Literal["null", "prompt"], bool], ...]] = {
+    1: (("prompt", True),),
+    2: (("null", False), ("prompt", True)),
+    3: (("null", False), ("prompt", False), ("prompt", True)),
+}
+"""Rows of a guided batch, in the order of `combine_guidance`: (whose condition, whether the labels count)."""
 
 
 class ControlledPolicy(TrainablePolicy):
     """Policy and reference over one frozen backbone; owns every trainable parameter, so that one engine shards them.
 
     `reference` is an argument of the forward, never a global toggle: with gradient checkpointing the recomputation
-    re-enters the mode of its own forward. LoRA has no dropout, and the backbone stays in eval mode: rollout = sweep.
-    At initialisation policy and reference are equal bit for bit (LoRA's B matrices and all tables are zero).
+    re-enters the mode of its own forward. LoRA has no dropout, and the backbone stays in eval mode: what the rollout
+    computes, the adjoint pass computes again. At initialisation policy and reference are equal bit for bit (LoRA's B
+    matrices and all tables are zero).
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        backbone: Backbone,
+        denoiser: nn.Module,
         num_classes: Mapping[str, int],
         *,
         lora: LoraConfig | None,
-        prediction_type: str = "epsilon",
+        full_finetune: bool = False,
         autocast_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        """num_classes: classes of each control, in label-column order. lora=None: full fine-tuning, with a frozen copy
-        of the denoiser as the reference. autocast_dtype: run a float32 denoiser in that precision."""
+        """num_classes: classes of each control, in label-column order. lora: None with `full_finetune` (all weights are
+        trained, and a frozen copy of them is the reference), else the pre-trained model alone, with nothing to train but
+        the control embeddings. autocast_dtype: run a float32 denoiser in that precision."""
         super().__init__()
-        self.prediction_type = prediction_type
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        self.latent_shape = (unet.config.in_channels, height, width)
+        self.backbone = backbone
+        self.latent_shape = backbone.latent_shape
         self._autocast_dtype = autocast_dtype
-        self.unet = unet.eval()
-        self.reference_unet: UNet2DConditionModel | None = None
-        if lora is None:
-            self.reference_unet = copy.deepcopy(unet).requires_grad_(False)
-            self.unet.requires_grad_(True)
+        # under the family's own name, which its parameters have in checkpoints
+        self.add_module(backbone.denoiser, denoiser.eval())
+        self.reference_denoiser: nn.Module | None = None
+        if full_finetune:
+            self.reference_denoiser = copy.deepcopy(denoiser).requires_grad_(False)
+            denoiser.requires_grad_(True)
         else:
-            self.unet.requires_grad_(False)
-            _add_lora(self.unet, lora, seed)
-        self.controls = ControlEmbeddings(num_classes, unet.time_embedding.linear_2.out_features)
-        self._lora_layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
+            denoiser.requires_grad_(False)
+            if lora is not None:
+                _add_lora(backbone, denoiser, lora, seed)
+        point, width = backbone.embedding_point(denoiser)
+        self.controls = ControlEmbeddings(num_classes, width)
+        self._lora_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        self._scale = 1.0
         self._reference = False
         self._labels: Tensor | None = None
-        self.unet.time_embedding.register_forward_hook(self._add_control_embedding)
+        point.register_forward_hook(self._add_control_embedding)
 
-    def forward(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        labels: Tensor,
-        guidance: Guidance,
-        *,
-        reference: bool,
-    ) -> ModelOutput:
-        """Guided prediction, float32 like the latents (B, C, H, W); labels (B, num_controls), null allowed.
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser, with LoRA where it has some."""
+        return self.get_submodule(self.backbone.denoiser)
+
+    def forward(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
+        """Guided prediction, float32 like the latents (B, C, H, W).
 
         The unconditional branch of the guidance drops prompt and labels together.
         """
-        text, null_text = condition.tensors["text"], condition.tensors["null_text"]
-        null = self.controls.null(len(latents), labels.device)
-        if guidance.num_branches == 1:
-            texts, label_rows = text, labels
-        elif guidance.num_branches == 2:
-            texts, label_rows = torch.cat([null_text, text]), torch.cat([null, labels])
-        else:
-            texts, label_rows = torch.cat([null_text, text, text]), torch.cat([null, null, labels])
-        rows = latents.repeat(guidance.num_branches, *[1] * (latents.dim() - 1))
-        unet = self.reference_unet if reference and self.reference_unet is not None else self.unet
-        with self._mode(reference, label_rows), self._autocast(latents.device):
-            prediction = unet(
-                rows.to(unet.dtype),
-                time.to(latents.device),
-                encoder_hidden_states=texts.to(unet.dtype),
-            ).sample
-        branches = prediction.to(latents.dtype).chunk(guidance.num_branches)
-        return ModelOutput(combine_guidance(branches, guidance))
+        condition, guidance = inputs.condition, inputs.guidance
+        branches = _BRANCHES[guidance.num_branches]
+        null = self.controls.null(len(latents), inputs.labels.device)
+        labels = _stack([inputs.labels if labelled else null for _, labelled in branches])
+        sources = []
+        for kind, _ in branches:
+            tensors = condition.tensors if kind == "prompt" else condition.null_tensors
+            if tensors is None:
+                raise ConfigError(
+                    f"guidance_scale is {guidance.scale}, but this base model has no unconditional branch; use 1"
+                )
+            sources.append(tensors)
+        rows = latents.repeat(len(branches), *[1] * (latents.dim() - 1))
+        stacked = {name: _stack([tensors[name] for tensors in sources]) for name in sources[0]}
+        denoiser = self.denoiser
+        if reference and self.reference_denoiser is not None:
+            denoiser = self.reference_denoiser
+        with self._mode(reference, labels), self._autocast(latents.device):
+            prediction = self.backbone.predict(denoiser, rows, time, stacked)
+        parts = prediction.to(latents.dtype).chunk(len(branches))
+        return ModelOutput(combine_guidance(parts, guidance))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's blocks in the backward pass, each in the mode its own forward ran in."""
@@ -106,25 +117,23 @@ class ControlledPolicy(TrainablePolicy):
                 context_fn=lambda: (nullcontext(), self._mode(reference, labels)),
             )
 
-        for unet in (self.unet, self.reference_unet):
-            if unet is not None:
-                unet.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+        for denoiser in (self.denoiser, self.reference_denoiser):
+            if denoiser is not None:
+                denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
 
-    @torch.no_grad()
     def scale_adapter(self, scale: float) -> None:
-        """Multiply LoRA's updates and the control embeddings by `scale`; 1 changes nothing, 0 gives the pre-trained model.
+        """Scale LoRA's updates and the control embeddings: 1 as trained (also after another scale), 0 the pre-trained model.
 
         ConfigError for a fully fine-tuned denoiser, which has nothing to scale.
         """
-        if scale == 1.0:
+        if scale == self._scale:
             return
-        if self.reference_unet is not None:
+        if self.reference_denoiser is not None:
             raise ConfigError(f"adapter_scale is {scale}, but a fully fine-tuned denoiser has no LoRA to scale; use 1")
         for layer in self._lora_layers:
-            for name in layer.scaling:
-                layer.scaling[name] *= scale
-        for name in self.controls.names:
-            self.controls.table(name).weight *= scale
+            for name, alpha in layer.lora_alpha.items():
+                layer.scaling[name] = alpha / layer.r[name] * scale
+        self._scale = scale
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
         """Optimizer groups: LoRA (or the whole denoiser), and the control embeddings without weight decay."""
@@ -153,7 +162,10 @@ class ControlledPolicy(TrainablePolicy):
     def _add_control_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._reference or self._labels is None:
             return output
-        return output + self.controls(self._labels).to(output.dtype)
+        embeddings = self.controls(self._labels)
+        if self._scale != 1.0:
+            embeddings = self._scale * embeddings
+        return output + embeddings.to(output.dtype)
 
     def _autocast(self, device: torch.device) -> Any:
         if self._autocast_dtype is None:
@@ -161,7 +173,19 @@ class ControlledPolicy(TrainablePolicy):
         return torch.autocast(device.type, dtype=self._autocast_dtype)
 
 
-def _add_lora(unet: UNet2DConditionModel, lora: LoraConfig, seed: int) -> None:
+def _stack(rows: list[Tensor]) -> Tensor:
+    """Branches one below the other; a single one is not copied."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _add_lora(backbone: Backbone, denoiser: Any, lora: LoraConfig, seed: int) -> None:
+    known = backbone.adapted_layers(denoiser)
+    if not any(f".{name}".endswith(f".{target}") for name in known for target in lora.target_modules):
+        endings = sorted({name.removesuffix(".0").rpartition(".")[2] for name in known})
+        raise ConfigError(
+            f"lora.target_modules {list(lora.target_modules)} are not in this denoiser; expected endings of its layers' "
+            f"names; the last parts of those are {', '.join(endings)}"
+        )
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -172,11 +196,9 @@ def _add_lora(unet: UNet2DConditionModel, lora: LoraConfig, seed: int) -> None:
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)  # peft draws from the global generator; every rank must draw the same
-        unet.add_adapter(config)
-    except ValueError as error:
-        raise ConfigError(f"LoRA target modules {lora.target_modules} are not in this denoiser: {error}") from error
+        denoiser.add_adapter(config)
     finally:
         torch.set_rng_state(state)
-    for name, parameter in unet.named_parameters():
+    for name, parameter in denoiser.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from typing import Any
 
-from ctrl_ray.policy.base_model import resolve_base_model
+import torch
+from torch import Tensor, nn
 
 
 def clamp_straight_through(images: Tensor) -> Tensor:
@@ -15,9 +14,10 @@ def clamp_straight_through(images: Tensor) -> Tensor:
 
 
 class LatentDecoder(nn.Module):
-    """AutoencoderKL in float32 and eval mode, with the base model's latent scaling; its weights are frozen."""
+    """A VAE in float32 and eval mode, with the base model's latent scaling; its weights are frozen."""
 
-    def __init__(self, vae: AutoencoderKL, chunk_size: int = 32) -> None:
+    def __init__(self, vae: Any, chunk_size: int = 32) -> None:
+        """vae: of diffusers' autoencoder interface (`encode`, `decode`, `config.scaling_factor`, ...)."""
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         self.scaling_factor = float(vae.config.scaling_factor)
@@ -43,15 +43,6 @@ class LatentDecoder(nn.Module):
         """Latents (the posterior's mean) of images (B, 3, H, W) in [0, 1]; H and W multiples of `downsampling`."""
         chunks = [self.vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in images.float().split(self.chunk_size)]
         return (torch.cat(chunks) - self.shift_factor) * self.scaling_factor
-
-
-def load_decoder(
-    base_model: str, revision: str | None = None, *, chunk_size: int = 32, device: str | torch.device = "cpu"
-) -> LatentDecoder:
-    """The decoder of a diffusers pipeline (see `resolve_base_model` for the errors)."""
-    folder = resolve_base_model(base_model, revision)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
-    return LatentDecoder(vae, chunk_size).to(device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

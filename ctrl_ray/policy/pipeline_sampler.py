@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.backbones import load_backbone
 
 _SAMPLES_PER_BATCH = 64
 
@@ -54,10 +52,6 @@ class PipelineSampler:
             yield (images * 255).round().astype(np.uint8), prompts
 
     def _load(self) -> Any:
-        folder = resolve_base_model(self.config.base_model, self.config.base_revision)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-        )
-        pipeline.scheduler = load_scheduler(self.config.base_model, self.config.base_revision)
+        pipeline = load_backbone(self.config.base_model, self.config.base_revision).load_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

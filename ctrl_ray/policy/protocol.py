@@ -1,4 +1,4 @@
-"""Prompts and what a backbone makes of them; opaque outside `ctrl_ray.policy`."""
+"""What a policy is given and what it is: prompts, labels and guidance in, a prediction out."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ctrl_ray.diffusion.steps import Guidance, ModelOutput
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance, ModelOutput
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition c of B samples."""
+    """The condition c of B samples; its tensors are opaque outside of the backbone that made them."""
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     """Text features and the like, each (B, ...); cached per prompt by the encoder that made them."""
+    null_tensors: Mapping[str, Tensor] | None = None
+    """The same of the empty prompt, each (B, ...), for classifier-free guidance; None: this family has no such branch."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -26,29 +28,42 @@ class Condition:
     def select(self, rows: Sequence[int]) -> Condition:
         """The condition of some of the samples, in the given order."""
         index = torch.as_tensor(rows, dtype=torch.long)
+
+        def chosen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[index.to(tensor.device)] for name, tensor in tensors.items()}
+
         return Condition(
             tuple(self.prompts[int(row)] for row in rows),
-            {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()},
+            chosen(self.tensors),
+            None if self.null_tensors is None else chosen(self.null_tensors),
         )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What B trajectories are asked for, the same at every step."""
+
+    condition: Condition
+    labels: Tensor
+    """(B, C) int64, one column per control; its number of classes = null."""
+    guidance: Guidance = NO_GUIDANCE
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    def select(self, rows: Sequence[int]) -> Inputs:
+        """The inputs of some of the samples, in the given order."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.labels.device)
+        return Inputs(self.condition.select(rows), self.labels[index], self.guidance)
 
 
 class Policy(Protocol):
     """The one module that owns every trainable parameter; the engine wraps it."""
 
     latent_shape: tuple[int, ...]
-    prediction_type: str
 
-    def __call__(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        labels: Tensor,
-        guidance: Guidance,
-        *,
-        reference: bool,
-    ) -> ModelOutput:
-        """Prediction for latents (B, ...) under labels (B, C), null allowed; `reference=True`: the pre-trained model."""
+    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
+        """Prediction for latents (B, ...); `reference=True`: the pre-trained model's, whatever the labels."""
         ...
 
 
@@ -64,7 +79,6 @@ class TrainablePolicy(nn.Module):
     """A `Policy` that an engine can train."""
 
     latent_shape: tuple[int, ...]
-    prediction_type: str
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name in this module."""

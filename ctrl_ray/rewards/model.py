@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
-from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
 from ctrl_ray.runs.copies import folder_here
@@ -181,9 +182,7 @@ def load_reward_model(spec: RewardModelSpec) -> RewardModel:
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    decoder = load_decoder(
-        spec.base_model, spec.revision, chunk_size=spec.decode_chunk_size, device=torch.device(spec.device)
-    )
+    decoder = load_backbone(spec.base_model, spec.revision).load_decoder(spec.decode_chunk_size, spec.device)
     classifiers = []
     for control, folder in spec.classifiers.items():
         classifier = ImageClassifier.from_pretrained(folder_here(folder, spec.copies), spec.device)

@@ -1,6 +1,6 @@
 """Training on problems whose answer is known: one worker group and one reward actor serve all cases.
 
-A case goes through the code of an image pipeline (`Learner`, `train_update`, the DeepSpeed engine, the reward pool);
+A case goes through the code of an image pipeline (`Learner`, `CTRL.update`, the DeepSpeed engine, the reward pool);
 only the denoiser and the reward are closed forms. What comes back is the policy's mean at every bin of the exact
 solver's grid, from which its law is computed without sampling.
 """
@@ -27,17 +27,17 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.launch import new_channel, run_workers
-from ctrl_ray.distributed.update import Learner, Rank, train_update
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.worker import set_up_process
 from ctrl_ray.exact.grid import make_grid
 from ctrl_ray.exact.suite import Case
-from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import policy_step
 from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
-from ctrl_ray.policy.backbones.stable_diffusion import make_kernel
+from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.policy.schedule import load_kernel
 from ctrl_ray.rewards.analytic import CONTROLS, AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
@@ -146,7 +146,7 @@ def case_learner(
 ) -> tuple[Learner, AnalyticPolicy]:
     """What trains a case, and the policy that it trains."""
     scheduler = analytic_scheduler()
-    kernel = make_kernel(scheduler, config.sampler.num_steps, config.sampler.eta)
+    kernel = load_kernel(scheduler, config.sampler)
     mixture = case.problem.mixture
     policy = AnalyticPolicy(
         MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod),
@@ -162,7 +162,6 @@ def case_learner(
         kernel=kernel,
         encoder=MixtureEncoder({case.title: mixture.weights}, rank.device),
         rewards=rewards,
-        estimator=make_estimator(config.estimator, config.sampler.num_steps),
         controls=config.controls,
         prompts=(case.title,),
         rank=rank,
@@ -176,7 +175,7 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
     centres = make_grid(case.problem).centres
     looks = {max(1, round(share * config.num_updates)) for share in SNAPSHOTS}
     taken = []
-    for done, averaged in averaged_updates(learner, policy):
+    for done, averaged in averaged_updates(learner, policy, make_method(config)):
         if rank.index == 0 and done in looks:
             means = policy_means(learner, averaged, centres)
             taken.append({coordinate: means[:, :, coordinate] for coordinate in case.coordinates})
@@ -188,7 +187,7 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
         ray.get(channel.put.remote(row))
 
 
-def averaged_updates(learner: Learner, policy: AnalyticPolicy) -> Iterator[tuple[int, AnalyticPolicy]]:
+def averaged_updates(learner: Learner, policy: AnalyticPolicy, method: Method) -> Iterator[tuple[int, AnalyticPolicy]]:
     """Make the updates of a case; yields (updates done, average of the policy so far) after each.
 
     Polyak & Juditsky 1992: at a learning rate that stays large the average over the path is far closer to the optimum
@@ -199,7 +198,7 @@ def averaged_updates(learner: Learner, policy: AnalyticPolicy) -> Iterator[tuple
     averaged = AveragedModel(policy)
     average: Any = averaged.module
     for update in range(num_updates):
-        train_update(learner, update)
+        method.update(learner, update)
         if update + 1 > AVERAGED_FROM * num_updates:
             averaged.update_parameters(policy)
         yield update + 1, average
@@ -211,10 +210,10 @@ def policy_means(learner: Learner, policy: AnalyticPolicy, centres: np.ndarray) 
     device = learner.rank.device
     column = torch.tensor(centres, dtype=torch.float32, device=device)[:, None]
     latents = column.expand(-1, policy.latent_shape[0]).contiguous()
-    condition = learner.encoder.encode([learner.prompts[0]] * len(latents))
     labels = torch.zeros(len(latents), len(policy.num_classes), dtype=torch.long, device=device)
+    inputs = Inputs(learner.encoder.encode([learner.prompts[0]] * len(latents)), labels)
     means = [
-        policy_step(policy, learner.kernel, k, latents, condition, labels, Guidance(), reference=False).mean
+        policy_step(policy, learner.kernel, k, latents, inputs, reference=False).mean
         for k in range(learner.kernel.num_steps)
     ]
     return np.asarray(torch.stack(means).double().cpu().numpy())

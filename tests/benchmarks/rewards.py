@@ -30,7 +30,8 @@ from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.update import Learner, Rank, train_update
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.build import build_policy
@@ -82,7 +83,7 @@ def measure(learner: Learner, variants: dict[str, Rewards], updates: int) -> dic
     for update in range(updates + 1):
         for name, rewards in variants.items():
             start = time.perf_counter()
-            metrics = train_update(dataclasses.replace(learner, rewards=rewards), update)
+            metrics = make_method(learner.config).update(dataclasses.replace(learner, rewards=rewards), update)
             if update:
                 results[name].append({**metrics, "update_s": time.perf_counter() - start})
     return results

@@ -27,7 +27,7 @@ from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.launch import new_channel, run_workers
-from ctrl_ray.distributed.update import train_update
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.worker import set_up_process
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.policy.build import build_policy
@@ -113,7 +113,7 @@ def _work(arguments: dict[str, Any]) -> None:
     times: dict[int, list[float]] = {stage: [] for stage in learners}
     for update in range(1 + arguments["updates"]):  # the first one warms up
         for stage, learner in learners.items():
-            seconds = train_update(learner, update)["update_s"]
+            seconds = make_method(learner.config).update(learner, update)["update_s"]
             if update:
                 times[stage].append(seconds)
     if rank.index == 0:

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.checkpoints import read_checkpoint, write_checkpoint
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
-from ctrl_ray.distributed.update import Learner, Rank, train_update
-from ctrl_ray.gradients.estimators import make_estimator
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
-from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.rewards.local import LocalRewards
@@ -46,16 +46,13 @@ class Case:
 
 def make_learner(config: TrainConfig, engine: Any, rank: Rank) -> Learner:
     """A learner on the tiny pipeline; its rewards are random networks in this process."""
-    sampler = config.sampler
+    backbone = load_backbone(config.base_model)
     return Learner(
         config=config,
         engine=engine,
-        kernel=make_kernel(
-            load_scheduler(config.base_model, None), sampler.num_steps, sampler.eta, sampler.reference_steps
-        ),
-        encoder=load_prompt_encoder(config.base_model, None, device=rank.device),
+        kernel=backbone.make_kernel(config.sampler),
+        encoder=backbone.load_encoder(rank.device),
         rewards=LocalRewards(small_model(Path(config.base_model))),
-        estimator=make_estimator(config.estimator, sampler.num_steps),
         controls=config.controls,
         prompts=PROMPTS,
         rank=rank,
@@ -112,7 +109,7 @@ def _run_case(name: str, case: Case, folder: Path, rank: Rank) -> None:
     learner = make_learner(config, engine, rank)
     losses = []
     for update in range(case.first_update, config.num_updates):
-        losses.append(train_update(learner, update)["loss"])
+        losses.append(make_method(learner.config).update(learner, update)["loss"])
         if update + 1 == case.save_after:
             (folder / name).mkdir(exist_ok=True)
             progress = {"updates_done": update + 1}
@@ -131,7 +128,6 @@ def _info(config: TrainConfig) -> AdapterInfo:
         base_revision=None,
         controls=config.controls,
         sampler=config.sampler,
-        scheduler_config=load_scheduler(config.base_model, None).config,
         lora=None if config.full_finetune else config.lora,
         training={},
     )
@@ -142,7 +138,7 @@ class PlainEngine:
 
     def __init__(self, policy: ControlledPolicy, config: TrainConfig) -> None:
         self.policy, self.learning_rate = policy, config.optimizer.learning_rate
-        self.latent_shape, self.prediction_type = policy.latent_shape, policy.prediction_type
+        self.latent_shape = policy.latent_shape
         self._clip = config.optimizer.gradient_clipping
         groups = policy.parameter_groups(config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
         self._optimizer = torch.optim.SGD(groups, momentum=config.optimizer.momentum)

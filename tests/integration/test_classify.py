@@ -19,7 +19,8 @@ from ctrl_ray.driver.classifier import FitResult, fit_classifier
 from ctrl_ray.errors import DataError, RunFolderError
 from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import jpeg_size
-from ctrl_ray.policy.decoder import load_decoder, to_uint8
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.decoder import to_uint8
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -47,7 +48,7 @@ class ShortSampler(NoiseSampler):
 @pytest.fixture(scope="module")
 def decoded(tiny_pipeline: Path) -> np.ndarray:
     """What the pipeline's VAE makes of the drawn images, image by image: uint8 (N, 32, 32, 3)."""
-    decoder = load_decoder(str(tiny_pipeline))
+    decoder = load_backbone(str(tiny_pipeline)).load_decoder()
     rows = []
     for image, _ in draw_dataset(NUM_IMAGES, seed=3):
         pixels = (

@@ -18,19 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed import engine
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.update import Learner, Rank, train_update
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import full, make_estimator
+from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.planning import plan as planner
 from ctrl_ray.planning.counts import LiveBytes, PolicyCounter
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.planning.plan import MemoryPlan, memory_plan
-from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.memory import allocated_peak, live_storages
 
@@ -87,22 +88,20 @@ def _planned(config: TrainConfig) -> MemoryPlan:
 def _measured(config: TrainConfig) -> int:
     """Peak tensor bytes of a worker during its second update."""
     before = live_storages().keys()
-    sampler = config.sampler
-    scheduler = load_scheduler(config.base_model)
+    backbone = load_backbone(config.base_model)
     learner = Learner(
         config=config,
         engine=PolicyEngine(build_policy(config, CONTROLS), config),
-        kernel=make_kernel(scheduler, sampler.num_steps, sampler.eta),
-        encoder=load_prompt_encoder(config.base_model),
+        kernel=backbone.make_kernel(config.sampler),
+        encoder=backbone.load_encoder(),
         rewards=StandardNormal(),  # type: ignore[arg-type]
-        estimator=make_estimator(config.estimator, sampler.num_steps),
         controls=CONTROLS,
         prompts=PROMPTS,
         rank=Rank(0, 1, torch.device("cpu")),
     )
-    train_update(learner, 0)
+    make_method(learner.config).update(learner, 0)
     resident = sum(size for key, size in live_storages().items() if key not in before)
-    return resident + allocated_peak(lambda: train_update(learner, 1))
+    return resident + allocated_peak(lambda: make_method(learner.config).update(learner, 1))
 
 
 @pytest.fixture
@@ -140,18 +139,18 @@ def test_shapes_is_planned_as_measured(one_rank: None, checkpointing: bool) -> N
     assert abs(planned / measured - 1) < 0.15, (planned, measured)
 
 
-def _sweep_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
-    """(peak bytes of weights and one sweep of the shipped pipeline, of them the kept latents)."""
+def _adjoint_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
+    """(peak bytes of weights and one adjoint pass of the shipped pipeline, of them the kept latents)."""
     config = _config("shapes", batch_size, sampler=SamplerConfig(num_steps=num_steps))
     with LiveBytes() as live:
         policy = build_policy(config, CONTROLS)
         for parameter in policy.parameters():
             live.add(parameter)
-        kernel = make_kernel(load_scheduler("shapes"), num_steps, 1.0)
-        condition = load_prompt_encoder("shapes").encode(["a red circle"] * batch_size)
+        kernel = policy.backbone.make_kernel(SamplerConfig(num_steps=num_steps))
+        condition = policy.backbone.load_encoder().encode(["a red circle"] * batch_size)
         noise = keyed_noise(0, 0, range(batch_size), policy.latent_shape, num_steps)
         labels = torch.zeros(batch_size, 1, dtype=torch.long)
-        trajectory = rollout(policy, kernel, condition, labels, Guidance(), noise)
+        trajectory = rollout(policy, kernel, Inputs(condition, labels), noise)
         del noise
         live.restart_peak()
         adjoint_pass(
@@ -159,7 +158,8 @@ def _sweep_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
             kernel,
             trajectory,
             TerminalReward(None, -trajectory.clean_latents),
-            full().plan(num_steps, 0, 0, 0),
+            Full(),
+            Full().plan(num_steps, 0, 0, 0),
             kl_coef=1.0,
             sample_weights=torch.full((batch_size,), 1 / batch_size),
             backward=Tensor.backward,
@@ -167,9 +167,9 @@ def _sweep_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
     return live.peak, trajectory.latents.untyped_storage().nbytes()
 
 
-def test_a_sweep_of_50_steps_takes_the_memory_of_10() -> None:
+def test_an_adjoint_pass_of_50_steps_takes_the_memory_of_10() -> None:
     """At most 1.05 × in all; without the kept latents, the only part that grows with the steps, at most 1.001 ×."""
-    (peak_10, latents_10), (peak_50, latents_50) = _sweep_peak(10), _sweep_peak(50)
+    (peak_10, latents_10), (peak_50, latents_50) = _adjoint_peak(10), _adjoint_peak(50)
     assert latents_50 == 51 * latents_10 // 11
     assert peak_50 <= 1.05 * peak_10
     assert peak_50 - latents_50 <= 1.001 * (peak_10 - latents_10)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.networks import SmallCNN
 from ctrl_ray.config import ControlConfig, RewardPoolConfig
-from ctrl_ray.distributed.update import train_update
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, RewardError
 from ctrl_ray.exact.suite import Effort, gaussian
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
@@ -400,7 +400,7 @@ def test_the_next_micro_batch_is_rolled_out_while_the_pool_scores(ray_session: N
         )
         (pid,) = process_ids(pool)
         metrics: dict[str, float] = {}
-        update = threading.Thread(target=lambda: metrics.update(train_update(learner, 0)))
+        update = threading.Thread(target=lambda: metrics.update(make_method(learner.config).update(learner, 0)))
         os.kill(pid, signal.SIGSTOP)
         try:
             update.start()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import ctrl_ray
 from ctrl_ray.config import ControlConfig, LoraConfig, OptimizerConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.update import Rank, train_update
+from ctrl_ray.distributed.learner import Rank
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.policy.build import build_policy
 from tests.integration.sharding import Case, PlainEngine, make_learner, run_cases
 
@@ -96,7 +97,7 @@ def test_two_workers_take_the_steps_of_one_process(
     start = {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
     learner = make_learner(config, PlainEngine(policy, config), Rank(0, 1, torch.device("cpu")))
     for update in range(config.num_updates):
-        train_update(learner, update)
+        make_method(learner.config).update(learner, update)
     change = {name: p.detach() - start[name] for name, p in policy.trainable_parameters().items()}
     size = float(torch.cat([value.flatten() for value in change.values()]).norm())
     for name in (name for trained_full, name in SGD_CASES if trained_full == full):

@@ -15,9 +15,9 @@ from PIL import Image
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.errors import ConfigError, RunFolderError
-from ctrl_ray.policy.pipeline import load_base_pipeline
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.sample import SampleConfig, image_seed, main, sample
-from tests.unit.policy.test_pipeline import _export
+from tests.unit.test_pipeline import _export
 
 PROMPTS = ("a red circle", "a blue cross")
 
@@ -63,7 +63,7 @@ def test_base_draws_the_same_noise_without_adapter(adapter: Path, tiny_pipeline:
     sample(SampleConfig(**arguments, adapter=str(adapter), control=("size=2",), output_dir=str(tmp_path / "base")))
     rows, images = _read(tmp_path / "base")
     assert [row["control"] for row in rows] == [{}, {}, {}]
-    pipeline = load_base_pipeline(str(tiny_pipeline))
+    pipeline = load_backbone(str(tiny_pipeline)).load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         [row["prompt"] for row in rows],

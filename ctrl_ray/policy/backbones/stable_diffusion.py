@@ -1,24 +1,118 @@
-"""What a run takes from a diffusers pipeline: the denoiser, the encoded prompts, and the step kernel."""
+"""Stable Diffusion 1.x and 2.x: a conditional UNet, one CLIP text encoder, a VAE.
+
+diffusers' and transformers' classes are imported where they are used: a reward actor loads the VAE alone.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.errors import ModelError
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
+from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.policy.protocol import Condition
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-class PromptEncoder:
+
+class StableDiffusion(DiffusersBackbone):
+    """A pipeline of `StableDiffusionPipeline`'s components; see `Backbone` for what each member is."""
+
+    denoiser = "unet"
+
+    @property
+    def pipeline_class(self) -> Any:
+        """`StableDiffusionPipeline`."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        config = self.component_config(self.denoiser)
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (config["in_channels"], height, width)
+
+    def image_size(self) -> int:
+        """Side in pixels: the latents' times the VAE's factor."""
+        blocks = self.component_config("vae")["block_out_channels"]
+        return int(self.latent_shape[1] * 2 ** (len(blocks) - 1))
+
+    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
+        """The UNet."""
+        if not empty:
+            return self.load_finetuned(self.folder, dtype)
+        from diffusers import UNet2DConditionModel
+
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.folder, subfolder="unet"))
+        nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
+        return unet.eval().requires_grad_(False)
+
+    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The UNet that full fine-tuning left in `folder`/unet."""
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
+        return unet.eval().requires_grad_(False)
+
+    def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
+        """Tokenizer and CLIP text encoder."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(
+            self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+        )
+        return TextEncoder(tokenizer, text_encoder.to(device), device)
+
+    def load_decoder(self, chunk_size: int = 32, device: str | torch.device = "cpu") -> LatentDecoder:
+        """The VAE."""
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+        return LatentDecoder(vae, chunk_size).to(device)
+
+    def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:
+        """'text': as they are."""
+        return {"text": prompt_embeds}
+
+    def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """'text': (B, tokens, width)."""
+        config = self.component_config("text_encoder")
+        return {"text": (batch_size, int(config["max_position_embeddings"]), int(config["hidden_size"]))}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """ε or v, as the scheduler's prediction type says."""
+        unet: Any = denoiser
+        dtype: torch.dtype = unet.dtype
+        output: Tensor = unet(
+            latents.to(dtype), time.to(latents.device), encoder_hidden_states=tensors["text"].to(dtype)
+        ).sample
+        return output
+
+    def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
+        """The time embedding."""
+        module: Any = denoiser.get_submodule("time_embedding")
+        return module, module.linear_2.out_features
+
+    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
+        """Every linear layer and convolution; those of the time embedding and its projections have a row a sample."""
+        return {
+            name: "sample" if "time_emb" in name else "token"
+            for name, module in denoiser.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+
+
+class TextEncoder:
     """Text features of prompts, computed once per prompt; the text encoder is frozen and float32."""
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, device: torch.device | str) -> None:
@@ -42,76 +136,6 @@ class PromptEncoder:
         return self._cache[prompt]
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition with 'text' (B, L, D) and 'null_text' (B, L, D), the features of the empty prompt."""
+        """Condition with 'text' (B, L, D); the null branch has the features of the empty prompt."""
         text = torch.stack([self._features(prompt) for prompt in prompts])
-        return Condition(tuple(prompts), {"text": text, "null_text": self._features("").expand_as(text)})
-
-
-def load_prompt_encoder(
-    base_model: str, revision: str | None = None, *, device: str | torch.device = "cpu"
-) -> PromptEncoder:
-    """Tokenizer and text encoder of a Stable-Diffusion-format pipeline."""
-    folder = _checked_folder(base_model, revision)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(
-        folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-    )
-    return PromptEncoder(tokenizer, text_encoder.to(device), device)
-
-
-def load_unet(
-    base_model: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
-) -> UNet2DConditionModel:
-    """The frozen denoiser of a Stable-Diffusion-format pipeline, in eval mode."""
-    folder = _checked_folder(base_model, revision)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
-    return unet.eval().requires_grad_(False)
-
-
-def empty_unet(
-    base_model: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
-) -> UNet2DConditionModel:
-    """The same denoiser from its configuration alone, on torch's meta device: shapes and types without memory."""
-    folder = _checked_folder(base_model, revision)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    torch.nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
-    return unet.eval().requires_grad_(False)
-
-
-def load_scheduler(base_model: str, revision: str | None = None) -> DDIMScheduler:
-    """DDIM with the pipeline's noise schedule, ending at ᾱ of the first training step so that the last step has a
-    density, and with no clipping of x_0 (clipping is no part of the Gaussian step)."""
-    folder = _checked_folder(base_model, revision)
-    config = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return ddim_scheduler(config)
-
-
-def ddim_scheduler(config: dict[str, Any]) -> DDIMScheduler:
-    """The DDIM scheduler that training and sampling share, from any scheduler's config."""
-    return DDIMScheduler.from_config(config, set_alpha_to_one=False, clip_sample=False, thresholding=False)
-
-
-def make_kernel(scheduler: DDIMScheduler, num_steps: int, eta: float, reference_steps: int = 0) -> DDIMKernel:
-    """The scheduler's chain of `num_steps` steps as Gaussians; the last `reference_steps` belong to the reference."""
-    scheduler.set_timesteps(num_steps)
-    return DDIMKernel(
-        scheduler.alphas_cumprod,
-        scheduler.timesteps.tolist(),
-        final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
-        eta=eta,
-        prediction_type=scheduler.config.prediction_type,
-        num_train_timesteps=scheduler.config.num_train_timesteps,
-        reference_steps=reference_steps,
-    )
-
-
-def _checked_folder(base_model: str, revision: str | None) -> str:
-    folder = resolve_base_model(base_model, revision)
-    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
-    if "unet" not in index or index["unet"][1] != "UNet2DConditionModel":
-        raise ModelError(
-            f"base model {base_model!r} is a {index.get('_class_name')} without a UNet2DConditionModel; expected a "
-            "Stable-Diffusion-format pipeline (text encoder, VAE, conditional UNet)"
-        )
-    return folder
+        return Condition(tuple(prompts), {"text": text}, {"text": self._features("").expand_as(text)})

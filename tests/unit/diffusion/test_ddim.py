@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel, predict_x_0_and_noise
 from ctrl_ray.diffusion.noise import draw_index, draw_noise, draw_uniform
 from ctrl_ray.diffusion.steps import (
@@ -19,7 +20,7 @@ from ctrl_ray.diffusion.steps import (
     step_kl,
 )
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.backbones.stable_diffusion import ddim_scheduler, make_kernel
+from ctrl_ray.policy.schedule import ddim_scheduler, load_kernel
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -33,7 +34,7 @@ def test_step_equals_diffusers_at_the_same_noise(spacing: str, prediction_type: 
         DDIMScheduler(**SCHEDULE, timestep_spacing=spacing, prediction_type=prediction_type, steps_offset=1).config
     )
     scheduler = ddim_scheduler(config)
-    kernel = make_kernel(scheduler, 10, eta)
+    kernel = load_kernel(scheduler, SamplerConfig(num_steps=10, eta=eta))
     generator = torch.Generator().manual_seed(0)
     for k, timestep in enumerate(scheduler.timesteps):
         latents, prediction, noise = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(3))

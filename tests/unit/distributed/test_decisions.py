@@ -20,8 +20,8 @@ from ctrl_ray.config import (
 )
 from ctrl_ray.distributed.checkpoints import assign_owners, read_checkpoint
 from ctrl_ray.distributed.engine import learning_rate_factor
+from ctrl_ray.distributed.evaluate import evaluation_score
 from ctrl_ray.distributed.launch import num_workers
-from ctrl_ray.distributed.update import evaluation_score
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, own_error
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.policy.adapter import shard_file

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.distributed.batches import num_rounds, rank_share
-from ctrl_ray.distributed.update import Rank, train_update
+from ctrl_ray.distributed.learner import Rank
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.exact.suite import Effort, gaussian
 from tests.analytic import PlainEngine, make_learner
 
@@ -27,7 +28,7 @@ def _gradient(micro_batch_size: int, num_ranks: int) -> Tensor:
     learner, policy = make_learner(case, engine=_Accumulating)
     config = dataclasses.replace(learner.config, micro_batch_size_per_worker=micro_batch_size)
     for rank in range(num_ranks):
-        train_update(
+        make_method(config).update(
             dataclasses.replace(learner, config=config, rank=Rank(rank, num_ranks, torch.device("cpu"))), update=3
         )
     gradient = policy.pushes["first"].grad

@@ -10,24 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import EstimatorConfig, TrainConfig
+from ctrl_ray.config import EstimatorConfig, SamplerConfig, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Case, Effort, gaussian, logistic
 from ctrl_ray.gradients import estimators
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import AdjointPlan, Estimator, make_estimator
+from ctrl_ray.gradients.adjoint import AdjointPlan, Estimator, TerminalReward, adjoint_pass
+from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
+from ctrl_ray.policy.analytic import analytic_scheduler
+from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.policy.schedule import load_kernel
 from tests.analytic import make_learner, means_on
 
 ALL: dict[str, Callable[[], Estimator]] = {
-    "full": estimators.full,
-    "last_k": lambda: estimators.last_k(2),
-    "random_suffix": estimators.random_suffix,
-    "adjoint_matching": estimators.adjoint_matching,
-    "adjoint_matching of 3": lambda: estimators.adjoint_matching(3),
-    "reinforce": estimators.reinforce,
+    "full": estimators.Full,
+    "last_k": lambda: estimators.LastK(2),
+    "random_suffix": estimators.RandomSuffix,
+    "adjoint_matching": estimators.AdjointMatching,
+    "adjoint_matching of 3": lambda: estimators.AdjointMatching(3),
+    "reinforce": estimators.Reinforce,
 }
 
 
@@ -38,32 +41,40 @@ def _short(case: Case, num_steps: int, **effort: Any) -> Case:
 
 def _gradient(
     case: Case,
+    estimator: Estimator,
     plan: AdjointPlan,
     batch_size: int,
     pushes: Tensor | None = None,
     policy_of: Callable[[Any], Any] = lambda policy: policy,
     double: bool = True,
+    reference_steps: int = 0,
 ) -> Tensor:
-    """Gradient at the pushes of one sweep over `batch_size` trajectories."""
+    """Gradient at the pushes of one adjoint pass over `batch_size` trajectories."""
     learner, policy = make_learner(case)
+    if reference_steps:
+        sampler = dataclasses.replace(learner.config.sampler, reference_steps=reference_steps)
+        learner = dataclasses.replace(learner, kernel=load_kernel(analytic_scheduler(), sampler))
     if double:
         policy.double()
     if pushes is not None:
         policy.pushes["first"].data.copy_(pushes)
     dtype = policy.pushes["first"].dtype
-    condition = learner.encoder.encode(learner.prompts * batch_size)
+    prompts = tuple(learner.prompts) * batch_size
     labels = torch.zeros(batch_size, 1, dtype=torch.long)
     noise = keyed_noise(0, 0, range(batch_size), (1,), learner.kernel.num_steps)
     called = policy_of(policy)
-    trajectory = rollout(called, learner.kernel, condition, labels, learner.guidance, lambda k: noise(k).to(dtype))
+    trajectory = rollout(
+        called, learner.kernel, Inputs(learner.encoder.encode(prompts), labels), lambda k: noise(k).to(dtype)
+    )
     strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
-    rewarded = learner.rewards.submit(trajectory.clean_latents, condition.prompts, labels, strengths).result()
+    rewarded = learner.rewards.submit(trajectory.clean_latents, prompts, labels, strengths).result()
     assert rewarded.cotangent is not None
     adjoint_pass(
         called,
         learner.kernel,
         trajectory,
         TerminalReward((rewarded.log_probs * strengths).sum(1), rewarded.cotangent.to(dtype)),
+        estimator,
         plan,
         kl_coef=case.problem.kl_coef,
         sample_weights=torch.full((batch_size,), 1 / batch_size, dtype=dtype),
@@ -71,15 +82,15 @@ def _gradient(
         groups=torch.arange(batch_size) // 64,
     )
     gradient = policy.pushes["first"].grad
-    assert gradient is not None
-    return gradient
+    assert gradient is not None or reference_steps, "no step is both visited and the policy's"
+    return torch.zeros_like(policy.pushes["first"]) if gradient is None else gradient
 
 
 class _Counted:
     """A policy that counts how often it is called, and how often a gradient comes back through it."""
 
     def __init__(self, policy: Any) -> None:
-        self.policy, self.latent_shape, self.prediction_type = policy, policy.latent_shape, policy.prediction_type
+        self.policy, self.latent_shape = policy, policy.latent_shape
         self.forwards = self.backwards = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,31 +104,41 @@ class _Counted:
         self.backwards += 1
 
 
+@pytest.mark.parametrize("reference_steps", [0, 2])
 @pytest.mark.parametrize("name", ALL)
-def test_counted_calls_are_the_stated_cost(name: str) -> None:
-    """Forwards and backwards of the denoiser per sample, rollout included; for random plans on average."""
+def test_counted_calls_are_the_stated_ones(name: str, reference_steps: int) -> None:
+    """Forwards and backwards of the denoiser, rollout included, of every plan; also where the reference takes steps."""
     estimator, num_steps = ALL[name](), 6
     case = _short(gaussian(), num_steps, num_nodes=3)
-    counts = torch.zeros(2)
-    repeats = 400 if name == "random_suffix" else 1
-    seen: dict[int, tuple[int, int]] = {}
-    for micro_batch in range(repeats):
-        plan = estimator.plan(num_steps, 0, 0, micro_batch)
-        if plan.stop_below not in seen:
-            counted: list[_Counted] = []
+    plans = {plan.stop_below: plan for plan in (estimator.plan(num_steps, 0, 0, i) for i in range(60))}
+    assert len(plans) == (num_steps if name == "random_suffix" else 1)
+    for plan in plans.values():
+        counted: list[_Counted] = []
 
-            def wrap(policy: Any, into: list[_Counted] = counted) -> _Counted:
-                into.append(_Counted(policy))
-                return into[-1]
+        def wrap(policy: Any, into: list[_Counted] = counted) -> _Counted:
+            into.append(_Counted(policy))
+            return into[-1]
 
-            _gradient(case, plan, 2, policy_of=wrap)
-            seen[plan.stop_below] = (counted[0].forwards, counted[0].backwards)
-        counts += torch.tensor(seen[plan.stop_below])
-    cost = estimator.cost(num_steps, False)
-    tolerance = 0.05 if name == "random_suffix" else 0
-    assert counts[0] / repeats == pytest.approx(cost["forwards"], rel=tolerance)
-    assert counts[1] / repeats == pytest.approx(cost["backwards"], rel=tolerance)
-    assert estimator.cost(num_steps, True)["forwards"] == 2 * cost["forwards"]
+        _gradient(case, estimator, plan, 2, policy_of=wrap, reference_steps=reference_steps)
+        sampler = SamplerConfig(num_steps=num_steps, reference_steps=reference_steps)
+        stated = estimator.calls(plan, load_kernel(analytic_scheduler(), sampler))
+        assert (counted[0].forwards, counted[0].backwards) == (stated.forwards, stated.backwards)
+
+
+@pytest.mark.parametrize(
+    ("name", "forwards", "backwards"),
+    [
+        ("full", 18, 12),
+        ("last_k", 10, 4),
+        ("adjoint_matching", 18, 12),
+        ("adjoint_matching of 3", 15, 9),
+        ("reinforce", 18, 6),
+    ],
+)
+def test_costs_are_those_of_the_docstrings(name: str, forwards: int, backwards: int) -> None:
+    """T = 6 steps, all under the policy's control: 3 T and 2 T of the full gradient, and so on."""
+    estimator, kernel = ALL[name](), load_kernel(analytic_scheduler(), SamplerConfig(num_steps=6))
+    assert estimator.calls(estimator.plan(6, 0, 0, 0), kernel)[:2] == (forwards, backwards)
 
 
 def test_random_suffix_is_unbiased_over_its_draws() -> None:
@@ -125,23 +146,23 @@ def test_random_suffix_is_unbiased_over_its_draws() -> None:
     num_steps, p_full = 5, 0.4
     case = _short(logistic(), num_steps, num_nodes=5)
     pushes = 0.3 * torch.randn(1, num_steps, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    estimator = estimators.random_suffix(p_full)
+    estimator = estimators.RandomSuffix(p_full)
     plans = {plan.stop_below: plan for plan in (estimator.plan(num_steps, 0, 0, i) for i in range(200))}
     assert sorted(plans) == list(range(num_steps))
     total, unweighted = torch.zeros_like(pushes), torch.zeros_like(pushes)
     for first, plan in plans.items():
         probability = p_full if first == 0 else (1 - p_full) / (num_steps - 1)
-        total += probability * _gradient(case, plan, 16, pushes)
+        total += probability * _gradient(case, estimator, plan, 16, pushes)
         kept = dataclasses.replace(plan, weights=tuple(float(weight > 0) for weight in plan.weights))
-        unweighted += probability * _gradient(case, kept, 16, pushes)
-    full = _gradient(case, estimators.full().plan(num_steps, 0, 0, 0), 16, pushes)
+        unweighted += probability * _gradient(case, estimator, kept, 16, pushes)
+    full = _gradient(case, estimators.Full(), estimators.Full().plan(num_steps, 0, 0, 0), 16, pushes)
     torch.testing.assert_close(total, full, rtol=1e-9, atol=1e-12)
     assert (unweighted - full).norm() > 0.1 * full.norm()  # without the weights it is biased
 
 
 def test_random_suffix_draws_k_with_the_stated_probabilities() -> None:
     """K = 0 with full_probability, the others alike."""
-    estimator = estimators.random_suffix(0.3)
+    estimator = estimators.RandomSuffix(0.3)
     draws = torch.tensor([estimator.plan(4, 0, update, 0).stop_below for update in range(4000)])
     shares = torch.bincount(draws, minlength=4) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.3, 0.7 / 3, 0.7 / 3, 0.7 / 3]), atol=0.025, rtol=0)
@@ -154,12 +175,14 @@ def test_estimates_agree_with_what_they_estimate(name: str) -> None:
     case = _short(gaussian(), num_steps, num_nodes=3)
     pushes = 0.4 * torch.randn(1, num_steps, 1, 3, generator=torch.Generator().manual_seed(1))
     if name == "reinforce":
-        plan = estimators.reinforce().plan(num_steps, 0, 0, 0)
-        estimate = _gradient(case, plan, 32_768, pushes, double=False)
-        exact = _gradient(case, estimators.full().plan(num_steps, 0, 0, 0), 32_768, pushes, double=False)
+        plan = estimators.Reinforce().plan(num_steps, 0, 0, 0)
+        estimate = _gradient(case, estimators.Reinforce(), plan, 32_768, pushes, double=False)
+        exact = _gradient(
+            case, estimators.Full(), estimators.Full().plan(num_steps, 0, 0, 0), 32_768, pushes, double=False
+        )
         assert (estimate - exact).norm() < 0.15 * exact.norm()
         return
-    chosen = estimators.adjoint_matching(3)
+    chosen = estimators.AdjointMatching(3)
     plans = [chosen.plan(num_steps, 0, update, 0) for update in range(300)]
     assert {sum(weight > 0 for weight in plan.weights) for plan in plans} == {3}
     mean_weights = torch.tensor([plan.weights for plan in plans]).mean(0)
@@ -182,7 +205,7 @@ def test_the_fixed_variance_optimum_is_at_rest(name: str) -> None:
         wanted = (best - ref) / learner.kernel.std(k)
         pushes[0, k, 0] = torch.tensor([float(_interpolate(x, centres, wanted)) for x in at])
     plan = ALL[name]().plan(num_steps, 0, 0, 0)
-    rest, start = (_gradient(case, plan, 8192, at, double=False) for at in (pushes, None))
+    rest, start = (_gradient(case, ALL[name](), plan, 8192, at, double=False) for at in (pushes, None))
     assert rest.sum((0, 2, 3)).norm() < 0.06 * start.sum((0, 2, 3)).norm()
 
 

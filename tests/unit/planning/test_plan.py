@@ -26,7 +26,7 @@ from ctrl_ray.planning.counts import LiveBytes, PolicyCounter, PolicyCounts, Ste
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, resolve_num_workers
 from ctrl_ray.planning.plan import CallPlan, RunPlan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
 from ctrl_ray.planning.preflight import preflight
-from ctrl_ray.policy.backbones.stable_diffusion import load_scheduler, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.runs.folder import RunFolder
 from ctrl_ray.train import parse
@@ -94,7 +94,7 @@ def test_one_micro_batch_has_nothing_in_flight_and_local_rewards_bring_the_decod
 
 def test_calls_are_those_of_the_sweep() -> None:
     """Nine controlled steps and one of the reference's, on 2 of 16 samples at a time, alone and on four workers."""
-    kernel = make_kernel(load_scheduler("shapes"), 10, 1.0, 1)
+    kernel = load_backbone("shapes").make_kernel(SamplerConfig(num_steps=10, reference_steps=1))
     full = call_plan(_config(), kernel)
     assert full == CallPlan(forwards=8 * (10 + 9 * 2 + 1), backwards=8 * (9 * 2 + 1), parameter_backwards=8 * 9)
     shared = call_plan(_scaled(1, 4), kernel)
@@ -200,7 +200,13 @@ def test_stable_diffusion_is_planned_without_its_weights(stable_diffusion: Path)
 
 def _plan_of(peak: int) -> RunPlan:
     step = dataclasses.replace(STEP, backward_peak=peak)
-    return make_plan(_config(), COUNTS, step, make_kernel(load_scheduler("shapes"), 10, 1.0, 1), num_prompts=1)
+    return make_plan(
+        _config(),
+        COUNTS,
+        step,
+        load_backbone("shapes").make_kernel(SamplerConfig(num_steps=10, reference_steps=1)),
+        num_prompts=1,
+    )
 
 
 def test_fits_compares_with_the_gpu_or_with_the_node() -> None:
@@ -314,7 +320,7 @@ def test_the_summary_holds_the_table(tiny_pipeline: Path) -> None:
     )
     text = preflight(config).summary
     for part in ("weights, frozen", "weights, trainable", "gradients", "optimizer moments", "activations of one step",
-                 "latents kept", "peak of the sweep", "traffic", "fits       "):  # fmt: skip
+                 "latents kept", "peak of the adjoint pass", "traffic", "fits       "):  # fmt: skip
         assert part in text, part
     assert "2 micro-batches × 11 latents" in text
     assert int(zero_options(config)["reduce_bucket_size"]) > 0

@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctrl_ray.diffusion.steps import Guidance, step_kl
+from ctrl_ray.config import SamplerConfig
+from ctrl_ray.diffusion.steps import step_kl
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import THREE_MODES
 from ctrl_ray.gradients.rollout import policy_step
 from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
-from ctrl_ray.policy.backbones.stable_diffusion import make_kernel
+from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.policy.schedule import load_kernel
 
 STEPS = 10
 
 
 def _policy(dimension: int = 2) -> tuple[AnalyticPolicy, object, MixtureEncoder]:
     scheduler = analytic_scheduler()
-    kernel = make_kernel(scheduler, STEPS, 1.0)
+    kernel = load_kernel(scheduler, SamplerConfig(num_steps=STEPS))
     denoiser = MixtureDenoiser(THREE_MODES.means, THREE_MODES.stds, scheduler.alphas_cumprod)
     policy = AnalyticPolicy(denoiser, kernel, {"first": 2, "second": 1}, dimension=dimension, num_nodes=9)
     return policy, kernel, MixtureEncoder({"p": THREE_MODES.weights, "q": (1.0, 1e-9, 1e-9)})
@@ -33,7 +35,7 @@ def test_reference_steps_are_those_of_the_solver() -> None:
     x = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     labels = torch.zeros(50, 2, dtype=torch.long)
     for k, step in enumerate(chain):
-        ours = policy_step(policy, kernel, k, x, encoder.encode(["p"] * 50), labels, Guidance(), reference=True)  # type: ignore[arg-type]
+        ours = policy_step(policy, kernel, k, x, Inputs(encoder.encode(["p"] * 50), labels), reference=True)  # type: ignore[arg-type]
         assert int(kernel.time(k)) == step.timestep  # type: ignore[attr-defined]
         assert kernel.std(k) == pytest.approx(step.std, rel=1e-5)  # type: ignore[attr-defined]
         torch.testing.assert_close(ours.mean.numpy(), step.mean(x.numpy()), atol=2e-6, rtol=2e-6)
@@ -43,11 +45,11 @@ def test_policy_equals_reference_at_the_start_and_prompts_choose_the_weights() -
     """Bit for bit; another prompt, another denoiser."""
     policy, kernel, encoder = _policy()
     x, labels = torch.randn(8, 2), torch.zeros(8, 2, dtype=torch.long)
-    condition = encoder.encode(["p"] * 8)
-    ours = policy(x, kernel.time(3), condition, labels, Guidance(), reference=False)  # type: ignore[attr-defined]
-    ref = policy(x, kernel.time(3), condition, labels, Guidance(), reference=True)  # type: ignore[attr-defined]
+    inputs = Inputs(encoder.encode(["p"] * 8), labels)
+    ours = policy(x, kernel.time(3), inputs, reference=False)  # type: ignore[attr-defined]
+    ref = policy(x, kernel.time(3), inputs, reference=True)  # type: ignore[attr-defined]
     assert torch.equal(ours.prediction, ref.prediction)
-    other = policy(x, kernel.time(3), encoder.encode(["q"] * 8), labels, Guidance(), reference=True)  # type: ignore[attr-defined]
+    other = policy(x, kernel.time(3), Inputs(encoder.encode(["q"] * 8), labels), reference=True)  # type: ignore[attr-defined]
     assert not torch.allclose(other.prediction, ref.prediction)
     with pytest.raises(ConfigError, match="unknown"):
         encoder.encode(["unknown"])
@@ -60,7 +62,7 @@ def test_a_push_moves_the_mean_by_that_many_deviations_and_costs_half_its_square
     policy.pushes["second"].data[0, 4] = 0.2
     x = torch.randn(4, 2)
     labels = torch.tensor([[1, 0], [1, 1], [0, 1], [2, 1]])  # (class, class), (class, null), (untouched, null), nulls
-    at = (policy, kernel, 4, x, encoder.encode(["p"] * 4), labels, Guidance())
+    at = (policy, kernel, 4, x, Inputs(encoder.encode(["p"] * 4), labels))
     step, ref = policy_step(*at, reference=False), policy_step(*at, reference=True)  # type: ignore[arg-type]
     pushes = (step.mean - ref.mean) / kernel.std(4)  # type: ignore[attr-defined]
     torch.testing.assert_close(pushes, torch.tensor([[0.9], [0.7], [0.0], [0.0]]).expand(-1, 2), atol=2e-4, rtol=0)

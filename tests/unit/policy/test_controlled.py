@@ -9,14 +9,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.config.presets import shapes
-from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
-from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, load_unet
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Inputs
+from tests.policies import make_policy
 
 RANK_2 = LoraConfig(rank=2)
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
@@ -24,13 +27,18 @@ CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig
 
 def _policy(folder: str, lora: LoraConfig | None = RANK_2, controls: dict | None = None) -> ControlledPolicy:
     counts = {name: c.num_classes for name, c in (controls or CONTROLS).items()}
-    return ControlledPolicy(load_unet(folder), counts, lora=lora)
+    return make_policy(folder, counts, lora=lora)
 
 
 def _inputs(folder: str) -> tuple:
-    condition = load_prompt_encoder(folder).encode(["a red circle", "a blue cross"])
+    condition = load_backbone(folder).load_encoder().encode(["a red circle", "a blue cross"])
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     return latents, torch.tensor(500), condition, torch.tensor([[0, 1], [2, 2]])
+
+
+def _predict(policy: ControlledPolicy, given: tuple, guidance: Guidance = NO_GUIDANCE, *, reference: bool) -> Tensor:
+    latents, time, condition, labels = given
+    return policy(latents, time, Inputs(condition, labels, guidance), reference=reference).prediction
 
 
 def _perturb(policy: ControlledPolicy) -> None:
@@ -49,10 +57,10 @@ def test_policy_equals_reference_bit_for_bit_at_initialisation(
     """Whatever the labels and the guidance; and no longer after the parameters moved."""
     policy = _policy(tiny_pipeline, lora)
     with torch.no_grad():
-        outputs = [policy(*_inputs(tiny_pipeline), guidance, reference=r).prediction for r in (False, True)]
+        outputs = [_predict(policy, _inputs(tiny_pipeline), guidance, reference=r) for r in (False, True)]
         assert torch.equal(*outputs)
         _perturb(policy)
-        moved = [policy(*_inputs(tiny_pipeline), guidance, reference=r).prediction for r in (False, True)]
+        moved = [_predict(policy, _inputs(tiny_pipeline), guidance, reference=r) for r in (False, True)]
     assert torch.equal(moved[1], outputs[1])
     assert (moved[0] - outputs[0]).abs().max() > 1e-3
 
@@ -64,11 +72,11 @@ def test_labels_act_only_through_their_tables(tiny_pipeline: str) -> None:
     policy.controls.tables["size"].weight.data[0] = 0.3
     null = policy.controls.null(2)
     with torch.no_grad():
-        base = policy(latents, time, condition, null, Guidance(), reference=False).prediction
-        labelled = policy(latents, time, condition, labels, Guidance(), reference=False).prediction
-        guided = policy(latents, time, condition, labels, Guidance(2.0), reference=False).prediction
-        uncond = load_prompt_encoder(tiny_pipeline).encode(["", ""])
-        null_prediction = policy(latents, time, uncond, null, Guidance(), reference=True).prediction
+        base = _predict(policy, (latents, time, condition, null), reference=False)
+        labelled = _predict(policy, (latents, time, condition, labels), reference=False)
+        guided = _predict(policy, (latents, time, condition, labels), Guidance(2.0), reference=False)
+        uncond = load_backbone(tiny_pipeline).load_encoder().encode(["", ""])
+        null_prediction = _predict(policy, (latents, time, uncond, null), reference=True)
     assert (labelled[0] - base[0]).abs().max() > 1e-3
     torch.testing.assert_close(labelled[1], base[1])
     torch.testing.assert_close(guided, null_prediction + 2.0 * (labelled - null_prediction), rtol=1e-4, atol=1e-5)
@@ -76,12 +84,10 @@ def test_labels_act_only_through_their_tables(tiny_pipeline: str) -> None:
 
 def test_bfloat16_backbone_keeps_trainables_in_float32(tiny_pipeline: str) -> None:
     """Policy = reference at initialisation in bf16 too, with float32 LoRA, tables and outputs."""
-    policy = ControlledPolicy(load_unet(tiny_pipeline, dtype=torch.bfloat16), {"size": 3}, lora=LoraConfig(rank=2))
+    policy = make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(rank=2), dtype=torch.bfloat16)
     latents, time, condition, labels = _inputs(tiny_pipeline)
     with torch.no_grad():
-        outputs = [
-            policy(latents, time, condition, labels[:, :1], Guidance(), reference=r).prediction for r in (False, True)
-        ]
+        outputs = [_predict(policy, (latents, time, condition, labels[:, :1]), reference=r) for r in (False, True)]
     assert torch.equal(*outputs) and outputs[0].dtype == torch.float32
     assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
 
@@ -92,7 +98,6 @@ def _info(folder: str, lora: LoraConfig | None):
         base_revision=None,
         controls=CONTROLS,
         sampler=SamplerConfig(num_steps=7),
-        scheduler_config=load_scheduler(folder).config,
         lora=lora,
         training={"kl_coef": 1.0},
     )
@@ -110,7 +115,7 @@ def test_adapter_round_trip(tiny_pipeline: str, tmp_path: Path, lora: LoraConfig
     assert (read.sampler, read.base_sha256, read.lora) == (info.sampler, info.base_sha256, info.lora)
     assert read.controls["hue"].thresholds == (3.0,) and read.num_classes == {"size": 3, "hue": 2}
     with torch.no_grad():
-        pair = [p(*_inputs(tiny_pipeline), Guidance(), reference=False).prediction for p in (policy, other)]
+        pair = [_predict(p, _inputs(tiny_pipeline), reference=False) for p in (policy, other)]
     assert torch.equal(*pair)
 
 
@@ -127,8 +132,8 @@ def test_lora_loads_with_diffusers_alone(tiny_pipeline: str, tmp_path: Path, mod
     latents, time, condition, _ = _inputs(tiny_pipeline)
     with torch.no_grad():
         theirs = pipe.unet(latents, time, encoder_hidden_states=condition.tensors["text"]).sample
-        ours = policy(latents, time, condition, policy.controls.null(2), Guidance(), reference=False).prediction
-        plain = policy(latents, time, condition, policy.controls.null(2), Guidance(), reference=True).prediction
+        ours = _predict(policy, (latents, time, condition, policy.controls.null(2)), reference=False)
+        plain = _predict(policy, (latents, time, condition, policy.controls.null(2)), reference=True)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     assert (ours - plain).abs().max() > 1e-3
 
@@ -170,7 +175,7 @@ def test_control_names_and_classes_are_checked(tiny_pipeline: str) -> None:
     with pytest.raises(ConfigError, match="not an identifier"):
         _policy(tiny_pipeline, controls={"my size": CONTROLS["size"]})
     with pytest.raises(ConfigError, match="1 classes"):
-        ControlledPolicy(load_unet(tiny_pipeline), {"size": 1}, lora=None)
+        make_policy(tiny_pipeline, {"size": 1}, lora=None)
 
 
 def test_saved_tables_are_the_live_ones(tiny_pipeline: str, tmp_path: Path) -> None:

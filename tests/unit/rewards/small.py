@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.policy.decoder import LatentDecoder, clamp_straight_through, load_decoder
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.decoder import LatentDecoder, clamp_straight_through
 from ctrl_ray.rewards.model import RewardModel
 
 PROMPTS = ("a red circle", "a green square", "a blue cross", "a white triangle")
@@ -51,7 +52,7 @@ def small_classifiers() -> list[SmallClassifier]:
 
 
 def small_model(pipeline: Path, chunk_size: int = 32) -> RewardModel:
-    return RewardModel(load_decoder(str(pipeline), chunk_size=chunk_size), small_classifiers())
+    return RewardModel(load_backbone(str(pipeline)).load_decoder(chunk_size), small_classifiers())
 
 
 def request(batch: int, seed: int = 0) -> tuple[Tensor, tuple[str, ...], Tensor, Tensor]:

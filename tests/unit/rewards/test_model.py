@@ -15,7 +15,7 @@ from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.networks import SmallCNN
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
-from ctrl_ray.policy.decoder import load_decoder
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
 from tests.unit.rewards.small import DoubleDecoder, request, small_classifiers, small_model
@@ -43,7 +43,7 @@ def test_log_probs_are_those_of_the_asked_classes(model: RewardModel) -> None:
 
 
 def test_cotangent_is_the_derivative(tiny_pipeline: Path) -> None:
-    decoder = DoubleDecoder(load_decoder(str(tiny_pipeline)).vae, chunk_size=2)
+    decoder = DoubleDecoder(load_backbone(str(tiny_pipeline)).load_decoder().vae, chunk_size=2)
     with torch.no_grad():
         decoder.vae.decoder.conv_out.weight.mul_(0.2)
     model = RewardModel(decoder, small_classifiers()).double()

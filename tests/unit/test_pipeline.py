@@ -15,10 +15,12 @@ from torch import Tensor
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.pipeline import ControlledPipeline, class_index
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
-from ctrl_ray.policy.backbones.stable_diffusion import load_prompt_encoder, load_scheduler, load_unet, make_kernel
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
-from ctrl_ray.policy.pipeline import ControlledPipeline, class_index, load_base_pipeline
+from ctrl_ray.policy.protocol import Inputs
+from tests.policies import make_policy
 
 CONTROLS = {"size": ControlConfig(classes=("low", "middle", "high")), "hue": ControlConfig(classes=("0.5", "1"))}
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -29,7 +31,7 @@ LABELS = torch.tensor([[2, 2], [0, 1]])
 
 def _export(base: Path, folder: Path, sampler: SamplerConfig, lora: LoraConfig | None = LORA) -> ControlledPolicy:
     """A policy with random parameters, and its adapter in `folder`."""
-    policy = ControlledPolicy(load_unet(str(base)), {n: c.num_classes for n, c in CONTROLS.items()}, lora=lora)
+    policy = make_policy(base, {n: c.num_classes for n, c in CONTROLS.items()}, lora=lora)
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -40,7 +42,6 @@ def _export(base: Path, folder: Path, sampler: SamplerConfig, lora: LoraConfig |
         base_revision=None,
         controls=CONTROLS,
         sampler=sampler,
-        scheduler_config=dict(load_scheduler(str(base)).config),
         lora=lora,
         training={},
     )
@@ -55,9 +56,10 @@ def _generators() -> list[torch.Generator]:
 @torch.no_grad()
 def _rollout(policy: ControlledPolicy, base: Path, sampler: SamplerConfig, *, reference: bool = False) -> Tensor:
     """Clean latents by the training's own step kernel, with the noise that a diffusers pipeline would draw."""
-    kernel = make_kernel(load_scheduler(str(base)), sampler.num_steps, sampler.eta, sampler.reference_steps)
-    condition = load_prompt_encoder(str(base)).encode(PROMPTS)
+    backbone = load_backbone(str(base))
+    kernel = backbone.make_kernel(sampler)
     guidance = Guidance(sampler.guidance_scale, sampler.control_scale)
+    inputs = Inputs(backbone.load_encoder().encode(PROMPTS), LABELS, guidance)
     generators = _generators()
 
     def noise() -> Tensor:
@@ -66,7 +68,7 @@ def _rollout(policy: ControlledPolicy, base: Path, sampler: SamplerConfig, *, re
     latents = noise()
     for k in range(kernel.num_steps):
         by_reference = reference or not kernel.controlled(k)
-        output = policy(latents, kernel.time(k), condition, LABELS, guidance, reference=by_reference)
+        output = policy(latents, kernel.time(k), inputs, reference=by_reference)
         step = kernel.step(k, latents, output)
         latents = step.mean + step.std * noise()
     return latents
@@ -116,7 +118,7 @@ def test_scale_zero_is_the_pre_trained_model(tiny_pipeline: Path, exported: tupl
     latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES}, adapter_scale=0.0)
     expected = _rollout(policy, tiny_pipeline, SamplerConfig(num_steps=3), reference=True)
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
-    base = load_base_pipeline(str(tiny_pipeline))
+    base = load_backbone(str(tiny_pipeline)).load_pipeline()
     base.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "eta": 1.0, "guidance_scale": 1.0, "output_type": "latent"}
     torch.testing.assert_close(

@@ -1,0 +1,104 @@
+"""One evaluation of a policy during training, on one rank of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.diffusion.steps import GaussianStep, step_kl
+from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds
+from ctrl_ray.distributed.engine import all_reduce_sum
+from ctrl_ray.distributed.learner import Learner
+from ctrl_ray.evaluation.judging import oracle_labels
+from ctrl_ray.evaluation.metrics import accuracy_of, confusion_matrix, macro_f1_of
+from ctrl_ray.gradients.rollout import Trajectory, policy_step
+
+
+def evaluate_policy(
+    learner: Learner, num_samples: int, on_samples: Callable[[Batch, np.ndarray], None] | None = None
+) -> dict[str, float]:
+    """Accuracy by the oracles on decoded samples, and KL, over all ranks; the noise is the same every time.
+
+    A control without an oracle has no accuracy. on_samples sees this rank's batches with their uint8 images (B, H, W, 3).
+    """
+    config, rank = learner.config, learner.rank
+    active = tuple(config.controls)
+    confusions = [torch.zeros(c.num_classes, c.num_classes, dtype=torch.float64) for c in config.controls.values()]
+    totals = torch.zeros(2 + len(active), dtype=torch.float64)
+    mine = list(range(rank.index, num_samples, rank.size))
+    rounds = num_rounds(num_samples, rank.size, config.evaluation.batch_size)
+    size = math.ceil(math.ceil(num_samples / rank.size) / rounds)
+    for index in range(rounds):  # the same number of forwards on every rank, padded by a repeated sample
+        ids = mine[index * size : (index + 1) * size]
+        batch = evaluation_batch(ids or [0], learner.prompts, learner.controls, active)
+        trajectory = learner.roll_out(batch, config.evaluation.seed, 0, with_kl=True)
+        if not ids:
+            continue
+        assert trajectory.kl_per_step is not None
+        totals[0] += len(ids)
+        totals[1] += trajectory.kl_per_step.double().sum().cpu()
+        images = learner.rewards.decode(trajectory.clean_latents).numpy()
+        if on_samples is not None:
+            on_samples(batch, images)
+        believed = learner.submit(batch, trajectory.clean_latents).result().log_probs
+        for column, (name, control) in enumerate(config.controls.items()):
+            totals[2 + column] += believed[:, column].double().sum()
+            if control.oracle:
+                measured = oracle_labels(name, control, images).classes
+                counts = confusion_matrix(batch.labels[:, column].numpy(), measured, control.num_classes)
+                confusions[column] += torch.from_numpy(counts)
+    totals = all_reduce_sum(totals)
+    metrics = {"kl": float(totals[1] / totals[0]), "num_samples": float(totals[0])}
+    accuracies = []
+    for column, (name, control) in enumerate(config.controls.items()):
+        metrics[f"log_prob/{name}"] = float(totals[2 + column] / totals[0])
+        if control.oracle:
+            confusion = all_reduce_sum(confusions[column]).numpy()
+            metrics[f"accuracy/{name}"] = accuracy_of(confusion)
+            metrics[f"macro_f1/{name}"] = macro_f1_of(confusion)
+            accuracies.append(metrics[f"accuracy/{name}"])
+    if accuracies:
+        metrics["accuracy"] = float(np.mean(accuracies))
+        metrics["macro_f1"] = float(np.mean([metrics[f"macro_f1/{n}"] for n, c in config.controls.items() if c.oracle]))
+    return metrics
+
+
+def kl_noise_floor(learner: Learner) -> float:
+    """KL in nats per trajectory that precision alone makes: the reference against itself in batches of another size."""
+    batch = evaluation_batch(range(8), learner.prompts, learner.controls, tuple(learner.config.controls))
+    trajectory = learner.roll_out(batch, learner.config.evaluation.seed, 0)
+    total = 0.0
+    for step_index in range(learner.kernel.num_steps):
+        if not learner.kernel.controlled(step_index):
+            continue
+        whole = _reference_step(learner, trajectory, step_index, slice(0, 8))
+        for half in (slice(0, 3), slice(3, 8)):
+            part = _reference_step(learner, trajectory, step_index, half)
+            total += float(step_kl(GaussianStep(whole.mean[half], whole.std), part).sum())
+    return total / 8
+
+
+@torch.no_grad()
+def _reference_step(learner: Learner, trajectory: Trajectory, step_index: int, rows: slice) -> GaussianStep:
+    inputs = trajectory.inputs.select(range(len(trajectory.inputs))[rows])
+    latents = trajectory.latents[step_index][rows]
+    return policy_step(learner.engine, learner.kernel, step_index, latents, inputs, reference=True)
+
+
+def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
+    """Why an evaluation ends the run; '' when it does not."""
+    if config.target_kl is None or metrics["kl"] <= config.target_kl:
+        return ""
+    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
+
+
+def evaluation_score(metrics: Mapping[str, float], config: TrainConfig) -> float:
+    """What 'best' means: the objective Σ_c γ_c E[log p̂_c] − kl_coef KL in nats; −1e9 when the KL is above target_kl."""
+    if exceeds_target_kl(config, metrics):
+        return -1e9
+    rewards = (control.guidance_strength * metrics[f"log_prob/{name}"] for name, control in config.controls.items())
+    return sum(rewards) - config.kl_coef * metrics["kl"]

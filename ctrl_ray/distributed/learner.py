@@ -1,0 +1,69 @@
+"""What an update and an evaluation work with, on one rank of many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.diffusion.steps import Guidance, StepKernel
+from ctrl_ray.distributed.batches import Batch
+from ctrl_ray.distributed.engine import PolicyEngine
+from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, rollout
+from ctrl_ray.policy.protocol import Encoder, Inputs
+from ctrl_ray.rewards.protocol import PendingRewards, Rewards
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is in the group."""
+
+    index: int
+    size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Everything that an update or an evaluation needs of one rank."""
+
+    config: TrainConfig
+    engine: PolicyEngine
+    kernel: StepKernel
+    encoder: Encoder
+    rewards: Rewards
+    controls: Mapping[str, ControlConfig]
+    """The policy's, in column order; the config's controls first."""
+    prompts: Sequence[str]
+    rank: Rank
+
+    @property
+    def guidance(self) -> Guidance:
+        """Classifier-free guidance of the run."""
+        return Guidance.of(self.config.sampler)
+
+    @property
+    def num_rewarded(self) -> int:
+        """Label columns that the rewards know: the config's controls."""
+        return len(self.config.controls)
+
+    def roll_out(self, batch: Batch, seed: int, update: int, *, with_kl: bool = False) -> Trajectory:
+        """Sample a batch under the policy, its noise keyed by (seed, update, sample id)."""
+        return rollout(
+            self.engine,
+            self.kernel,
+            Inputs(self.encoder.encode(batch.prompts), batch.labels.to(self.rank.device), self.guidance),
+            keyed_noise(
+                seed, update, batch.sample_ids, self.engine.latent_shape, self.kernel.num_steps, self.rank.device
+            ),
+            with_kl=with_kl,
+            latent_reduction=self.config.latent_reduction,
+        )
+
+    def submit(self, batch: Batch, latents: Tensor) -> PendingRewards:
+        """Ask for the rewards of a batch's clean latents."""
+        columns = self.num_rewarded
+        return self.rewards.submit(latents, batch.prompts, batch.labels[:, :columns], batch.strengths[:, :columns])

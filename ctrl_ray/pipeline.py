@@ -1,0 +1,352 @@
+"""Sampling from an adapter with the code that trained it: `ControlledPipeline`."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ctrl_ray.config import ControlConfig, SamplerConfig
+from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
+from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.policy.protocol import Condition, Encoder, Inputs
+
+ControlValue = int | str | None
+
+
+def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
+    """Label of a class given by name, by index (also as text, '2'), or None for null.
+
+    Raises ConfigError that lists the classes.
+    """
+    if value is None:
+        return control.num_classes
+    if isinstance(value, str):
+        if value in control.class_names:
+            return control.class_names.index(value)
+        index = int(value) if value.isdecimal() else -1
+    else:
+        try:
+            index = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            index = -1
+    if not 0 <= index < control.num_classes:
+        classes = ", ".join(f"{i} = {class_name!r}" for i, class_name in enumerate(control.class_names))
+        raise ConfigError(f"class {value!r} of control {name!r} does not exist; expected one of {classes}, or None")
+    return index
+
+
+class SampledImages(NamedTuple):
+    """What a call of the pipeline gives back."""
+
+    images: Any
+    """A list of PIL images; or, as `output_type` says, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or the
+    clean latents (B, C, h, w)."""
+    trajectory: Trajectory
+    """How they came about: all latents, and what was asked for."""
+
+
+class ControlledPipeline:
+    """A text-to-image pipeline that takes `controls={"jpeg_size": 2}`; the other options are those of diffusers' pipelines.
+
+        pipe = ctrl_ray.ControlledPipeline.from_pretrained("runs/shapes/adapter")
+        image = pipe("a red circle", controls={"jpeg_size": 3}).images[0]
+
+    It samples by the rollout that training uses, with the sampler that the adapter was trained for (steps, eta, guidance
+    scale) unless told otherwise.
+    """
+
+    def __init__(
+        self, policy: ControlledPolicy, info: AdapterInfo | None, *, scheduler: Mapping[str, Any] | None
+    ) -> None:
+        """info: of the policy's adapter; None: the pre-trained model alone. scheduler: the noise schedule's config; None:
+        the base model's."""
+        self.policy = policy.eval()
+        self.info = info
+        self._scheduler = scheduler
+        self._device = torch.device("cpu")
+        self._encoder: Encoder | None = None
+        self._decoder: LatentDecoder | None = None
+        self._progress: dict[str, Any] = {}
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        *,
+        base_model: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ControlledPipeline:
+        """Load an adapter folder on its base model, or on `base_model` where that has moved.
+
+        dtype: of the denoiser; everything else is float32. Raises ModelError for an incomplete folder, a base model that
+        cannot be found, or another one than the adapter was trained on (by hash).
+        """
+        info = read_adapter_info(adapter)
+        backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
+        check_base_model(info, backbone)
+        policy = ControlledPolicy(
+            backbone,
+            backbone.load_denoiser(dtype),
+            info.num_classes,
+            lora=info.lora,
+            full_finetune=info.lora is None,
+        )
+        load_into_policy(adapter, policy)
+        return cls(policy.requires_grad_(False), info, scheduler=info.scheduler).to(device)
+
+    @classmethod
+    def from_base_model(
+        cls,
+        base_model: str,
+        revision: str | None = None,
+        *,
+        scheduler: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ControlledPipeline:
+        """The pre-trained model alone, for comparison: the same sampler and noise, no controls.
+
+        scheduler: another noise schedule than the base model's own, such as `info.scheduler` of an adapter.
+        """
+        backbone = load_backbone(base_model, revision)
+        policy = ControlledPolicy(backbone, backbone.load_denoiser(dtype), {}, lora=None)
+        return cls(policy.requires_grad_(False), None, scheduler=scheduler).to(device)
+
+    @property
+    def controls(self) -> dict[str, tuple[str, ...]]:
+        """Class names of each control."""
+        return {name: control.class_names for name, control in self._control_configs.items()}
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """The sampler that the adapter was trained for."""
+        return SamplerConfig() if self.info is None else self.info.sampler
+
+    @property
+    def _control_configs(self) -> Mapping[str, ControlConfig]:
+        return {} if self.info is None else self.info.controls
+
+    def to(self, device: str | torch.device) -> ControlledPipeline:
+        """Move all parts to a device."""
+        self._device = torch.device(device)
+        self.policy.to(self._device)
+        self._encoder = self._decoder = None  # loaded where they are needed
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of the bar over denoising steps (tqdm's), such as `disable=True`."""
+        self._progress = kwargs
+
+    def labels(self, controls: Mapping[str, ControlValue | Sequence[ControlValue]] | None, num_prompts: int) -> Tensor:
+        """Labels (num_prompts, C) of named controls, each one class or one class per prompt; omitted ones are null.
+
+        Raises ConfigError for a control or class that the adapter does not have.
+        """
+        controls = dict(controls or {})
+        unknown = [name for name in controls if name not in self._control_configs]
+        if unknown:
+            raise ConfigError(f"unknown control {unknown[0]!r}; this adapter has {list(self._control_configs)}")
+        columns = []
+        for name, control in self._control_configs.items():
+            value = controls.get(name)
+            single = value is None or isinstance(value, str) or not hasattr(value, "__len__")
+            values: Sequence[Any] = [value] * num_prompts if single else value  # type: ignore[assignment]
+            if len(values) != num_prompts:
+                raise ConfigError(
+                    f"control {name!r} has {len(values)} classes for {num_prompts} prompts; give one for each, or one "
+                    "for all"
+                )
+            columns.append([class_index(name, control, one) for one in values])
+        return torch.tensor(columns, dtype=torch.long).reshape(-1, num_prompts).T
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        controls: Mapping[str, ControlValue | Sequence[ControlValue]] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
+        adapter_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        on_step: Callable[[int, Tensor], None] | None = None,
+        draw: Sampler = rollout,
+    ) -> SampledImages:
+        """Sample images.
+
+        Args:
+            prompt: One, or one for each image; or give `prompt_embeds` (B, tokens, width) in its place.
+            controls: Class (index or name) per control, for all prompts or one for each; omitted or None = null.
+            negative_prompt: In the place of the empty prompt, where there is guidance (`negative_prompt_embeds` likewise).
+            height, width: In pixels; None: what the base model was trained for. Multiples of the VAE's factor.
+            num_inference_steps, guidance_scale, eta: None = as trained. Other values work, but the guarantee of the method
+                holds for the trained sampler only, so each is warned about once.
+            adapter_scale: Scales LoRA and control embeddings; 0 is the pre-trained model.
+            generator: One for all images or one for each; x_T is drawn first, then the noise of each step.
+            latents: x_T, (B, C, h, w), in the place of the first draw.
+            output_type: 'pil', 'np', 'pt' or 'latent'; see `SampledImages`.
+            on_step: Told each step's index and its next latents.
+            draw: How trajectories are drawn; `rollout` is the plain sampler.
+
+        Raises ConfigError for unknown controls and classes, sizes that the model cannot make, a guidance scale below 1, and
+        numbers of generators or latents that are not those of the images.
+        """
+        condition = self._condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        labels = self.labels(controls, len(condition))
+        rows = [row for row in range(len(condition)) for _ in range(num_images_per_prompt)]
+        sampler = self._sampler(num_inference_steps, eta, guidance_scale)
+        self.policy.scale_adapter(adapter_scale)
+        inputs = Inputs(condition.select(rows), labels[rows].to(self._device), Guidance.of(sampler))
+        kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
+        with tqdm(total=kernel.num_steps, **self._progress) as bar:
+
+            def told(step_index: int, step_latents: Tensor) -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step(step_index, step_latents)
+
+            noise = self._noise(len(rows), self._latent_shape(height, width), generator, latents)
+            trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
+        return SampledImages(self._images(trajectory.clean_latents, output_type), trajectory)
+
+    def _condition(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> Condition:
+        if (prompt is None) == (prompt_embeds is None):
+            got = "neither" if prompt is None else "both"
+            raise ConfigError(f"expected either a prompt or prompt_embeds; got {got}")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ConfigError("expected negative_prompt or negative_prompt_embeds; got both")
+        if self._encoder is None:
+            self._encoder = self.policy.backbone.load_encoder(self._device)
+        if prompt_embeds is None:
+            assert prompt is not None
+            condition = self._encoder.encode((prompt,) if isinstance(prompt, str) else tuple(prompt))
+        else:
+            empty = self._encoder.encode([""] * len(prompt_embeds))
+            condition = replace(empty, tensors=self.policy.backbone.embedded(prompt_embeds.to(self._device)))
+        if negative_prompt is not None:
+            texts = (negative_prompt,) * len(condition) if isinstance(negative_prompt, str) else tuple(negative_prompt)
+            negative = self._encoder.encode(texts).tensors
+        elif negative_prompt_embeds is not None:
+            negative = self.policy.backbone.embedded(negative_prompt_embeds.to(self._device))
+        else:
+            return condition
+        count = len(next(iter(negative.values())))
+        if count != len(condition):
+            raise ConfigError(f"there are {count} negative prompts for {len(condition)} prompts; give one for each")
+        return replace(condition, null_tensors=negative)
+
+    def _sampler(self, num_steps: int | None, eta: float | None, guidance_scale: float | None) -> SamplerConfig:
+        trained = self.sampler
+        steps = self._setting("num_steps", num_steps)
+        scale = self._setting("guidance_scale", guidance_scale)
+        chosen_eta = self._setting("eta", eta)
+        if scale < 1:
+            raise ConfigError(f"guidance_scale is {scale}; expected at least 1 (1 = off)")
+        if steps <= trained.reference_steps:
+            raise ConfigError(
+                f"num_inference_steps is {steps}, but the last {trained.reference_steps} are the pre-trained model's; "
+                f"expected at least {trained.reference_steps + 1}"
+            )
+        return replace(trained, num_steps=steps, eta=chosen_eta, guidance_scale=scale)
+
+    def _setting(self, name: str, value: Any) -> Any:
+        trained = getattr(self.sampler, name)
+        if value is None or value == trained:
+            return trained
+        if self.info is not None and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"{name} is {value}, but the adapter was trained with {trained}: its guarantee holds for {trained} only",
+                UserWarning,
+                stacklevel=5,  # past torch.no_grad's frame
+            )
+        return value
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        channels, *sides = self.policy.latent_shape
+        factor = self._vae().downsampling
+        for index, (name, pixels) in enumerate((("height", height), ("width", width))):
+            if pixels is None:
+                continue
+            if pixels <= 0 or pixels % factor:
+                raise ConfigError(f"{name} is {pixels}; expected a positive multiple of {factor}")
+            sides[index] = pixels // factor
+        return (channels, *sides)
+
+    def _noise(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> NoiseSource:
+        whole = (count, *shape)
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ConfigError(
+                f"there are {len(generator)} generators for {count} images; give one for each, or one for all"
+            )
+        if latents is not None and tuple(latents.shape) != whole:
+            raise ConfigError(f"latents have shape {tuple(latents.shape)}; expected {whole}")
+
+        def noise(index: int) -> Tensor:
+            if index == 0 and latents is not None:
+                return latents.to(self._device, torch.float32)
+            if isinstance(generator, Sequence):
+                return torch.cat([self._draw((1, *shape), one) for one in generator])
+            return self._draw(whole, generator)
+
+        return noise
+
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        """Standard normal, drawn where the generator lives and moved, so that the CPU's gives the same on a GPU."""
+        device = self._device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device).to(self._device)
+
+    def _vae(self) -> LatentDecoder:
+        if self._decoder is None:
+            self._decoder = self.policy.backbone.load_decoder(device=self._device)
+        return self._decoder
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = self._vae().decode(latents)
+        if output_type == "pt":
+            return images
+        if output_type == "np":
+            return np.asarray(images.permute(0, 2, 3, 1).cpu().numpy())
+        if output_type == "pil":
+            return [Image.fromarray(array) for array in to_uint8(images).cpu().numpy()]
+        raise ConfigError(f"output_type {output_type!r} is unknown; expected 'pil', 'np', 'pt' or 'latent'")

@@ -1,0 +1,149 @@
+"""What belongs to a family of base models and not to the method: one class a family, in a file of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from ctrl_ray.config import SamplerConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.errors import ModelError
+from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.protocol import Encoder
+from ctrl_ray.policy.schedule import ddim_scheduler, load_kernel
+
+Row = Literal["sample", "token"]
+"""What a row of a layer's output belongs to: a sample (B, width), or one of several tokens or pixels of a sample."""
+
+
+class Backbone(Protocol):
+    """A pre-trained pipeline of one family, in a folder; nothing is loaded before a method loads it.
+
+    The policy keeps LoRA, the switch to the reference, the branches of the guidance and the control embeddings, and asks the
+    backbone for what differs between families. `DiffusersBackbone` has what all families in diffusers' format share.
+    """
+
+    folder: str
+    """Where the pipeline lies (`model_index.json`)."""
+    denoiser: ClassVar[str]
+    """'unet' or 'transformer': sub-folder of the denoiser, prefix of its parameters, and key of its LoRA."""
+
+    @property
+    def pipeline_class(self) -> Any:
+        """diffusers' pipeline of the family; it reads and writes LoRA."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Latents of one sample at the size that the model was trained for, (channels, height, width)."""
+        ...
+
+    def image_size(self) -> int:
+        """Side of an image in pixels at that size."""
+        ...
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The noise schedule, as an adapter stores it."""
+        ...
+
+    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DDIMKernel:
+        """The sampler's chain of Gaussian steps; `scheduler_config`: another noise schedule than the pipeline's own."""
+        ...
+
+    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
+        """The frozen denoiser in eval mode; `empty`: shapes and types alone, on torch's meta device."""
+        ...
+
+    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A denoiser that full fine-tuning left in `folder`/<denoiser>."""
+        ...
+
+    def load_encoder(self, device: str | torch.device = "cpu") -> Encoder:
+        """Prompts to conditions; frozen, float32."""
+        ...
+
+    def load_decoder(self, chunk_size: int = 32, device: str | torch.device = "cpu") -> LatentDecoder:
+        """Latents to images, with gradients; frozen, float32."""
+        ...
+
+    def load_pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
+        """diffusers' own pipeline with the scheduler of `make_kernel`, on the CPU."""
+        ...
+
+    def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:
+        """A condition's tensors from embeddings of the kind that diffusers' pipelines take."""
+        ...
+
+    def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a condition's tensors, for counting without weights."""
+        ...
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The denoiser's prediction for latents (R, ...) and a condition's tensors, each (R, ...), in its own precision."""
+        ...
+
+    def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
+        """(module, width): the control embeddings, (R, width), are added to this module's output."""
+        ...
+
+    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
+        """Layers that can take LoRA, by name, and what a row of each belongs to."""
+        ...
+
+
+class DiffusersBackbone:
+    """What all families in diffusers' format share: folders, scheduler, pipeline."""
+
+    denoiser: ClassVar[str]
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def component_config(self, component: str) -> dict[str, Any]:
+        """config.json of one of the pipeline's parts."""
+        file = Path(self.folder) / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"base model folder {self.folder} lacks a readable {component}/{file.name} ({type(error).__name__}: {error}); "
+                "expected a pipeline written by diffusers' save_pretrained"
+            ) from error
+        return content
+
+    @property
+    def pipeline_class(self) -> Any:
+        """See `Backbone`."""
+        raise NotImplementedError
+
+    @cached_property
+    def scheduler(self) -> DDIMScheduler:
+        """DDIM with the pipeline's noise schedule (see `ddim_scheduler`)."""
+        return ddim_scheduler(self.component_config("scheduler"))
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """See `Backbone`."""
+        return dict(self.scheduler.config)
+
+    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DDIMKernel:
+        """See `Backbone`."""
+        return load_kernel(self.scheduler if scheduler_config is None else ddim_scheduler(scheduler_config), sampler)
+
+    def load_pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
+        """See `Backbone`."""
+        return self.pipeline_class.from_pretrained(
+            self.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

@@ -1,0 +1,34 @@
+"""From any diffusers scheduler's config to the chain of Gaussians that training and sampling share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DDIMScheduler
+
+from ctrl_ray.config import SamplerConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
+
+
+def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
+    """DDIM with the noise schedule of any scheduler's config.
+
+    It ends at ᾱ of the first training step, so that the last step has a density, and does not clip x_0 (clipping is no
+    part of a Gaussian step).
+    """
+    return DDIMScheduler.from_config(dict(config), set_alpha_to_one=False, clip_sample=False, thresholding=False)
+
+
+def load_kernel(scheduler: DDIMScheduler, sampler: SamplerConfig) -> DDIMKernel:
+    """The scheduler's chain of `sampler.num_steps` steps; the last `sampler.reference_steps` are the reference's."""
+    scheduler.set_timesteps(sampler.num_steps)
+    return DDIMKernel(
+        scheduler.alphas_cumprod,
+        scheduler.timesteps.tolist(),
+        final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+        eta=sampler.eta,
+        prediction_type=scheduler.config.prediction_type,
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        reference_steps=sampler.reference_steps,
+    )
