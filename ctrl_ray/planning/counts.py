@@ -225,6 +225,16 @@ class _WatchedMicroBatch(MicroBatch):
         self.kept[reference] = self.live.bytes - before
         return step
 
+    def through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
+        """By `backward`, for torch's counter of operations cannot follow `autograd.grad`; the reference has no parameter
+        gradients, so it is the same."""
+        latents = self.leaf(step_index)
+        with torch.enable_grad():
+            ref = self.step(step_index, latents, reference=True)
+            (ref.mean * cotangent).sum().backward()
+        assert latents.grad is not None
+        return latents.grad, GaussianStep(ref.mean.detach(), ref.std.detach())
+
     def require_finite(self, values: Tensor, what: str) -> None:
         """Fake tensors have no values."""
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -171,3 +172,74 @@ def test_another_base_model_is_refused(exported: tuple[Path, ControlledPolicy], 
         ControlledPipeline.from_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"adapter\.json does not exist"):
         ControlledPipeline.from_pretrained(tmp_path)
+
+
+def test_options_of_diffusers_pipelines(exported: tuple[Path, ControlledPolicy], tiny_pipeline: Path) -> None:
+    """Latents, embeddings, negative prompts and sizes: as diffusers' own pipeline takes them, with the adapter off."""
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    theirs = load_backbone(str(tiny_pipeline)).load_pipeline()
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "eta": 1.0, "output_type": "latent"}
+    text = pipeline.policy.backbone.load_encoder().encode(PROMPTS).tensors["text"]
+    start = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"guidance_scale": 2.0, "negative_prompt": ["a green square", "a"]},) * 2,
+        ({"guidance_scale": 2.0, "latents": start},) * 2,
+        ({"height": 48, "width": 64, "guidance_scale": 1.0},) * 2,
+        ({"num_images_per_prompt": 2, "guidance_scale": 1.0},) * 2,
+        ({"prompt": None, "prompt_embeds": text, "guidance_scale": 1.0},) * 2,
+    ]
+    for ours, same in cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            prompts = {"prompt": PROMPTS} | ours
+            found = pipeline(**prompts, adapter_scale=0.0, generator=_one(), output_type="latent").images
+        expected = theirs(**({"prompt": PROMPTS} | same), **settings, generator=_one()).images
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def _one() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def test_what_comes_out(exported: tuple[Path, ControlledPolicy]) -> None:
+    """The same images in every form, and the trajectory that they came from; each step is told."""
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    pipeline.set_progress_bar_config(disable=True)
+    steps: list[int] = []
+    made = {
+        kind: pipeline(PROMPTS, generator=_one(), output_type=kind, on_step=lambda k, x: steps.append(k))
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert steps == [0, 1, 2] * 4
+    arrays = np.stack([np.asarray(image) for image in made["pil"].images])
+    assert np.abs(made["np"].images * 255 - arrays).max() <= 0.5 + 1e-3
+    torch.testing.assert_close(made["pt"].images.permute(0, 2, 3, 1), torch.from_numpy(made["np"].images))
+    assert torch.equal(made["latent"].images, made["pt"].trajectory.clean_latents)
+    assert made["pt"].trajectory.latents.shape == (4, 2, 4, 4, 4)
+
+
+def test_options_that_do_not_fit(exported: tuple[Path, ControlledPolicy], tiny_pipeline: Path) -> None:
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            pipeline(**({"prompt": PROMPTS} | options))
+
+    refused("expected either a prompt or prompt_embeds; got neither", prompt=None)
+    refused("width is 30; expected a positive multiple of 8", width=30)
+    refused("1 generators for 2 images", generator=[_one()])
+    refused(r"latents have shape \(1, 4, 4, 4\); expected \(2, 4, 4, 4\)", latents=torch.zeros(1, 4, 4, 4))
+    refused("3 negative prompts for 2 prompts", negative_prompt=["a"] * 3, guidance_scale=1.0)
+    refused("output_type 'jpg' is unknown", output_type="jpg")
+    base = ControlledPipeline.from_base_model(str(tiny_pipeline))
+    with pytest.raises(ConfigError, match="unknown control 'size'"):
+        base("a red circle", controls={"size": 1})
+
+
+def test_the_pre_trained_models_share_of_the_steps_stays(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """With so few steps that all would be the pre-trained model's, the call is refused."""
+    _export(tiny_pipeline, tmp_path, SamplerConfig(num_steps=3, reference_steps=1))
+    pipeline = ControlledPipeline.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="the last 1 are the pre-trained model's"):
+        pipeline(PROMPTS, num_inference_steps=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -330,3 +331,37 @@ def test_facts_of_this_machine() -> None:
     """At least two CPUs, as a local Ray gets, and some memory."""
     (node,) = cluster_facts().nodes
     assert node.cpus >= 2 and node.memory_bytes is not None and node.memory_bytes > 2**28
+
+
+@pytest.mark.parametrize("name", ["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"])
+def test_a_backward_costs_the_same_whatever_the_estimator(tiny_pipeline: Path, name: Any) -> None:
+    """Operations of a forward and a backward are the network's; estimators differ in how many of them they make."""
+    config = dataclasses.replace(
+        _tiny_config(tiny_pipeline), estimator=EstimatorConfig(name=name, steps=2), group_size=2
+    )
+    flops = PolicyCounter(config, config.controls).flops(2)
+    full = PolicyCounter(_tiny_config(tiny_pipeline), config.controls).flops(2)
+    assert flops.forward == full.forward
+    # the policy's backward has LoRA's on top, of which each estimator has another share
+    assert flops.backward == pytest.approx(full.backward, rel=0.2)
+
+
+def _tiny_config(tiny_pipeline: Path) -> TrainConfig:
+    return TrainConfig(
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(900.0, 1000.0))},
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+    )
+
+
+def test_samplers_that_train_nothing_are_refused(tiny_pipeline: Path) -> None:
+    """No noise, or only steps that are the pre-trained model's."""
+    config = _tiny_config(tiny_pipeline)
+    with pytest.raises(ConfigError, match="a deterministic step has no density"):
+        preflight(dataclasses.replace(config, sampler=SamplerConfig(eta=0.0)))
+    reference = dataclasses.replace(config.sampler, reference_steps=2)
+    last = EstimatorConfig(name="last_k", steps=2)
+    with pytest.raises(ConfigError, match=r"last_k trains the last 2 steps, and all of them are the pre-trained"):
+        preflight(dataclasses.replace(config, sampler=reference, estimator=last))

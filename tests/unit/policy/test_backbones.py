@@ -1,0 +1,87 @@
+"""What the families of base models say of themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ctrl_ray.config import LoraConfig, SamplerConfig
+from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.protocol import Inputs
+from tests.policies import make_policy
+
+
+def test_a_backbone_knows_its_sizes_before_anything_is_loaded(tiny_pipeline: Path) -> None:
+    """Latents, images and conditions as the loaded parts make them."""
+    backbone = load_backbone(str(tiny_pipeline))
+    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("unet", (4, 4, 4), 32)
+    condition = backbone.load_encoder().encode(["a red circle", "a blue cross"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in condition.tensors.items()}
+    assert shapes == backbone.condition_shapes(2)
+    assert condition.null_tensors is not None
+    assert torch.equal(condition.null_tensors["text"], backbone.load_encoder().encode(["", ""]).tensors["text"])
+    images = backbone.load_decoder().decode(torch.zeros(1, *backbone.latent_shape))
+    assert tuple(images.shape[2:]) == (32, 32)
+
+
+def test_an_empty_denoiser_has_the_shapes_of_the_real_one(tiny_pipeline: Path) -> None:
+    """For counting: nothing is read."""
+    backbone = load_backbone(str(tiny_pipeline))
+    empty, real = backbone.load_denoiser(torch.bfloat16, empty=True), backbone.load_denoiser(torch.bfloat16)
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in real.named_parameters()
+    }
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+
+
+def test_rows_of_adapted_layers_are_samples_or_tokens(tiny_pipeline: Path) -> None:
+    """Checked by running the denoiser: a layer whose rows are samples sees (batch, width)."""
+    backbone = load_backbone(str(tiny_pipeline))
+    policy = make_policy(tiny_pipeline, {"size": 2}, lora=None)
+    seen: dict[str, int] = {}
+    stated = backbone.adapted_layers(policy.denoiser)
+    for name in stated:
+        layer: nn.Module = policy.denoiser.get_submodule(name)
+        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0].dim()}))
+    inputs = Inputs(backbone.load_encoder().encode(["a red circle"] * 3), torch.full((3, 1), 2))
+    policy(torch.zeros(3, 4, 4, 4), torch.tensor(500), inputs, reference=False)
+    assert seen.keys() == stated.keys() and {"sample", "token"} == set(stated.values())
+    assert {name for name, rows in stated.items() if rows == "sample"} == {n for n, dim in seen.items() if dim == 2}
+
+
+def test_the_kernel_takes_an_adapters_schedule(tiny_pipeline: Path) -> None:
+    """The pipeline's own, or another one, such as an adapter has stored."""
+    backbone = load_backbone(str(tiny_pipeline))
+    sampler = SamplerConfig(num_steps=5, reference_steps=1)
+    other = {**backbone.scheduler_config(), "timestep_spacing": "leading"}
+    own, stored = backbone.make_kernel(sampler), backbone.make_kernel(sampler, other)
+    assert [int(own.time(k)) for k in range(5)] == [999, 799, 599, 399, 199]
+    assert [int(stored.time(k)) for k in range(5)] == [801, 601, 401, 201, 1]
+    assert [own.controlled(k) for k in range(5)] == [True, True, True, True, False]
+
+
+def test_other_families_are_refused_by_name(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The message names what the pipeline is and what is known."""
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ModelError, match=r"is a StableDiffusionXLPipeline.*expected one of StableDiffusionPipeline"):
+        load_backbone(str(folder))
+
+
+def test_a_part_without_config_is_named(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"lacks a readable vae/config\.json"):
+        load_backbone(str(folder)).image_size()
+
+
+def test_lora_on_layers_that_are_not_there(tiny_pipeline: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\['nowhere'\] are not in this denoiser.*to_q"):
+        make_policy(tiny_pipeline, {"size": 2}, lora=LoraConfig(target_modules=("nowhere",)))
