@@ -1,0 +1,306 @@
+"""How near to its target a recipe comes, in one process: `python -m tests.benchmarks.recipe`.
+
+Each recipe trains `shapes` for so many CPU seconds (of one thread, updates only) and is then judged on samples of its own:
+
+    gap = log Z − J,   log Z(y) = log E_pre[p̂(y|x_0)^λ],   J = E[log w],
+    log w = λ log p̂(y|x_0) − Σ_k (z_k · u_k + ½ ‖u_k‖²),   u_k = (policy's mean − reference's mean) / std_k
+
+with λ = guidance_strength / kl_coef: the distance KL(policy's paths ‖ target's paths) in nats, 0 for an exact sampler. log Z
+is estimated once, from samples of the pre-trained model, and shared by all recipes.
+
+A recipe is a `Method` and a config. `today()` is the recipe of the main job as it stood when this benchmark was written, its
+settings written out, so that it stays what it was when the preset moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import (
+    ControlConfig,
+    EstimatorConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from ctrl_ray.config.presets import preset
+from ctrl_ray.diffusion.steps import Guidance, ModelOutput
+from ctrl_ray.distributed.batches import Batch, evaluation_batch
+from ctrl_ray.distributed.engine import learning_rate_factor, make_optimizer
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import Method
+from ctrl_ray.distributed.update import CTRL
+from ctrl_ray.evaluation.judging import oracle_labels
+from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
+from ctrl_ray.offline.prompts import training_prompts
+from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.rewards.local import LocalRewards
+from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+
+CONTROL = "jpeg_size"
+_BATCH = 64
+_TUNED_IDS, _PRE_TRAINED_IDS = 1 << 24, 1 << 25
+_TUNED_SEED, _PRE_TRAINED_SEED = 4242, 777
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train, under a name for the table."""
+
+    name: str
+    config: TrainConfig
+    make_method: Callable[[TrainConfig], Method] = CTRL.of
+
+
+def today(seed: int = 0) -> Recipe:
+    """The main job's recipe, its settings frozen here (only data, classifier and thresholds are the preset's)."""
+    shapes = preset("shapes")
+    every_layer = (
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
+    )
+    config = TrainConfig(
+        base_model="shapes",
+        data="shapes",
+        controls={
+            CONTROL: ControlConfig(
+                guidance_strength=4.0,
+                oracle="jpeg_size",
+                thresholds=shapes.controls[CONTROL].thresholds,
+                classifier=shapes.controls[CONTROL].classifier,
+            )
+        },
+        seed=seed,
+        num_updates=55,
+        global_batch_size=64,
+        micro_batch_size_per_worker=64,
+        kl_coef=1.0,
+        control_dropout=0.1,
+        sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
+        lora=LoraConfig(rank=8, alpha=8.0, target_modules=every_layer),
+        estimator=EstimatorConfig(name="full"),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            learning_rate=5e-3,
+            embedding_learning_rate=0.1,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.99,
+            gradient_clipping=5.0,
+            warmup_updates=2,
+            final_learning_rate_fraction=0.1,
+        ),
+    )
+    return Recipe("today's", config)
+
+
+class PlainEngine:
+    """What a `Learner` needs of an engine, in one process without DeepSpeed: the same optimizer, clipping and schedule."""
+
+    def __init__(self, policy: ControlledPolicy, config: TrainConfig) -> None:
+        self.policy, self.latent_shape, self._config = policy, policy.latent_shape, config
+        groups = policy.parameter_groups(config.optimizer.learning_rate, config.optimizer.embedding_learning_rate)
+        self._rates = [group["lr"] for group in groups]
+        self._optimizer = make_optimizer(groups, config.optimizer)
+
+    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
+        """The policy's forward."""
+        return self.policy(latents, time, inputs, reference=reference)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients."""
+        loss.backward()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the denoiser's group, at the last step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def step(self, update: int) -> float:
+        """Clip, step, forget the gradients; returns their norm."""
+        factor = learning_rate_factor(self._config, update)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        parameters = self.policy.trainable_parameters().values()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.optimizer.gradient_clipping or math.inf)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+
+def make_learner(config: TrainConfig, rewards: LocalRewards) -> Learner:
+    """Everything around a fresh policy, in this process."""
+    policy = build_policy(config)
+    backbone = policy.backbone
+    return Learner(
+        config=config,
+        engine=PlainEngine(policy, config),  # type: ignore[arg-type]
+        kernel=backbone.make_kernel(config.sampler),
+        encoder=backbone.load_encoder(),
+        rewards=rewards,
+        controls=config.controls,
+        prompts=training_prompts(config),
+        rank=Rank(0, 1, torch.device("cpu")),
+    )
+
+
+def shared_rewards(config: TrainConfig) -> LocalRewards:
+    """The reward model of all recipes."""
+    classifiers = {name: str(control.classifier) for name, control in config.controls.items()}
+    return LocalRewards(load_reward_model(RewardModelSpec(base_model=config.base_model, classifiers=classifiers)))
+
+
+def _batches(learner: Learner, first: int, num_samples: int) -> Iterator[Batch]:
+    for start in range(first, first + num_samples, _BATCH):
+        ids = range(start, min(start + _BATCH, first + num_samples))
+        yield evaluation_batch(ids, learner.prompts, learner.controls, tuple(learner.config.controls))
+
+
+@torch.no_grad()
+def log_z(learner: Learner, num_samples: int) -> tuple[Tensor, Tensor]:
+    """(log Z, its standard error) of each class, (K,) each, from samples of the pre-trained model, pooled over prompts."""
+    found = []
+    for batch in _batches(learner, _PRE_TRAINED_IDS, num_samples):
+        shape, steps = learner.engine.latent_shape, learner.kernel.num_steps
+        noise = keyed_noise(_PRE_TRAINED_SEED, 0, batch.sample_ids, shape, steps)
+        inputs = Inputs(learner.encoder.encode(batch.prompts), batch.labels, Guidance.of(learner.config.sampler))
+        trajectory = rollout(learner.engine, learner.kernel, inputs, noise, reference=True)
+        found.append(learner.rewards.class_log_probs(trajectory.clean_latents, batch.prompts)[CONTROL])
+    weights = _exponent(learner) * torch.cat(found).double()
+    value = torch.logsumexp(weights, 0) - math.log(len(weights))
+    ess = (2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0)).exp()
+    return value, (1 / ess - 1 / len(weights)).clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A recipe's figures; gap and its error are means over classes."""
+
+    gap: float
+    standard_error: float
+    gaps: tuple[float, ...]
+    ess: tuple[float, ...]
+    """Effective sample size of the path weights, as a share of the class's samples."""
+    kl: float
+    accuracy: float
+    """By the oracle."""
+
+
+@torch.no_grad()
+def judge_recipe(learner: Learner, z: tuple[Tensor, Tensor], num_samples: int) -> Judged:
+    """Sample the trained policy (the same noise every time) and measure its distance from log Z."""
+    control = learner.config.controls[CONTROL]
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for batch in _batches(learner, _TUNED_IDS, num_samples):
+        trajectory = learner.roll_out(batch, _TUNED_SEED, 0)
+        shape, steps = learner.engine.latent_shape, learner.kernel.num_steps
+        noise = keyed_noise(_TUNED_SEED, 0, batch.sample_ids, shape, steps)
+        log_ratio, kl = torch.zeros(len(batch)).double(), torch.zeros(len(batch)).double()
+        for k in range(steps):
+            if not learner.kernel.controlled(k):
+                continue
+            policy, reference = (
+                policy_step(learner.engine, learner.kernel, k, trajectory.latents[k], trajectory.inputs, reference=by)
+                for by in (False, True)
+            )
+            push = ((policy.mean - reference.mean) / reference.std).double().flatten(1)
+            kl += 0.5 * push.square().sum(1)
+            log_ratio += (noise(k + 1).double().flatten(1) * push + 0.5 * push.square()).sum(1)
+        log_prob = learner.submit(batch, trajectory.clean_latents).result().log_probs[:, 0].double()
+        true = oracle_labels(CONTROL, control, learner.rewards.decode(trajectory.clean_latents).numpy()).classes
+        labels = batch.labels[:, 0]
+        parts.append((labels, _exponent(learner) * log_prob - log_ratio, kl, torch.from_numpy(true) == labels))
+    labels, log_weights, kl, right = (torch.cat(column) for column in zip(*parts, strict=True))
+    gaps, errors, ess = [], [], []
+    for label, (value, error) in enumerate(zip(*z, strict=True)):
+        mine = log_weights[labels == label]
+        gaps.append(float(value - mine.mean()))
+        errors.append(math.hypot(float(error), float(mine.std()) / math.sqrt(len(mine))))
+        ess.append(float((2 * torch.logsumexp(mine, 0) - torch.logsumexp(2 * mine, 0)).exp()) / len(mine))
+    return Judged(
+        gap=float(np.mean(gaps)),
+        standard_error=math.sqrt(sum(e * e for e in errors)) / len(errors),
+        gaps=tuple(gaps),
+        ess=tuple(ess),
+        kl=float(kl.mean()),
+        accuracy=float(right.double().mean()),
+    )
+
+
+def _exponent(learner: Learner) -> float:
+    return learner.config.controls[CONTROL].guidance_strength / learner.config.kl_coef
+
+
+def train_recipe(recipe: Recipe, learner: Learner, cpu_s: float) -> tuple[float, int]:
+    """(CPU seconds, updates) of training to the config's end, or until `cpu_s` are spent.
+
+    The schedule is the config's own: give a recipe a `num_updates` that the budget lets it reach.
+    """
+    method, spent = recipe.make_method(learner.config), 0.0
+    for update in range(learner.config.num_updates):
+        start = time.process_time()
+        metrics = method.update(learner, update)
+        spent += time.process_time() - start
+        print(
+            f"  {recipe.name}: update {update + 1}/{learner.config.num_updates}, {spent:.0f} CPU s, reward "
+            f"{metrics['reward']:.2f}, KL {metrics['kl']:.2f}",
+            flush=True,
+        )
+        if spent >= cpu_s:
+            return spent, update + 1
+    return spent, learner.config.num_updates
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu-s", type=float, default=120.0, help="CPU seconds of updates of each run")
+    parser.add_argument("--num-updates", type=int, default=9, help="of each run: its schedule ends there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=512, help="of each run, for its figures")
+    parser.add_argument("--pre-trained-samples", type=int, default=1024, help="for log Z")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    recipes = [today]
+    rewards = shared_rewards(today().config)
+    z = log_z(make_learner(today().config, rewards), arguments.pre_trained_samples)
+    print("log Z  " + ", ".join(f"{v:.2f} ± {e:.2f}" for v, e in zip(*(part.tolist() for part in z), strict=True)))
+    rows = []
+    for seed in arguments.seeds:
+        for make in recipes:  # in turns, so that a machine that slows down slows all of them
+            recipe = make(seed)
+            config = dataclasses.replace(recipe.config, num_updates=arguments.num_updates)
+            learner = make_learner(config, rewards)
+            spent, updates = train_recipe(recipe, learner, arguments.cpu_s)
+            judged = judge_recipe(learner, z, arguments.samples)
+            rows.append(
+                f"{recipe.name:<12}{seed:>5}{spent:>8.0f}{updates * config.global_batch_size:>13}"
+                f"{judged.gap:>8.2f} ± {judged.standard_error:<6.2f}{judged.kl:>6.2f}{judged.accuracy:>10.3f}   "
+                f"{' '.join(f'{gap:.1f}' for gap in judged.gaps)}   {' '.join(f'{e:.3f}' for e in judged.ess)}"
+            )
+    head = f"{'recipe':<12}{'seed':>5}{'CPU s':>8}{'trajectories':>13}{'gap / nats':>17}{'KL':>6}{'accuracy':>10}"
+    print(f"\n{head}   by class: gap, ESS")
+    print("\n".join(rows))
+    print(
+        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, one thread; Python "
+        f"{platform.python_version()}, torch {torch.__version__}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
