@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.train import Checkpoint
-from ray.train.v2.api.validation_config import ValidationConfig
+from ray.train import Checkpoint, ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE

@@ -27,6 +27,7 @@ from ctrl_ray.policy.adapter import (
 from ctrl_ray.policy.backbones.stable_diffusion import ddim_scheduler, load_scheduler, load_unet
 from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
+from ctrl_ray.policy.peft_internals import switch_adapters
 
 _ADAPTER_NAME = "ctrl_ray"
 ControlValue = int | str | None
@@ -259,8 +260,7 @@ class ControlledPipeline:
 
     def _set_by_reference(self, by_reference: bool) -> None:
         self._by_reference = by_reference
-        for layer in self._lora_layers:
-            layer._disable_adapters = by_reference
+        switch_adapters(self._lora_layers, on=not by_reference)
 
     def _take_reference(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """After full fine-tuning there is no adapter to switch off: ask the pre-trained denoiser instead."""

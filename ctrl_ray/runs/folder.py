@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.fs
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.ray_internals import is_copy_of_job
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -146,11 +146,7 @@ def _kept_folder(path: Path) -> Path:
     """Absolute. In a Ray job the working directory is a copy that Ray removes: a relative path is then meant from the
     home folder."""
     working = Path.cwd()
-    if (
-        not path.is_absolute()
-        and "runtime_resources" in working.parts
-        and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    ):
+    if not path.is_absolute() and is_copy_of_job(working):
         working = Path.home()
     return (working / path).resolve()
 

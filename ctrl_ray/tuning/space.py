@@ -17,6 +17,7 @@ from ctrl_ray.config.overrides import nearest, override, setting_paths
 from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
+from ctrl_ray.ray_internals import longest_time_of
 
 METRICS = tuple(name for name in EVALUATION_METRICS if name != "num_samples")
 """What every trial logs at its end."""
@@ -234,7 +235,7 @@ def _check_judged(space: Space, base: TrainConfig) -> None:
 def _check_scheduler(space: Space, base: TrainConfig) -> None:
     if space.scheduler is None:
         return
-    most = getattr(space.scheduler(), "_max_t", None)
+    most = longest_time_of(space.scheduler())
     if most is not None and most <= base.num_updates:
         raise ConfigError(
             f"sweep {space.name}: its scheduler ends every trial at max_t = {most:g}, before the evaluation after "
