@@ -7,7 +7,6 @@ the whole set.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import load_oracle, measure
 from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.decoder import LatentDecoder, load_decoder, to_uint8
+from ctrl_ray.runs.files import whole_file, write_whole
 
 BLOCK_ROWS = 256
 """Rows of a block."""
@@ -206,12 +206,9 @@ def _exists(folder: Path, kind: str, block: int) -> bool:
 
 def _save(folder: Path, kind: str, block: int, images: np.ndarray, rows: dict[str, Any]) -> None:
     array_path, rows_path = _paths(folder, kind, block)
-    with open(f"{array_path}.partial", "wb") as stream:
+    with whole_file(array_path) as draft, draft.open("wb") as stream:
         np.save(stream, images, allow_pickle=False)
-    os.replace(f"{array_path}.partial", array_path)
-    partial = Path(f"{rows_path}.partial")
-    partial.write_text(json.dumps(rows), encoding="utf-8")
-    os.replace(partial, rows_path)
+    write_whole(rows_path, json.dumps(rows))  # last: its presence says that the block is there
 
 
 def _load(folder: Path, kind: str, block: int) -> tuple[np.ndarray, dict[str, Any]]:

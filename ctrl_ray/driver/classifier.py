@@ -166,14 +166,13 @@ def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool, on_wait: Cal
 
     lines = ray.remote(_Lines).options(num_cpus=0).remote()
     scaling = job.config.scaling
-    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        resources["GPU"] = 1
     trainer = TorchTrainer(
         # not as train_loop_config, for which Ray Train's controller would import all that the job's class needs (7 s)
         functools.partial(fit_worker, dataclasses.replace(job, say=lines)),
         scaling_config=ScalingConfig(
-            num_workers=job.config.classifier.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=job.config.classifier.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=scaling.worker_resources,
         ),
         # a name of its own: Ray Train would go on with an earlier fit of the same name
         run_config=RunConfig(name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}", storage_path=storage_path),

@@ -15,6 +15,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
 from ctrl_ray.ray_internals import is_copy_of_job
+from ctrl_ray.runs.files import write_whole
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +94,7 @@ class RunFolder:
         """`check`, then make the folder and write config.json."""
         self.check(config, resume=resume)
         self.local.mkdir(parents=True, exist_ok=True)
-        (self.local / CONFIG_FILE).write_text(to_json(config) + "\n", encoding="utf-8")
+        write_whole(self.local / CONFIG_FILE, to_json(config) + "\n")
         self.upload()
 
     def upload(self, *names: str) -> None:
