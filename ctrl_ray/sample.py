@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctrl_ray import embedded
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, CtrlRayError, RunFolderError
@@ -160,7 +161,7 @@ def _base_generator(config: SampleConfig, info: AdapterInfo | None) -> Generate:
 
     sampler = SamplerConfig() if info is None else info.sampler
     if info is None:
-        pipeline = load_base_pipeline(config.base_model or "shapes")
+        pipeline = load_base_pipeline(config.base_model or embedded.NAME)
     else:
         revision = None if config.base_model else info.base_revision
         folder = resolve_base_model(config.base_model or info.base_model, revision)

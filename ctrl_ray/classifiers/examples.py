@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import DataError, ModelError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
@@ -70,7 +71,7 @@ def read_examples(
 
     The control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
     """
-    if config.data == "shapes":
+    if is_embedded(config.data):
         rows: Iterator[Example] = (
             Example(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, None)
             for image, prompt in draw_dataset(config.num_drawn_images, config.seed)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ctrl_ray import embedded
 from ctrl_ray.errors import ConfigError
 
 
@@ -410,7 +411,7 @@ class TrainConfig:
 
     output_dir: str = "runs/shapes"
     """Where the run is written (see the README's 'where the results lie')."""
-    base_model: str = "shapes"
+    base_model: str = embedded.NAME
     """'shapes' (ships with the package), a folder in the diffusers format, or a hub id."""
     base_revision: str | None = None
     """Hub revision of base_model."""

@@ -17,6 +17,7 @@ from ctrl_ray.classifiers.classifier import SETTINGS
 from ctrl_ray.classifiers.examples import SamplePipeline, image_size_of
 from ctrl_ray.classifiers.worker import FitJob, fit_worker
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError, ModelError, RunFolderError, own_error
 from ctrl_ray.offline.reading import OnBadRow, plan_reading
 from ctrl_ray.oracles import load_oracle
@@ -128,10 +129,12 @@ def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipel
     image_size = image_size_of(config.base_model, config.base_revision)
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
-    if config.data != "shapes":
+    if not is_embedded(config.data):
         plan_reading(config.data, {} if spec.oracle else {control: spec}, image_size=(image_size, image_size))
     elif spec.oracle is None:
-        raise ConfigError(f"data 'shapes' has no labels of control {control!r}; name an oracle that measures them")
+        raise ConfigError(
+            f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"
+        )
 
 
 def read_result(folder: str | Path) -> FitResult:
