@@ -43,8 +43,6 @@ class AdjointStats:
 
     kl_per_step: Tensor
     """(B, T) nats; NaN where the plan computed none."""
-    cotangent_norms: Tensor
-    """(T + 1,): L2 norm of λ_0 … λ_T over the micro-batch; NaN where there is none."""
 
 
 def adjoint_pass(
@@ -101,13 +99,11 @@ class _Sweep:
         clean = trajectory.clean_latents
         self.weights = sample_weights.to(clean.dtype)
         self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
-        self.norms = torch.full((kernel.num_steps + 1,), float("nan"))
 
     def through(self, reward_cotangent: Tensor) -> AdjointStats:
         """Carry the cotangent back through the policy's or the reference's steps."""
         one_step = self._policy_pullback if self.plan.pullback == "policy" else self._reference_pullback
         cotangent = -reward_cotangent * self.weights.view(-1, *[1] * (reward_cotangent.dim() - 1))
-        self.norms[self.kernel.num_steps] = cotangent.norm()
         for step_index in reversed(range(self.plan.stop_below, self.kernel.num_steps)):
             if self.kernel.controlled(step_index):
                 cotangent = one_step(step_index, cotangent)
@@ -115,8 +111,7 @@ class _Sweep:
                 self.kl_per_step[:, step_index] = 0.0
                 cotangent, _ = self._through_reference(step_index, cotangent)
             _require_finite(cotangent, f"the cotangent at denoising step {step_index}")
-            self.norms[step_index] = cotangent.norm()
-        return AdjointStats(self.kl_per_step, self.norms)
+        return AdjointStats(self.kl_per_step)
 
     def score(self, rewards: Tensor, groups: Tensor | None) -> AdjointStats:
         """Log-probabilities times what the later steps and the reward bring, plus the direct gradient of the KL."""
@@ -136,7 +131,7 @@ class _Sweep:
             _require_finite(loss, f"the loss of denoising step {step_index}")
             self.backward(loss * self.plan.weights[step_index])
             returns = returns - self.kl_coef * kl.detach()
-        return AdjointStats(self.kl_per_step, self.norms)
+        return AdjointStats(self.kl_per_step)
 
     def _policy_pullback(self, step_index: int, cotangent: Tensor) -> Tensor:
         """Step k's parameter gradient; the cotangent through policy and KL, free of the step's weight."""
