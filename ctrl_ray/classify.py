@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from ctrl_ray import embedded
 from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import (
     ClassifierConfig,
@@ -42,7 +43,7 @@ class ClassifyConfig:
     """Unit of the measured number, for figures."""
     column: str | None = None
     """Column of the data set; None: the control's name."""
-    base_model: str = "shapes"
+    base_model: str = embedded.NAME
     """Whose VAE decodes the images: 'shapes', a folder in the diffusers format, or a hub id."""
     base_revision: str | None = None
     """Hub revision of base_model."""
@@ -106,9 +107,9 @@ def run(settings: ClassifyConfig) -> FitResult:
 
 def train_config(settings: ClassifyConfig) -> TrainConfig:
     """The run's config that the flags stand for; raises ConfigError where they contradict each other."""
-    built_in = settings.base_model == "shapes"
     shapes = presets.shapes()
-    spec = shapes.controls.get(settings.control, ControlConfig()) if built_in else ControlConfig()
+    known = shapes.controls if embedded.is_embedded(settings.base_model) else {}
+    spec = known.get(settings.control, ControlConfig())
     if settings.thresholds or settings.classes:
         spec = replace(spec, thresholds=settings.thresholds, classes=settings.classes, label_weights=())
     given = {name: getattr(settings, name) for name in ("oracle", "unit", "column")}
@@ -116,7 +117,7 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
     return replace(
         shapes,
         controls={settings.control: spec},
-        data=settings.data or ("shapes" if built_in else None),
+        data=embedded.data_or_embedded(settings.data, settings.base_model),
         base_model=settings.base_model,
         base_revision=settings.base_revision,
         prompts_file=settings.prompts_file,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctrl_ray import embedded
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, CtrlRayError, RunFolderError
@@ -159,7 +160,7 @@ def _base_generator(config: SampleConfig, info: AdapterInfo | None) -> Generate:
     from ctrl_ray.policy.backbones import load_backbone
 
     sampler = SamplerConfig() if info is None else info.sampler
-    base = config.base_model or ("shapes" if info is None else info.base_model)
+    base = config.base_model or (embedded.NAME if info is None else info.base_model)
     revision = None if config.base_model or info is None else info.base_revision
     if info is not None:
         check_base_model(info, load_backbone(base, revision))

@@ -17,7 +17,7 @@ import tyro
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
-from ctrl_ray.config.presets import PRESETS, preset
+from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, CtrlRayError, InterruptedRunError
 
 
@@ -130,13 +130,13 @@ class Arguments:
     """Fit the classifiers from data even where one is given."""
 
 
-_FRONT = """Also: --preset {presets} (default shapes); --config FILE.json (a run's config.json instead of a preset);
+_FRONT = """Also: --preset {presets} (default {default}); --config FILE.json (a run's config.json instead of a preset);
 --control NAME=CLASSIFIER_FOLDER (repeatable: take these controls instead of the preset's)."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Flags → Arguments. The base of the config (--preset, --config, --control) is read first, then typed overrides."""
-    rest, name, file, controls = [], "shapes", None, []
+    rest, name, file, controls = [], DEFAULT_PRESET, None, []
     flags = iter(argv)
     for flag in flags:
         key, has_value, value = flag.partition("=")
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         default = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
     if controls:
         default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))
-    description = f"{Arguments.__doc__}\n\n{_FRONT.format(presets='|'.join(PRESETS))}"
+    description = f"{Arguments.__doc__}\n\n{_FRONT.format(presets='|'.join(PRESETS), default=DEFAULT_PRESET)}"
     return tyro.cli(
         Arguments, args=rest, default=Arguments(config=default), description=description, prog="ctrl_ray.train"
     )

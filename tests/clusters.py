@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -88,6 +89,44 @@ def started_head(*flags: str, port: int | None = None, **environment: str) -> It
         finally:
             kill_marked(f"CTRL_RAY_TEST_CLUSTER={name}")
             shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def growing_head(file: Path, **environment: str) -> Iterator[Head]:
+    """A head without CPUs and an autoscaler that may add two nodes of two CPUs (`cpu_worker`), which are processes of this
+    machine; `file` is written for it."""
+    (port,) = free_ports(1)
+    empty: dict[str, object] = {name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")}
+    empty |= {name: [] for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands")}
+    empty |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
+    node: dict[str, object] = {"node_config": {}}
+    config: dict[str, object] = {
+        **empty,
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "gcs_address": f"127.0.0.1:{port}",
+        },
+        "available_node_types": {
+            "head": {**node, "resources": {"CPU": 0}, "max_workers": 0},
+            "cpu_worker": {**node, "resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "head",
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "auth": {},
+        "docker": {},
+    }
+    file.write_text(json.dumps(config))
+    flags = ("--num-cpus=0", f"--autoscaling-config={file}")
+    with started_head(*flags, port=port, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1", **environment) as head:
+        yield head
 
 
 def free_ports(count: int) -> list[int]:

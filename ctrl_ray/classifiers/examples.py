@@ -7,7 +7,6 @@ the whole set.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
@@ -25,6 +25,7 @@ from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import load_oracle, measure
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.runs.files import whole_file, write_whole
 
 BLOCK_ROWS = 256
 """Rows of a block."""
@@ -56,7 +57,7 @@ def read_examples(
 
     The control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
     """
-    if config.data == "shapes":
+    if is_embedded(config.data):
         rows: Iterator[Example] = (
             Example(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, None)
             for image, prompt in draw_dataset(config.num_drawn_images, config.seed)
@@ -193,12 +194,9 @@ def _exists(folder: Path, kind: str, block: int) -> bool:
 
 def _save(folder: Path, kind: str, block: int, images: np.ndarray, rows: dict[str, Any]) -> None:
     array_path, rows_path = _paths(folder, kind, block)
-    with open(f"{array_path}.partial", "wb") as stream:
+    with whole_file(array_path) as draft, draft.open("wb") as stream:
         np.save(stream, images, allow_pickle=False)
-    os.replace(f"{array_path}.partial", array_path)
-    partial = Path(f"{rows_path}.partial")
-    partial.write_text(json.dumps(rows), encoding="utf-8")
-    os.replace(partial, rows_path)
+    write_whole(rows_path, json.dumps(rows))  # last: its presence says that the block is there
 
 
 def _load(folder: Path, kind: str, block: int) -> tuple[np.ndarray, dict[str, Any]]:

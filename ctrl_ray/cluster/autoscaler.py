@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ctrl_ray.ray_internals import autoscaler_file, autoscaler_launches, head_nodes
+
 _ANSWER_TIMEOUT_S = 20.0
-_HEAD = "node:__internal_head__"
 _RECENT_FAILURE_S = 600.0
 
 
@@ -86,52 +83,15 @@ def growth_of(config: Mapping[str, Any]) -> Growth:
 
 def activity() -> Activity:
     """Of the connected cluster's autoscaler, whichever version it is; empty where nothing is known."""
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-
     try:
-        return _activity_v2() if is_autoscaler_v2() else _activity_v1()
+        return Activity(*autoscaler_launches(_RECENT_FAILURE_S))
     except Exception:  # a status line is no reason to end a run
         return Activity()
 
 
-def _activity_v2() -> Activity:
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    starting: Counter[str] = Counter()
-    for launch in status.pending_launches:
-        starting[launch.ray_node_type_name] += launch.count
-    for node in status.pending_nodes:
-        starting[node.ray_node_type_name] += 1
-    recent = [
-        launch
-        for launch in status.failed_launches
-        if time.time() - (launch.failed_ts_s or launch.request_ts_s) < _RECENT_FAILURE_S
-    ]
-    return Activity(starting, tuple(f"{f.ray_node_type_name} ({f.details or 'no reason given'})" for f in recent))
-
-
-def _activity_v1() -> Activity:
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    text = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
-    report = json.loads(text).get("autoscaler_report") or {} if text else {}
-    starting: Counter[str] = Counter(report.get("pending_launches") or {})
-    for _, node_type, _ in report.get("pending_nodes") or []:
-        starting[node_type] += 1
-    availability = (report.get("node_availability_summary") or {}).get("node_availabilities") or {}
-    failed = []
-    for name, record in availability.items():
-        reason = record.get("unavailable_node_information")
-        if not record.get("is_available", True) and time.time() - record.get("last_checked_timestamp", 0) < 600:
-            failed.append(f"{name} ({(reason or {}).get('description', 'no reason given')})")
-    return Activity(starting, tuple(failed))
-
-
 def _on_head(function: Any, *arguments: Any) -> Any:
     """`function`'s answer on the head's machine; None where it does not come in time."""
-    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    heads = head_nodes()
     if not heads:
         return None
     strategy = NodeAffinitySchedulingStrategy(heads[0], soft=False)
@@ -144,20 +104,12 @@ def _on_head(function: Any, *arguments: Any) -> Any:
 
 
 def _read_autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
-    """The file named on the command line of the head's autoscaler process (Ray's `monitor.py`)."""
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = command.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        flags = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        is_monitor = any(word.endswith("monitor.py") for word in words)
-        if not is_monitor or flags.get("gcs-address") != gcs_address:
-            continue
-        try:
-            text = Path(flags["autoscaling-config"]).expanduser().read_text(encoding="utf-8")
-            config = yaml.safe_load(text)  # JSON is YAML
-        except (KeyError, OSError, yaml.YAMLError):
-            continue
-        return config if isinstance(config, dict) else None
-    return None
+    """On the head: what its autoscaler was started with; None without one, or where the file cannot be read."""
+    file = autoscaler_file(gcs_address)
+    if file is None:
+        return None
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ from pathlib import Path
 import ray
 
 from ctrl_ray.errors import ConfigError, ResourceError
+from ctrl_ray.ray_internals import ask_head, head_address, submitted_job
 
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 _PROBE_TIMEOUT_S = 10.0
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job supervisor gives a driver
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _ENOUGH_STOP_WAIT_S = 30
 
@@ -62,39 +61,29 @@ def check_address(address: str) -> None:
     Raises ConfigError for what is no cluster's address and for a token file that cannot be read, ResourceError when
     nobody answers or the token is refused.
     """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
     if "://" in address:
         raise ConfigError(
             f"RAY_ADDRESS is {address!r}; expected HOST:PORT of the cluster's head, or 'auto' on one of its machines. From "
             "elsewhere submit the run: ray job submit --working-dir . -- python -m ctrl_ray.train"
         )
     _check_token_file()
-    found = canonicalize_bootstrap_address(address)
+    found = head_address(address)
     if found is None:
         raise ResourceError(
             "RAY_ADDRESS is 'auto', but no Ray runs on this machine; start one (ray start --head), or unset RAY_ADDRESS "
             "for a local run"
         )
-    channel = init_grpc_channel(found)
-    try:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_PROBE_TIMEOUT_S)  # type: ignore[attr-defined]
-    except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise ResourceError(
-                f"the Ray cluster at {found} refuses the token: {_token_source()}. Give the cluster's token: RAY_AUTH_MODE="
-                "token and RAY_AUTH_TOKEN_PATH=FILE (on its head the file is ~/.ray/auth_token)"
-            ) from None
+    answer = ask_head(found, _PROBE_TIMEOUT_S)
+    if answer.token_refused:
         raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error.code().name}: {error.details()}); start it, give "
-            "the right HOST:PORT, or unset RAY_ADDRESS for a local run"
-        ) from None
-    finally:
-        channel.close()
+            f"the Ray cluster at {found} refuses the token: {_token_source()}. Give the cluster's token: RAY_AUTH_MODE="
+            "token and RAY_AUTH_TOKEN_PATH=FILE (on its head the file is ~/.ray/auth_token)"
+        )
+    if not answer.alive:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({answer.reason}); start it, give the right HOST:PORT, or "
+            "unset RAY_ADDRESS for a local run"
+        )
 
 
 def _check_token_file() -> None:
@@ -143,9 +132,5 @@ class RayJob:
 
 def ray_job() -> RayJob | None:
     """The job that `ray job submit` started this process for; None outside of one."""
-    text = os.environ.get(_JOB_CONFIG)
-    if not text:
-        return None
-    metadata = json.loads(text).get("metadata") or {}
-    name = str(metadata.get("job_submission_id") or "")
+    name = submitted_job()
     return RayJob(name, int(os.environ.get(_STOP_WAIT, "3"))) if name else None

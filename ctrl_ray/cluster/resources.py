@@ -108,12 +108,10 @@ def needed_resources(config: TrainConfig) -> dict[str, float]:
     """CPUs and GPUs that training workers (an elastic group: the fewest), reward pool and asynchronous evaluation reserve
     together."""
     workers, actors = config.scaling.min_workers or config.scaling.fixed_num_workers, config.rewards.num_actors
-    beside = config.evaluation
+    worker, beside = config.scaling.worker_resources, config.evaluation
     return {
-        "CPU": workers * config.scaling.cpus_per_worker
-        + actors * config.rewards.cpus_per_actor
-        + beside.asynchronous * beside.num_cpus,
-        "GPU": workers * float(config.scaling.use_gpu)
+        "CPU": workers * worker["CPU"] + actors * config.rewards.cpus_per_actor + beside.asynchronous * beside.num_cpus,
+        "GPU": workers * worker.get("GPU", 0.0)
         + actors * config.rewards.gpus_per_actor
         + beside.asynchronous * beside.num_gpus,
     }

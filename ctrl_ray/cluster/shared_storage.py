@@ -40,7 +40,11 @@ def check_shared(config: TrainConfig, folder: RunFolder) -> None:
     if strangers:
         names = ", ".join(sorted({hosts[number]["NodeManagerAddress"] for number in strangers}))
         raise _refusal(folder, f"its workers may be placed on {names}, where this folder is another one or is missing")
-    if not elsewhere and not _fits(config, hosts[here]["Resources"]) and growth().holds(_worker_resources(config)):
+    if (
+        not elsewhere
+        and not _fits(config, hosts[here]["Resources"])
+        and growth().holds(config.scaling.worker_resources)
+    ):
         raise _refusal(folder, "its workers will be placed on machines that the autoscaler has yet to start")
 
 
@@ -64,20 +68,14 @@ def _refusal(folder: RunFolder, why: str) -> RunFolderError:
     )
 
 
-def _worker_resources(config: TrainConfig) -> dict[str, float]:
-    return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if config.scaling.use_gpu else {})
-
-
 def _may_train(config: TrainConfig, resources: Mapping[str, float]) -> bool:
-    return all(resources.get(kind, 0.0) + 1e-9 >= amount for kind, amount in _worker_resources(config).items())
+    return all(resources.get(kind, 0.0) + 1e-9 >= amount for kind, amount in config.scaling.worker_resources.items())
 
 
 def _fits(config: TrainConfig, resources: Mapping[str, float]) -> bool:
     """Whether the whole (smallest) worker group has room on one host."""
-    workers = config.scaling.min_workers or config.scaling.fixed_num_workers
-    return all(
-        resources.get(kind, 0.0) + 1e-9 >= workers * amount for kind, amount in _worker_resources(config).items()
-    )
+    workers, worker = config.scaling.min_workers or config.scaling.fixed_num_workers, config.scaling.worker_resources
+    return all(resources.get(kind, 0.0) + 1e-9 >= workers * amount for kind, amount in worker.items())
 
 
 def _not_sharing(folder: RunFolder, hosts: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from ctrl_ray.cluster.autoscaler import Activity, activity
 from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ResourceError
+from ctrl_ray.ray_internals import actor_waits_for_process
 from ctrl_ray.wording import duration
 
 _LOOK_EVERY_S = 2.0
@@ -121,13 +122,10 @@ def group_waits() -> bool:
 
 def pool_waits(config: TrainConfig) -> bool:
     """Whether an actor of this job has no process yet, and what is free is too little for one of the reward pool."""
-    from ray._private.state import actors
-
     rewards, free = config.rewards, ray.available_resources()
     lacking = (
         free.get("CPU", 0.0) < rewards.cpus_per_actor
         or free.get("GPU", 0.0) < rewards.gpus_per_actor
         or (rewards.node_resource is not None and free.get(rewards.node_resource, 0.0) <= 0)
     )
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    return lacking and bool(actors(job_id=job, actor_state_name="PENDING_CREATION"))
+    return lacking and actor_waits_for_process()

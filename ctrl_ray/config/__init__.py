@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ctrl_ray import embedded
 from ctrl_ray.errors import ConfigError
 
 
@@ -360,6 +361,11 @@ class ScalingConfig:
         return self.threads_per_worker or max(1, math.ceil(self.cpus_per_worker))
 
     @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for a worker: CPUs, and one GPU where it has one."""
+        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    @property
     def fixed_num_workers(self) -> int:
         """num_workers as a number; ConfigError while it is still to be decided (`resolve_num_workers`)."""
         if isinstance(self.num_workers, int):
@@ -405,7 +411,7 @@ class TrainConfig:
 
     output_dir: str = "runs/shapes"
     """Where the run is written (see the README's 'where the results lie')."""
-    base_model: str = "shapes"
+    base_model: str = embedded.NAME
     """'shapes' (ships with the package), a folder in the diffusers format, or a hub id."""
     base_revision: str | None = None
     """Hub revision of base_model."""

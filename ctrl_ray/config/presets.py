@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
+from ctrl_ray import embedded
 from ctrl_ray.config import (
     ClassifierConfig,
     ControlConfig,
@@ -19,7 +19,8 @@ from ctrl_ray.config import (
 )
 from ctrl_ray.errors import ConfigError
 
-_SHIPPED = Path(__file__).resolve().parent.parent / "shapes"
+DEFAULT_PRESET = "shapes"
+"""What the main job and sweeps start from where nothing is said."""
 
 JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
 """Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
@@ -39,15 +40,15 @@ def shapes() -> TrainConfig:
     """The embedded default: a small pipeline of ours, controlled by the JPEG-size class; minutes on two CPU cores."""
     return TrainConfig(
         output_dir="runs/shapes",
-        base_model="shapes",
-        data="shapes",
+        base_model=embedded.NAME,
+        data=embedded.NAME,
         controls={
             "jpeg_size": ControlConfig(
                 guidance_strength=4.0,
                 oracle="jpeg_size",
                 thresholds=JPEG_SIZE_THRESHOLDS,
                 unit="bytes",
-                classifier=str(_SHIPPED / "classifier"),
+                classifier=str(embedded.CLASSIFIER),
             )
         },
         classifier=ClassifierConfig(num_pipeline_samples=2000),

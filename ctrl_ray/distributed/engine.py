@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ctrl_ray.config import OptimizerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.distributed.deepspeed_internals import flat_partitions, link_moments, set_own_moment, whole_shape
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
@@ -126,8 +127,7 @@ class PolicyEngine:
 
     def sizes(self) -> dict[str, int]:
         """Elements of every trainable parameter, whole (ZeRO-3 leaves an empty tensor in its place)."""
-        trainable = self.policy.trainable_parameters()
-        return {name: int(getattr(parameter, "ds_numel", parameter.numel())) for name, parameter in trainable.items()}
+        return {name: whole_shape(parameter).numel() for name, parameter in self.policy.trainable_parameters().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore moments and step count; parameters must have been loaded into the policy before the engine was made
@@ -141,24 +141,20 @@ class PolicyEngine:
                 values["step"] = torch.as_tensor(float(self._updates)).to(values["step"])
 
     def _initialise_optimizer_state(self) -> None:
-        """Zero moments for every flat partition, linked to the parameters they belong to.
-
-        DeepSpeed links them after the first update of the *first* parameter group only, so that with two groups the
-        second one's moments could neither be read nor set.
-        """
+        """Zero moments for every flat partition, linked to the parameters they belong to."""
         for partition in self._partitions():
             values = {moment: torch.zeros_like(partition) for moment in self._moments}
             if isinstance(self._optimizer, torch.optim.AdamW):
                 values["step"] = torch.tensor(0.0)
             self._optimizer.state[partition] = values
         if self._config.scaling.zero_stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            link_moments(self.engine.optimizer)
 
     def _partitions(self) -> list[Any]:
-        optimizer, stage = self.engine.optimizer, self._config.scaling.zero_stage
+        stage = self._config.scaling.zero_stage
         if stage == 0:
             return list(self.policy.trainable_parameters().values())
-        return list(optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat)
+        return flat_partitions(self.engine.optimizer, stage)
 
     def _get(self, parameter: Any, moment: str | None) -> Tensor:
         if self._config.scaling.zero_stage == 0:
@@ -166,7 +162,7 @@ class PolicyEngine:
         whole = (
             safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
         )
-        assert whole is not None and whole.shape == getattr(parameter, "ds_shape", parameter.shape)
+        assert whole is not None and whole.shape == whole_shape(parameter)
         return whole
 
     def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
@@ -176,12 +172,7 @@ class PolicyEngine:
         elif stage < 3:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         else:
-            # DeepSpeed's own setter reads past the end of a value that does not divide by the number of ranks
-            optimizer = parameter._z3_optimizer
-            mine, _ = optimizer._get_fp32_opt_state_partition(parameter, False, moment)
-            start = mine.numel() * optimizer._get_param_partition_rank(parameter)
-            part = value.flatten()[start : start + mine.numel()]
-            mine[: part.numel()].copy_(part)
+            set_own_moment(parameter, moment, value)
 
 
 def load_parameters(policy: TrainablePolicy, state: Mapping[str, Tensor]) -> None:

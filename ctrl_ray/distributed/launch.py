@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    ValidationConfig,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrl_ray.cluster.waiting import ClusterWait
@@ -24,6 +32,7 @@ from ctrl_ray.config import ScalingConfig as OurScalingConfig
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
@@ -150,13 +159,13 @@ def _trainer(
     validation: ValidationConfig | None,
     callbacks: Sequence[UserCallback],
 ) -> TorchTrainer:
-    resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if config.scaling.use_gpu else {})
+    environment = worker_environment(use_gpu=config.scaling.use_gpu, num_threads=config.scaling.num_threads)
     return TorchTrainer(
         worker,
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=num_workers(config.scaling),  # type: ignore[arg-type]
             use_gpu=config.scaling.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=config.scaling.worker_resources,
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
         ),
         validation_config=validation,
@@ -166,7 +175,7 @@ def _trainer(
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=keep,
             callbacks=list(callbacks),  # type: ignore[arg-type]
-            worker_runtime_env={"env_vars": _worker_environment(config)},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
 
@@ -175,13 +184,6 @@ def num_workers(scaling: OurScalingConfig) -> int | tuple[int, int]:
     """What Ray Train gets: a fixed number of workers, or (fewest, most) of an elastic group."""
     most = scaling.fixed_num_workers
     return most if scaling.min_workers in (None, most) else (scaling.min_workers, most)
-
-
-def _worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Environment that must stand before torch is imported in a worker."""
-    if config.scaling.use_gpu:
-        return {}
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(config.scaling.num_threads)}
 
 
 def _shorten_polling() -> None:

@@ -16,6 +16,7 @@ from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import Sampler, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
@@ -62,17 +63,17 @@ def sample_policy(
 
     Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
     """
-    count = min(scaling.fixed_num_workers, len(job.sample_ids))
+    count, worker = min(scaling.fixed_num_workers, len(job.sample_ids)), scaling.worker_resources
     if job.adapter is not None:
         job = dataclasses.replace(job, copies=copies_of([job.adapter]))
     if isinstance(rewards, RewardModelSpec):
         rewards = dataclasses.replace(rewards, copies=copies_of(list(rewards.classifiers.values())))
     remote = ray.remote(_sample_part).options(
-        num_cpus=scaling.cpus_per_worker,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_cpus=worker["CPU"],
+        num_gpus=worker.get("GPU", 0.0),
         max_retries=scaling.max_failures,
         scheduling_strategy="DEFAULT",  # not the placement group of a Tune trial, which holds its driver alone
-        runtime_env={"env_vars": {} if scaling.use_gpu else {"OMP_NUM_THREADS": str(scaling.num_threads)}},
+        runtime_env={"env_vars": worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads)},
     )
     parts = [
         remote.remote(

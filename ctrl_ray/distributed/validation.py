@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.train import Checkpoint
-from ray.train.v2.api.validation_config import ValidationConfig
+from ray.train import Checkpoint, ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.evaluate import evaluate_policy, evaluation_score, exceeds_target_kl, kl_noise_floor
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.scores import UNSCORED
@@ -29,8 +29,8 @@ from ctrl_ray.policy.build import build_policy
 def validation_config(job: TrainJob) -> ValidationConfig:
     """What the trainer gets: `validate_checkpoint` on the resources that `evaluation` asks for."""
     beside = job.config.evaluation
-    threads = str(max(1, math.ceil(beside.num_cpus)))
-    environment = {} if beside.num_gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
+    threads = max(1, math.ceil(beside.num_cpus))
+    environment = worker_environment(use_gpu=beside.num_gpus > 0, num_threads=threads)
     return ValidationConfig(
         fn=functools.partial(validate_checkpoint, job=job),
         ray_remote_kwargs={

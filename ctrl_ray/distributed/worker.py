@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,10 +133,9 @@ def _tell(job: TrainJob, rank: Rank, row: dict[str, Any]) -> str:
 
 
 def set_up_process(config: TrainConfig) -> Rank:
-    """Threads and accelerator of this worker's process; who it is in the group."""
+    """Threads of this worker's process; who it is in the group."""
     context = ray.train.get_context()
     if not config.scaling.use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(config.scaling.num_threads)
     return Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 

@@ -17,6 +17,7 @@ from ctrl_ray.classifiers.classifier import SETTINGS
 from ctrl_ray.classifiers.examples import SamplePipeline
 from ctrl_ray.classifiers.worker import FitJob, fit_worker
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError, ModelError, RunFolderError, own_error
 from ctrl_ray.offline.reading import OnBadRow, plan_reading
 from ctrl_ray.oracles import load_oracle
@@ -129,10 +130,12 @@ def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipel
     image_size = load_backbone(config.base_model, config.base_revision).image_size()
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
-    if config.data != "shapes":
+    if not is_embedded(config.data):
         plan_reading(config.data, {} if spec.oracle else {control: spec}, image_size=(image_size, image_size))
     elif spec.oracle is None:
-        raise ConfigError(f"data 'shapes' has no labels of control {control!r}; name an oracle that measures them")
+        raise ConfigError(
+            f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"
+        )
 
 
 def read_result(folder: str | Path) -> FitResult:
@@ -167,14 +170,13 @@ def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool, on_wait: Cal
 
     lines = ray.remote(_Lines).options(num_cpus=0).remote()
     scaling = job.config.scaling
-    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        resources["GPU"] = 1
     trainer = TorchTrainer(
         # not as train_loop_config, for which Ray Train's controller would import all that the job's class needs (7 s)
         functools.partial(fit_worker, dataclasses.replace(job, say=lines)),
         scaling_config=ScalingConfig(
-            num_workers=job.config.classifier.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+            num_workers=job.config.classifier.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=scaling.worker_resources,
         ),
         # a name of its own: Ray Train would go on with an earlier fit of the same name
         run_config=RunConfig(name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}", storage_path=storage_path),

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctrl_ray.embedded import RECOGNISER
 from ctrl_ray.errors import ModelError
-from ctrl_ray.evaluation.recogniser import SHIPPED, Recogniser
+from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -132,4 +133,4 @@ def choose_fidelity(
     if clip_model is not None:
         return ClipFidelity(clip_model)
     known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
-    return RecogniserFidelity() if known and (SHIPPED / "config.json").is_file() else None
+    return RecogniserFidelity() if known and (RECOGNISER / "config.json").is_file() else None

@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ctrl_ray.embedded import RECOGNISER
 from ctrl_ray.offline.shapes import COLOURS, SHAPES, parse_prompt
-
-SHIPPED = Path(__file__).parent.parent / "shapes" / "recogniser"
-"""The folder of the recogniser that the package ships."""
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
@@ -82,7 +80,7 @@ class Recogniser(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> Recogniser:
         """Read a recogniser (float32, eval mode) from a folder, by default the one that the package ships."""
-        folder = SHIPPED if path is None else Path(path)
+        folder = RECOGNISER if path is None else Path(path)
         recogniser = cls(**json.loads((folder / _CONFIG).read_text()))
         recogniser.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / _WEIGHTS).items()})
         return recogniser.eval().requires_grad_(False)

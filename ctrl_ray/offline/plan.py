@@ -22,7 +22,6 @@ from ctrl_ray.offline.schema import (
     check_controls,
     check_row,
     handle_bad_rows,
-    source_column,
 )
 from ctrl_ray.offline.storage import list_files
 
@@ -30,7 +29,7 @@ _ROWS_PER_READ = 32
 
 
 class RowGroup(NamedTuple):
-    """A unit of work: one row group of one file."""
+    """One row group of one file, and the number of its first row there."""
 
     file: str
     group: int
@@ -40,7 +39,7 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadPlan:
-    """All that a task needs to read a row group; plain values, so it travels to workers."""
+    """All that reading a row group takes."""
 
     filesystem: fs.FileSystem
     row_groups: tuple[RowGroup, ...]
@@ -78,7 +77,6 @@ def plan_reading(
     controls: Mapping[str, ControlConfig],
     *,
     image_size: tuple[int, int] | None = None,
-    columns_required: bool = True,
 ) -> ReadPlan:
     """List the files, check their columns, and settle the size of the images. Reads footers and the first image only.
 
@@ -93,7 +91,7 @@ def plan_reading(
     columns: tuple[str, ...] = ()
     for file in files:
         with open_parquet(filesystem, file) as parquet:
-            found = check_columns(parquet.schema_arrow, file, controls, columns_required=columns_required)
+            found = check_columns(parquet.schema_arrow, file, controls)
             if file != files[0] and found != columns:
                 raise DataError(
                     f"{file}, every row: of the columns to read it has {list(found)}, but {files[0]} has "
@@ -105,9 +103,8 @@ def plan_reading(
                 groups.append(RowGroup(file, index, first_row, num_rows))
                 first_row += num_rows
     handle_bad_rows([], sum(group.num_rows for group in groups), "error", "", source=str(path))
-    present = {name: control for name, control in controls.items() if source_column(name, control) in columns}
     plan = ReadPlan(
-        filesystem=filesystem, row_groups=tuple(groups), columns=columns, controls=present, image_size=image_size
+        filesystem=filesystem, row_groups=tuple(groups), columns=columns, controls=dict(controls), image_size=image_size
     )
     return replace(plan, expected_size=image_size or _first_image_size(plan))
 

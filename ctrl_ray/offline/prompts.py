@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.embedded import data_or_embedded, is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.reading import read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
@@ -25,9 +26,10 @@ def training_prompts(config: TrainConfig) -> tuple[str, ...]:
     """Prompts of the file, else of the data set's column, else the shapes prompts."""
     if config.prompts_file:
         return read_prompts(config.prompts_file)
-    if config.data == "shapes" or (config.data is None and config.base_model == "shapes"):
+    data = data_or_embedded(config.data, config.base_model)
+    if is_embedded(data):
         return PROMPTS
-    found = tuple(prompt for prompt in read_prompts_column(config.data) if prompt) if config.data else ()
+    found = tuple(prompt for prompt in read_prompts_column(data) if prompt) if data else ()
     if not found:
         raise ConfigError(
             f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has no prompt column; "

@@ -78,13 +78,10 @@ def check_controls(controls: Mapping[str, ControlConfig]) -> None:
             )
 
 
-def check_columns(
-    schema: pa.Schema, file: str, controls: Mapping[str, ControlConfig], *, columns_required: bool = True
-) -> tuple[str, ...]:
+def check_columns(schema: pa.Schema, file: str, controls: Mapping[str, ControlConfig]) -> tuple[str, ...]:
     """Which columns of `file` to read: `image`, `prompt` when it is there, and the controls' columns.
 
-    Raises DataError for a missing column or one of the wrong type; a missing control column is left out when
-    `columns_required` is false.
+    Raises DataError for a missing column or one of the wrong type.
     """
     wanted = [IMAGE]
     _require_type(schema, file, IMAGE, _is_bytes, "the bytes of image files (binary)", "store the file's bytes")
@@ -93,8 +90,6 @@ def check_columns(
         wanted.append(PROMPT)
     for name, control in controls.items():
         column = source_column(name, control)
-        if column not in schema.names and not columns_required:
-            continue
         if control.thresholds:
             expected, accepted = "numbers, which its thresholds make classes of", _is_number
         else:

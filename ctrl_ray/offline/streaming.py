@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
+
+from ctrl_ray.ray_internals import quieten_ray_data
 
 if TYPE_CHECKING:
     import ray.data
@@ -26,11 +27,5 @@ def start_stream(items: list[dict[str, Any]], *, items_per_task: int, block_byte
     context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    _quieten()
+    quieten_ray_data()
     return stream
-
-
-def _quieten() -> None:
-    """Keep Ray Data's own warnings and errors; drop its start and end notes, and the one that bars are off."""
-    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from ctrl_ray.cluster.resources import check_local_machine, cluster_facts, neede
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
@@ -132,12 +133,12 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another working directory: no relative path may reach them."""
 
     def absolute(path: str | None) -> str | None:
-        if path is None or path == "shapes" or "://" in path:
+        if path is None or is_embedded(path) or "://" in path:
             return path
         return str(Path(path).expanduser().resolve())
 
     base = config.base_model
-    if base != "shapes" and Path(base).expanduser().exists():
+    if not is_embedded(base) and Path(base).expanduser().exists():
         base = str(Path(base).expanduser().resolve())
     return dataclasses.replace(
         config,

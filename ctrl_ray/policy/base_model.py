@@ -6,9 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ctrl_ray.embedded import PIPELINE, is_embedded
 from ctrl_ray.errors import ModelError
-
-SHAPES_PIPELINE = Path(__file__).resolve().parent.parent / "shapes" / "pipeline"
 
 
 def resolve_base_model(base_model: str, revision: str | None = None) -> str:
@@ -16,8 +15,8 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
 
     Raises ModelError when the folder has no `model_index.json` or the hub id can be neither found nor reached.
     """
-    if base_model == "shapes":
-        return str(SHAPES_PIPELINE)
+    if is_embedded(base_model):
+        return str(PIPELINE)
     folder = Path(base_model).expanduser()
     if folder.exists():
         if not (folder / "model_index.json").is_file():

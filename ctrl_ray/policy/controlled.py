@@ -18,6 +18,7 @@ from ctrl_ray.diffusion.steps import ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
+from ctrl_ray.policy.peft_internals import switch_adapters
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 
 _BRANCHES: dict[int, tuple[tuple[Literal["null", "prompt"], bool], ...]] = {
@@ -156,8 +157,7 @@ class ControlledPolicy(TrainablePolicy):
 
     def _set_mode(self, reference: bool, labels: Tensor | None) -> None:
         self._reference, self._labels = reference, labels
-        for layer in self._lora_layers:
-            layer._disable_adapters = reference  # enable_adapters() would also flip requires_grad
+        switch_adapters(self._lora_layers, on=not reference)
 
     def _add_control_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._reference or self._labels is None:

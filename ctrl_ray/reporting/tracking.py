@@ -18,6 +18,7 @@ from PIL import Image
 from ctrl_ray.errors import DataError, RunFolderError
 from ctrl_ray.evaluation.metric_names import check_names
 from ctrl_ray.reporting.aim_sink import RUN_FILE, AimSink
+from ctrl_ray.runs.files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 AIM_FOLDER = "aim"
@@ -165,14 +166,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _keep_updates(path: Path, last_update: int) -> None:
-    """Rewrite the file, at once or not at all, with the rows up to and including `last_update`."""
+    """Rewrite the file, as a whole, with the rows up to and including `last_update`."""
     rows = [row for row in read_metrics(path.parent) if row["update"] <= last_update]
-    draft = path.with_suffix(".jsonl.draft")
-    with draft.open("w", encoding="utf-8") as file:
+    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _as_pil(image: np.ndarray | Image.Image | str | Path) -> Image.Image:

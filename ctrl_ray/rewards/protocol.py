@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ctrl_ray.errors import ConfigError
+
 
 class RewardAnswer(NamedTuple):
     """The answer to one request."""
@@ -51,3 +53,15 @@ class Rewards(Protocol):
     def class_log_probs(self, inputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """log p(y|x,c) of every class, (B, K) for each control, of latents or of images (B, H, W, 3) uint8."""
         ...
+
+
+def require_gradient(rewards: Rewards, estimator_name: str, needs_cotangent: bool) -> None:
+    """ConfigError when an estimator carries the reward's gradient back to the policy and the reward has none.
+
+    needs_cotangent: whether it does (`Estimator.needs_cotangent`).
+    """
+    if needs_cotangent and not rewards.differentiable:
+        raise ConfigError(
+            f"estimator.name is {estimator_name!r}, which needs the gradient of the reward, but {type(rewards).__name__} has "
+            "none (its `differentiable` is False); use --estimator.name reinforce with --group-size 4 or more"
+        )

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ctrl_ray.ray_internals import autoscaling_coordinator, note_taken
+
 logger = logging.getLogger(__name__)
 
 _RENEW_S = 20.0
@@ -27,7 +29,7 @@ class Reservation:
         self._name = name
         amounts = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
         self._bundle = {kind: float(amount) for kind, amount in amounts.items() if amount}
-        self._more = {"strategy": "SPREAD"} if options.get("scheduling_strategy") == "SPREAD" else {}
+        self._spread = options.get("scheduling_strategy") == "SPREAD"
         self._coordinator: Any = None
         self._held, self._renew_at_s = 0, 0.0
 
@@ -38,25 +40,12 @@ class Reservation:
             return
         self._held, self._renew_at_s = num_actors, now_s + _RENEW_S
         try:
-            self._request([dict(self._bundle) for _ in range(num_actors)])
+            self._note(num_actors)
         except Exception as error:  # Ray has no public interface for it; a pool must not end for its sake
             logger.warning("Ray Train was not told what the reward pool takes (%s: %s)", type(error).__name__, error)
 
-    def _request(self, bundles: list[dict[str, float]]) -> None:
-        from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
+    def _note(self, num_actors: int) -> None:
         if self._coordinator is None:
-            self._coordinator = get_or_create_autoscaling_coordinator()
-        if bundles:
-            self._coordinator.request_resources.remote(
-                requester_id=self._name,
-                resources=bundles,
-                expire_after_s=_EXPIRES_S,
-                priority=ResourceRequestPriority.HIGH,  # that of worker groups: who came first is served first
-                **self._more,
-            )
-        else:
-            self._coordinator.cancel_request.remote(requester_id=self._name)
+            self._coordinator = autoscaling_coordinator()
+        bundles = [self._bundle] * num_actors
+        note_taken(self._coordinator, self._name, bundles, expire_after_s=_EXPIRES_S, spread=self._spread)

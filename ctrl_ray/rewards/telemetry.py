@@ -63,8 +63,6 @@ class PoolStats:
     """Requests sent again because their actor was lost or stuck."""
     replaced: int = 0
     """Actors that were lost or stuck."""
-    latency_s: float = 0.0
-    """Sum over requests of the time from arrival to answer."""
     busy_s: float = 0.0
     """Sum of the seconds that actors worked."""
 
@@ -72,11 +70,6 @@ class PoolStats:
     def num_ready(self) -> int:
         """Actors that take requests."""
         return sum(actor.ready for actor in self.actors)
-
-    @property
-    def mean_latency_s(self) -> float:
-        """Mean seconds from arrival to answer; 0 before the first."""
-        return self.latency_s / max(1, self.requests)
 
 
 class Telemetry:
@@ -122,7 +115,7 @@ class Telemetry:
 
     def answered(self, num_samples: int, latency_s: float) -> None:
         """One request has its answer."""
-        self.count(requests=1, samples=num_samples, latency_s=latency_s)
+        self.count(requests=1, samples=num_samples)
         self._latency.observe(latency_s)
 
     def snapshot(self, queue_length: int, actors: tuple[ActorStats, ...]) -> PoolStats:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
@@ -21,7 +22,7 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
         config = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
         own = config.evaluation.prompts_file
         return read_prompts(own) if own else training_prompts(config)
-    if base_model != "shapes":
+    if not is_embedded(base_model):
         raise ConfigError(f"{file} does not exist, so the prompts to evaluate on are unknown; give --prompts-file")
     return PROMPTS
 

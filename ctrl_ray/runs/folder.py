@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,8 @@ import pyarrow.fs
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.ray_internals import is_copy_of_job
+from ctrl_ray.runs.files import write_whole
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +94,7 @@ class RunFolder:
         """`check`, then make the folder and write config.json."""
         self.check(config, resume=resume)
         self.local.mkdir(parents=True, exist_ok=True)
-        (self.local / CONFIG_FILE).write_text(to_json(config) + "\n", encoding="utf-8")
+        write_whole(self.local / CONFIG_FILE, to_json(config) + "\n")
         self.upload()
 
     def upload(self, *names: str) -> None:
@@ -146,11 +147,7 @@ def _kept_folder(path: Path) -> Path:
     """Absolute. In a Ray job the working directory is a copy that Ray removes: a relative path is then meant from the
     home folder."""
     working = Path.cwd()
-    if (
-        not path.is_absolute()
-        and "runtime_resources" in working.parts
-        and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    ):
+    if not path.is_absolute() and is_copy_of_job(working):
         working = Path.home()
     return (working / path).resolve()
 

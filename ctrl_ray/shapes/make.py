@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ctrl_ray.embedded import FOLDER
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS, parse_prompt
 from ctrl_ray.oracles import ORACLES
@@ -43,7 +44,7 @@ HELD_OUT = 1
 def main() -> None:
     """Run the stages that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output-dir", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--num-images", type=int, default=20_000)

@@ -10,8 +10,7 @@ from ctrl_ray.config import TrainConfig
 def trial_bundles(config: TrainConfig) -> list[dict[str, float]]:
     """What the workers of one trial reserve, all at once or not at all (the fewest of an elastic group)."""
     scaling = config.scaling
-    worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    return [worker] * (scaling.min_workers or scaling.fixed_num_workers)
+    return [scaling.worker_resources] * (scaling.min_workers or scaling.fixed_num_workers)
 
 
 def concurrent_trials(free: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> int:

@@ -16,6 +16,7 @@ from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import Evaluation
+from ctrl_ray.runs.files import whole_file
 from ctrl_ray.tuning.results.report import SweepFindings
 from ctrl_ray.tuning.results.trials import SweepTrial, best_trial, finished_trials
 from ctrl_ray.tuning.space import Space
@@ -31,9 +32,8 @@ def sample_before(checked: CheckedRun, folder: SweepFolder, rewards: Scorer) -> 
     file = folder.path / BEFORE_FILE
     if not file.is_file():
         samples = sample_policy(reference_job(checked), rewards, checked.config.scaling)
-        draft = file.with_name(f"{file.name}.draft")
-        save_samples(samples, draft)
-        draft.replace(file)
+        with whole_file(file) as draft:
+            save_samples(samples, draft)
 
 
 def conclude(

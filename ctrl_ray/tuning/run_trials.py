@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import ray
 from ray import tune
-from ray._private.state import available_resources_per_node
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.ray_internals import free_resources_by_node, trials_of
 from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
 from ctrl_ray.tuning.follower import SweepFollower
 from ctrl_ray.tuning.interruption import interruptible_tune
@@ -31,7 +31,7 @@ def room_for_trials(config: TrainConfig, asked: int | Literal["auto"]) -> int:
 
     At least 1: where nothing is free now the first trial waits for machines and says so.
     """
-    room = concurrent_trials(list(available_resources_per_node().values()), trial_bundles(config))
+    room = concurrent_trials(free_resources_by_node(), trial_bundles(config))
     return max(1, room if asked == "auto" else min(room, asked))
 
 
@@ -61,8 +61,8 @@ def run_trials(
             )
         try:
             with interruptible_tune():
-                analysis = tuner.fit()._experiment_analysis
-            follower.look(analysis.trials, now=True)
+                results = tuner.fit()
+            follower.look(trials_of(results), now=True)
         finally:
             follower.close()
     return follower.trials

@@ -14,9 +14,10 @@ from ray.tune.search.sample import Domain, Function
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.overrides import nearest, override, setting_paths
-from ctrl_ray.config.presets import preset
+from ctrl_ray.config.presets import DEFAULT_PRESET, preset
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
+from ctrl_ray.ray_internals import longest_time_of
 
 METRICS = tuple(name for name in EVALUATION_METRICS if name != "num_samples")
 """What every trial logs at its end."""
@@ -44,7 +45,7 @@ class Space:
     """What is best; the first one chooses the best trial, more than one need a search that knows them."""
     mode: tuple[str, ...] = ("max",)
     """"max" or "min" for each metric."""
-    preset: str = "shapes"
+    preset: str = DEFAULT_PRESET
     """Name of a preset, or path of a run's config.json."""
     points: tuple[Mapping[str, Any], ...] = ()
     """Trials to run first, whatever is drawn; settings that a point leaves out are drawn."""
@@ -101,7 +102,7 @@ def load_space(source: str | Path | Space) -> Space:
         values=values,
         metric=_tuple(names["METRIC"]),
         mode=_tuple(names["MODE"]),
-        preset=_preset(names.get("PRESET", "shapes"), file),
+        preset=_preset(names.get("PRESET", DEFAULT_PRESET), file),
         points=tuple(names["points"]()) if "points" in names else (),
         scheduler=names.get("scheduler"),
         search=names.get("search"),
@@ -234,7 +235,7 @@ def _check_judged(space: Space, base: TrainConfig) -> None:
 def _check_scheduler(space: Space, base: TrainConfig) -> None:
     if space.scheduler is None:
         return
-    most = getattr(space.scheduler(), "_max_t", None)
+    most = longest_time_of(space.scheduler())
     if most is not None and most <= base.num_updates:
         raise ConfigError(
             f"sweep {space.name}: its scheduler ends every trial at max_t = {most:g}, before the evaluation after "

@@ -20,6 +20,7 @@ from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.tracking import METRICS_FILE
+from ctrl_ray.runs.files import write_whole
 from ctrl_ray.runs.folder import CONFIG_FILE, RunFolder, changed_settings
 from ctrl_ray.tuning.evaluations_to_tune import EvaluationsToTune
 
@@ -62,7 +63,7 @@ def run_trial(knobs: dict[str, Any], job: TrialJob) -> dict[str, Any]:
         lines = str(own).strip().splitlines() or [""]
         (folder / ERROR_FILE).write_text(f"{type(own).__name__}: {lines[0]}\n", encoding="utf-8")
         raise
-    _write_at_once(known, json.dumps(result))
+    write_whole(known, json.dumps(result))
     return result
 
 
@@ -113,7 +114,7 @@ def begin_session(folder: Path) -> float:
         last = json.loads(file.read_text(encoding="utf-8"))
         end = metrics.stat().st_mtime if metrics.is_file() else 0.0
         before = last["seconds_before"] + max(0.0, end - last["started"])
-    _write_at_once(file, json.dumps({"started": time.time(), "seconds_before": before}))
+    write_whole(file, json.dumps({"started": time.time(), "seconds_before": before}))
     return before
 
 
@@ -121,7 +122,7 @@ def _begun(folder: RunFolder, asked: TrainConfig) -> bool:
     """Whether this trial was begun before, with the same settings; else its config.json is written now."""
     stored = folder / CONFIG_FILE
     if not stored.is_file():
-        _write_at_once(stored, to_json(asked) + "\n")
+        write_whole(stored, to_json(asked) + "\n")
         return False
     old = train_config_from_json(stored.read_text(encoding="utf-8"), source=str(stored))
     if changed := changed_settings(old, asked):
@@ -130,10 +131,3 @@ def _begun(folder: RunFolder, asked: TrainConfig) -> bool:
             "sweep again"
         )
     return True
-
-
-def _write_at_once(path: Path, text: str) -> None:
-    """The whole file, or none: a killed process leaves no half of one."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

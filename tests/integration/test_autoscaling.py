@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.clusters import Head, free_ports, started_head
+from tests.clusters import Head, growing_head
 
 _WAITS = """
 import sys
@@ -53,42 +52,7 @@ with connected():
 
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[Head]:
-    """A head without CPUs and an autoscaler that may add two nodes of two CPUs."""
-    (port,) = free_ports(1)
-    file = tmp_path / "cluster.json"
-    empty: dict[str, object] = {name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")}
-    empty |= {name: [] for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands")}
-    empty |= {name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")}
-    node: dict[str, object] = {"node_config": {}}
-    file.write_text(
-        json.dumps(
-            {
-                **empty,
-                "cluster_name": "growing",
-                "max_workers": 2,
-                "upscaling_speed": 1.0,
-                "idle_timeout_minutes": 5,
-                "provider": {
-                    "type": "fake_multinode",
-                    "use_node_id_as_ip": True,
-                    "disable_node_updaters": True,
-                    "disable_launch_config_check": True,
-                    "gcs_address": f"127.0.0.1:{port}",
-                },
-                "available_node_types": {
-                    "head": {**node, "resources": {"CPU": 0}, "max_workers": 0},
-                    "cpu_worker": {**node, "resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2},
-                },
-                "head_node_type": "head",
-                "file_mounts": {},
-                "file_mounts_sync_continuously": False,
-                "auth": {},
-                "docker": {},
-            }
-        )
-    )
-    flags = ("--num-cpus=0", f"--autoscaling-config={file}")
-    with started_head(*flags, port=port, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1") as head:
+    with growing_head(tmp_path / "cluster.json") as head:
         yield head
 
 

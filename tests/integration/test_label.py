@@ -1,4 +1,4 @@
-"""Labelling and distributed reading end to end, on one local Ray."""
+"""Labelling end to end, on one local Ray, and reading back what it wrote."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from ctrl_ray import label as command
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.labelling import label
-from ctrl_ray.offline.reading import iter_rows, open_checked, open_dataset
+from ctrl_ray.offline.reading import iter_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -149,24 +149,21 @@ def parts(images: Path, tmp_path: Path) -> Iterator[Path]:
     return folder
 
 
-def test_a_dataset_streams_what_the_rows_say(parts: Path, tmp_path: Path) -> None:
+def test_labelled_parts_are_read_row_by_row(parts: Path, images: Path, tmp_path: Path) -> None:
+    """What was labelled comes back: the first part whole, the second without its two bad rows, which are set aside."""
     controls = {"jpeg_size": ControlConfig(thresholds=(900.0, 1000.0)), "style": ControlConfig(classes=("a", "b", "c"))}
-    with pytest.raises(DataError, match=r"part-00001.parquet, row 2 .*does not decode.*2 of 10 rows are bad"):
-        open_dataset(parts, controls)
+    with pytest.raises(DataError, match=r"part-00001.parquet, row 2 .*does not decode"):
+        list(iter_rows(parts, controls))
     aside = tmp_path / "aside.jsonl"
-    dataset, summary = open_checked(parts, controls, on_bad_row="skip", bad_rows_file=str(aside), cpus_per_task=0.5)
+    rows = list(iter_rows(parts, controls, "skip", bad_rows_file=str(aside)))
     assert [json.loads(line)["row"] for line in aside.read_text().splitlines()] == [2, 3]
-    expected = list(iter_rows(parts, controls, "skip", bad_rows_file=str(tmp_path / "again.jsonl")))
-    found = list(dataset.iter_rows())
-    assert (summary.num_rows, summary.num_bad_rows, summary.image_size) == (8, 2, (16, 16))
-    assert len(found) == len(expected) == 8
-    for row, other in zip(found, expected, strict=True):
-        assert row["image"].dtype == np.uint8
-        assert np.array_equal(row["image"], other["image"])
-        for name in ("prompt", "jpeg_size", "jpeg_size_value", "style"):
-            assert row[name] == other[name], name
-    labels = [row["style"] for row in expected]
-    assert summary.class_counts["style"] == tuple(labels.count(style) for style in range(3))
+    files = files_of(images)
+    expected = [(index % 3, file) for part in (files, files[:2]) for index, file in enumerate(part)]
+    assert len(rows) == len(expected) == 8
+    for row, (style, file) in zip(rows, expected, strict=True):
+        assert np.array_equal(row["image"], np.asarray(Image.open(file).convert("RGB")))
+        assert (row["prompt"], row["style"], row["jpeg_size_value"]) == ("", style, jpeg_bytes(file))
+        assert row["jpeg_size"] == sum(jpeg_bytes(file) >= border for border in (900.0, 1000.0))
 
 
 def test_a_damaged_file_is_a_plain_data_error(parts: Path) -> None:
@@ -177,4 +174,4 @@ def test_a_damaged_file_is_a_plain_data_error(parts: Path) -> None:
     data[offset : offset + 40] = b"\xff" * 40
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"part-00000.parquet cannot be read from row 2 on"):
-        open_dataset(parts, {})
+        list(iter_rows(parts, {}))

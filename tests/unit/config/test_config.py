@@ -126,6 +126,11 @@ def test_num_micro_batches_is_what_a_worker_runs_for_one_update(
     assert settings.num_micro_batches == expected
 
 
+def test_a_worker_reserves_its_cpus_and_a_gpu_where_it_has_one() -> None:
+    assert ScalingConfig(cpus_per_worker=2).worker_resources == {"CPU": 2.0}
+    assert ScalingConfig(cpus_per_worker=0.5, use_gpu=True).worker_resources == {"CPU": 0.5, "GPU": 1.0}
+
+
 def test_class_names_come_from_the_thresholds_unless_they_are_given() -> None:
     assert ControlConfig(thresholds=(1500.0, 1700.5)).class_names == ("<1500", "1500-1700.5", ">=1700.5")
     assert ControlConfig(thresholds=(0.5,)).class_names == ("<0.5", ">=0.5")

@@ -28,7 +28,7 @@ def test_recogniser_scores_are_its_answers_in_batches():
 def test_no_judge_for_other_prompts_or_sizes(tmp_path, monkeypatch):
     assert choose_fidelity(["a cat"], (64, 64)) is None
     assert choose_fidelity(["a red circle"], (32, 32)) is None
-    monkeypatch.setattr(fidelity, "SHIPPED", tmp_path)
+    monkeypatch.setattr(fidelity, "RECOGNISER", tmp_path)
     assert choose_fidelity(["a red circle"], (64, 64)) is None
 
 

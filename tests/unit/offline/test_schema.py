@@ -153,10 +153,6 @@ def test_a_wrong_column_is_named(found: pa.Schema, control: ControlConfig, messa
         check_columns(found, "f.parquet", {"jpeg_size": control})
 
 
-def test_missing_control_columns_may_be_allowed() -> None:
-    assert check_columns(schema(), "f", {"jpeg_size": SIZE}, columns_required=False) == ("image",)
-
-
 def test_controls_that_cannot_be_read() -> None:
     with pytest.raises(ConfigError, match="'image' and 'prompt' are taken"):
         check_controls({"image": SIZE})
