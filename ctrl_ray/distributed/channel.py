@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 
@@ -10,17 +9,17 @@ class MetricsChannel:
     """Rank 0 puts rows (metrics, notices); the driver drains them and may ask the workers to stop."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Any] = []
         self._stop = ""
         self._failure: Exception | None = None
 
-    def put(self, row: dict[str, Any]) -> str:
-        """Add a row; returns the reason for stopping, '' while there is none."""
-        self._rows.append({"time": time.time(), **row})
+    def put(self, row: Any) -> str:
+        """Add a row (of a run: a `rows.Row`); returns the reason for stopping, '' while there is none."""
+        self._rows.append(row)
         return self._stop
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Take all rows."""
+    def drain(self) -> list[Any]:
+        """Take all rows, in the order in which they came."""
         rows, self._rows = self._rows, []
         return rows
 

@@ -24,13 +24,14 @@ from ctrl_ray.config import ScalingConfig as OurScalingConfig
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
+from ctrl_ray.distributed.rows import Notice, Row, Stopped, Stopping, UpdateDone
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
 from ctrl_ray.runs.folder import CHECKPOINTS, below
 
 _POLL_S = 0.3
-RowHandler = Callable[[Mapping[str, Any]], None]
+RowHandler = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run_training(
         num_to_keep=config.num_checkpoints_to_keep, checkpoint_score_attribute="score", checkpoint_score_order="max"
     )
     follower = _Follower(job.channel, on_row)
-    wait = ClusterWait(config, lambda text: on_row({"kind": "notice", "text": text}))
+    wait = ClusterWait(config, lambda text: on_row(Notice(text)))
 
     def poll() -> None:
         follower.poll()
@@ -207,10 +208,10 @@ class _Follower:
 
     def poll(self) -> None:
         for row in ray.get(self._channel.drain.remote()):
-            if row["kind"] == "stopped":
-                self.stopped = row["reason"]
-            if row["kind"] == "update":
-                self.updates_done = row["update"]
+            if isinstance(row, Stopped):
+                self.stopped = row.reason
+            if isinstance(row, UpdateDone):
+                self.updates_done = row.update
             self._on_row(row)
 
 
@@ -226,7 +227,7 @@ def _stop_on_signal(channel: Any, on_row: RowHandler) -> Iterator[None]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        on_row({"kind": "stopping", "reason": signal.Signals(number).name})
+        on_row(Stopping(signal.Signals(number).name))
         channel.request_stop.remote(f"{signal.Signals(number).name} received")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

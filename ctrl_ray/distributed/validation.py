@@ -17,6 +17,7 @@ from ray.train.v2.api.validation_config import ValidationConfig
 
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
 from ctrl_ray.distributed.scores import UNSCORED
 from ctrl_ray.distributed.update import (
     Learner,
@@ -64,10 +65,10 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
                 metrics["kl_noise_floor"] = kl_noise_floor(learner)
         except Exception as error:
             text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
-            _tell(job, {"kind": "notice", "text": text})
+            _tell(job, Notice(text))
             raise
-    _tell(job, {"kind": "evaluation", "update": update, "metrics": metrics})
-    _tell(job, {"kind": "samples", "update": update, "images": samples.images, "captions": samples.captions})
+    _tell(job, EvaluationDone(update, metrics))
+    _tell(job, SamplesDrawn(update, samples.images, samples.captions))
     stop = exceeds_target_kl(job.config, metrics)
     if stop:
         ray.get(job.channel.request_stop.remote(stop))
@@ -105,5 +106,5 @@ def _learner(job: TrainJob, adapter: Path) -> Learner:
     return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval())
 
 
-def _tell(job: TrainJob, row: dict[str, Any]) -> None:
+def _tell(job: TrainJob, row: Row) -> None:
     ray.get(job.channel.put.remote(row))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stopped, UpdateDone
 from ctrl_ray.distributed.scores import UNSCORED
 from ctrl_ray.distributed.update import (
     Learner,
@@ -83,14 +84,14 @@ def _train(job: TrainJob) -> None:
     for update in range(first_update, config.num_updates):
         metrics = train_update(learner, update)
         progress["updates_done"] = update + 1
-        stop = _tell(job, rank, {"kind": "update", "update": update + 1, "metrics": metrics})
+        stop = _tell(job, rank, UpdateDone(update + 1, metrics))
         announced = _announced_losses(leaving)
         stop = _finish_update(job, learner, progress, stop, save=bool(announced))
         for node in announced:
             text = f"node {node[:8]} will be taken away: left a checkpoint after update {update + 1}"
-            _tell(job, rank, {"kind": "notice", "text": text})
+            _tell(job, rank, Notice(text))
         if stop:
-            _tell(job, rank, {"kind": "stopped", "update": update + 1, "reason": stop})
+            _tell(job, rank, Stopped(update + 1, stop))
             return
 
 
@@ -125,11 +126,11 @@ def _evaluate(
 ) -> dict[str, float]:
     metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
     progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
-    _tell(job, learner.rank, {"kind": "evaluation", "update": progress["updates_done"], "metrics": metrics})
+    _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics
 
 
-def _tell(job: TrainJob, rank: Rank, row: dict[str, Any]) -> str:
+def _tell(job: TrainJob, rank: Rank, row: Row) -> str:
     """Rank 0 sends a row to the driver; every rank learns the driver's wish to stop (collective)."""
     answer = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else ""]
     if rank.size > 1:
@@ -151,7 +152,7 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
     start = config.init_adapter and folder_here(config.init_adapter, job.copies)
     policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
     engine, first_update = restore_engine(policy, config)
-    _tell(job, rank, {"kind": "started", "update": first_update})
+    _tell(job, rank, Started(first_update))
     return make_learner(job, rank, engine), first_update
 
 
