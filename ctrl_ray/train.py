@@ -71,7 +71,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts))
         with rewards_of(checked.config) as rewards:
             trained = fine_tune(checked, folder, rewards, resume=resume)
-            if trained.stopped.endswith("received"):
+            if trained.stopped is not None and trained.stopped.kind == "asked":
                 raise InterruptedRunError(
                     f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
                     f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from ctrl_ray.distributed.rows import Stop
+
 
 class MetricsChannel:
     """Rank 0 puts rows (metrics, notices); the driver drains them and may ask the workers to stop."""
 
     def __init__(self) -> None:
         self._rows: list[Any] = []
-        self._stop = ""
+        self._stop: Stop | None = None
         self._failure: Exception | None = None
 
-    def put(self, row: Any) -> str:
-        """Add a row (of a run: a `rows.Row`); returns the reason for stopping, '' while there is none."""
+    def put(self, row: Any) -> Stop | None:
+        """Add a row (of a run: a `rows.Row`); returns the stop that was requested, if there was one."""
         self._rows.append(row)
         return self._stop
 
@@ -23,9 +25,10 @@ class MetricsChannel:
         rows, self._rows = self._rows, []
         return rows
 
-    def request_stop(self, reason: str) -> None:
-        """Workers leave a checkpoint and return after the update under way."""
-        self._stop = reason
+    def request_stop(self, stop: Stop) -> None:
+        """Workers leave a checkpoint and return after the update under way. A person's wish counts before target_kl."""
+        if self._stop is None or stop.kind == "asked":
+            self._stop = stop
 
     def fail(self, error: Exception) -> None:
         """A worker met an error that no restart cures; the first one counts."""

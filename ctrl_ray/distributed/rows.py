@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a run ends before `num_updates`."""
+
+    kind: Literal["asked", "target_kl"]
+    """'asked': by a signal; 'target_kl': by an evaluation whose KL is too large."""
+    text: str
+    """The same for people, such as 'SIGINT received'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,7 @@ class Stopped:
 
     update: int
     """Updates done."""
-    reason: str
+    stop: Stop
 
 
 Row = Started | UpdateDone | EvaluationDone | SamplesDrawn | Notice | Stopping | Stopped

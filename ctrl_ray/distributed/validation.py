@@ -18,15 +18,8 @@ from ray.train.v2.api.validation_config import ValidationConfig
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
-from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.update import (
-    Learner,
-    Rank,
-    evaluate_policy,
-    evaluation_score,
-    exceeds_target_kl,
-    kl_noise_floor,
-)
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.update import Learner, Rank, evaluate_policy, kl_noise_floor
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
@@ -70,7 +63,7 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     _tell(job, EvaluationDone(update, metrics))
     _tell(job, SamplesDrawn(update, samples.images, samples.captions))
     stop = exceeds_target_kl(job.config, metrics)
-    if stop:
+    if stop is not None:
         ray.get(job.channel.request_stop.remote(stop))
     known: dict[str, Any] = {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
     # the pre-trained model is no candidate for the best adapter

@@ -16,17 +16,9 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
-from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stopped, UpdateDone
-from ctrl_ray.distributed.scores import UNSCORED
-from ctrl_ray.distributed.update import (
-    Learner,
-    Rank,
-    evaluate_policy,
-    evaluation_score,
-    exceeds_target_kl,
-    kl_noise_floor,
-    train_update,
-)
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.update import Learner, Rank, evaluate_policy, kl_noise_floor, train_update
 from ctrl_ray.errors import HOPELESS
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.policy.adapter import AdapterInfo
@@ -90,7 +82,7 @@ def _train(job: TrainJob) -> None:
         for node in announced:
             text = f"node {node[:8]} will be taken away: left a checkpoint after update {update + 1}"
             _tell(job, rank, Notice(text))
-        if stop:
+        if stop is not None:
             _tell(job, rank, Stopped(update + 1, stop))
             return
 
@@ -104,17 +96,19 @@ def _announced_losses(known: set[str]) -> list[str]:
     return new
 
 
-def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], stop: str, *, save: bool) -> str:
-    """Evaluate and checkpoint when it is time (or `save` is set); returns the reason for stopping, '' to go on."""
+def _finish_update(
+    job: TrainJob, learner: Learner, progress: dict[str, Any], stop: Stop | None, *, save: bool
+) -> Stop | None:
+    """Evaluate and checkpoint when it is time (or `save` is set); returns why to stop now, None to go on."""
     config, done = job.config, progress["updates_done"]
     every, last = config.evaluation.every_updates, progress["updates_done"] == config.num_updates
     score = UNSCORED
-    evaluate = bool(last or (every and done % every == 0)) and not stop
+    evaluate = bool(last or (every and done % every == 0)) and stop is None
     if evaluate and not config.evaluation.asynchronous:
         metrics = _evaluate(job, learner, progress)
         score = evaluation_score(metrics, config)
         stop = exceeds_target_kl(config, metrics)
-    if evaluate or stop or save or done % config.checkpoint_every_updates == 0:
+    if evaluate or stop is not None or save or done % config.checkpoint_every_updates == 0:
         info = dataclasses.replace(job.info, training={**job.info.training, **progress})
         validate = evaluate and config.evaluation.asynchronous
         report_checkpoint(learner.engine, info, progress, score, validate=validate)
@@ -130,9 +124,9 @@ def _evaluate(
     return metrics
 
 
-def _tell(job: TrainJob, rank: Rank, row: Row) -> str:
-    """Rank 0 sends a row to the driver; every rank learns the driver's wish to stop (collective)."""
-    answer = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else ""]
+def _tell(job: TrainJob, rank: Rank, row: Row) -> Stop | None:
+    """Rank 0 sends a row to the driver; every rank learns of a requested stop (collective)."""
+    answer: list[Stop | None] = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else None]
     if rank.size > 1:
         dist.broadcast_object_list(answer, src=0)
     return answer[0]

@@ -47,7 +47,7 @@ class RunLog:
             case Stopping():
                 self._note(f"{row.signal}: leaving a checkpoint after this update (once more to stop at once)")
             case Stopped():
-                self._note(f"stopped after update {row.update}: {row.reason}")
+                self._note(f"stopped after update {row.update}: {row.stop.text}")
 
     def close(self) -> None:
         """End the display and the tracker."""

@@ -96,7 +96,7 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     judged = summary["after"]
     errors = {f"{name}_error": judged["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
     result = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
-    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
+    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
     return {**result, "final": True, "seconds": before_s + time.monotonic() - started}
 
 

@@ -14,6 +14,7 @@ from ctrl_ray.distributed.rows import (
     Row,
     SamplesDrawn,
     Started,
+    Stop,
     Stopped,
     Stopping,
     UpdateDone,
@@ -29,7 +30,7 @@ from ctrl_ray.distributed.rows import (
         SamplesDrawn(4, [], ["size: small"]),
         Notice("a line"),
         Stopping("SIGINT"),
-        Stopped(4, "SIGINT received"),
+        Stopped(4, Stop("asked", "SIGINT received")),
     ],
 )
 def test_a_row_survives_pickling(row: Row) -> None:

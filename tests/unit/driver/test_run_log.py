@@ -15,6 +15,7 @@ from ctrl_ray.distributed.rows import (
     Notice,
     SamplesDrawn,
     Started,
+    Stop,
     Stopped,
     Stopping,
     UpdateDone,
@@ -67,7 +68,7 @@ def test_rows_become_metrics_and_lines(
         _updated(2, reward=-0.5),
         Stopping("SIGINT"),
         Notice("a line"),
-        Stopped(2, "SIGINT received"),
+        Stopped(2, Stop("asked", "SIGINT received")),
     ):
         log(row)
     log.close()
