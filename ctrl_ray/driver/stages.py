@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
 
 ADAPTER, CLASSIFIER = "adapter", "classifier"
 Scorer = PooledRewards | RewardModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalEvaluation:
+    """The pre-trained model and the trained policy, on the same prompts and noise."""
+
+    before: Mapping[str, Any]
+    """The judgement of the pre-trained model (`judge`)."""
+    after: Mapping[str, Any]
+    """That of the policy."""
+    samples: EvaluationSamples
+    """The policy's."""
+    report: Path
+    """The page."""
 
 
 def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
@@ -147,9 +162,8 @@ def evaluate_and_report(
     facts: Mapping[str, str],
     *,
     before: EvaluationSamples | None = None,
-) -> dict[str, Any]:
-    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements, the report's
-    page, and the samples after.
+) -> FinalEvaluation:
+    """Sample before and after with the same prompts and noise, judge both by the oracles, write the report.
 
     facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
     (`reference_job` of the same config).
@@ -193,8 +207,12 @@ def evaluate_and_report(
         for name, picture in report_pictures(folder / REPORT).items():
             tracker.log_images(updates_done, name, [picture], [name])
     folder.upload()
-    judged = {name: evaluation.judged for name, evaluation in evaluations.items()}
-    return {"report": str(page), "samples": evaluations["after"].samples, **judged}
+    return FinalEvaluation(
+        before=evaluations["before"].judged,
+        after=evaluations["after"].judged,
+        samples=evaluations["after"].samples,
+        report=page,
+    )
 
 
 def _reliability(config: TrainConfig) -> dict[str, Path]:
