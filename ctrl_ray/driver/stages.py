@@ -15,7 +15,7 @@ from ray.train import UserCallback
 
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.launch import TrainingResult, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.worker import TrainJob
@@ -52,7 +52,7 @@ class FinalEvaluation:
 
 def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
     """Stage 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
-    controls: dict[str, ControlConfig] = {}
+    folders: dict[str, Path] = {}
     for name, control in checked.config.controls.items():
         target = folder / CLASSIFIER / name
         if not (target / "classifier.json").is_file():
@@ -75,9 +75,8 @@ def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline:
                     "held-out images",
                     flush=True,
                 )
-        controls[name] = dataclasses.replace(control, classifier=str(target))
-    config = dataclasses.replace(checked.config, controls=controls)
-    return dataclasses.replace(checked, config=config)
+        folders[name] = target
+    return checked.with_classifiers(folders)
 
 
 @contextmanager
