@@ -30,7 +30,7 @@ class Run:
     adapter: Path | None
     """The exported adapter; None after a dry run."""
     summary: dict[str, Any]
-    """before / after, as in report/summary.json; empty after a dry run."""
+    """before / after, as in report/summary.json, and report, the page's path; empty after a dry run."""
 
 
 def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, refit_classifier: bool = False) -> Run:
@@ -71,13 +71,14 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts))
         with rewards_of(checked.config) as rewards:
             trained = fine_tune(checked, folder, rewards, resume=resume)
-            if trained.stopped.endswith("received"):
+            if trained.stopped is not None and trained.stopped.kind == "asked":
                 raise InterruptedRunError(
                     f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
                     f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
-            summary = evaluate_and_report(checked, folder, rewards, trained, facts)
+            final = evaluate_and_report(checked, folder, rewards, trained, facts)
+    summary = {"before": final.before, "after": final.after, "report": str(final.report)}
     _print_end(folder.local, summary, time.monotonic() - started)
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.steps import GaussianStep, step_kl
 from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds
 from ctrl_ray.distributed.engine import all_reduce_sum
@@ -87,18 +86,3 @@ def _reference_step(learner: Learner, trajectory: Trajectory, step_index: int, r
     inputs = trajectory.inputs.select(range(len(trajectory.inputs))[rows])
     latents = trajectory.latents[step_index][rows]
     return policy_step(learner.engine, learner.kernel, step_index, latents, inputs, reference=True)
-
-
-def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> str:
-    """Why an evaluation ends the run; '' when it does not."""
-    if config.target_kl is None or metrics["kl"] <= config.target_kl:
-        return ""
-    return f"KL {metrics['kl']:.2f} nats exceeds target_kl {config.target_kl:g}"
-
-
-def evaluation_score(metrics: Mapping[str, float], config: TrainConfig) -> float:
-    """What 'best' means: the objective Σ_c γ_c E[log p̂_c] − kl_coef KL in nats; −1e9 when the KL is above target_kl."""
-    if exceeds_target_kl(config, metrics):
-        return -1e9
-    rewards = (control.guidance_strength * metrics[f"log_prob/{name}"] for name, control in config.controls.items())
-    return sum(rewards) - config.kl_coef * metrics["kl"]

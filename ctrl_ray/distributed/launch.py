@@ -33,13 +33,14 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
 from ctrl_ray.distributed.environment import worker_environment
+from ctrl_ray.distributed.rows import Notice, Row, Stop, Stopped, Stopping, UpdateDone
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.errors import RunFolderError, own_error
 from ctrl_ray.runs.folder import CHECKPOINTS, below
 
 _POLL_S = 0.3
-RowHandler = Callable[[Mapping[str, Any]], None]
+RowHandler = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class TrainingResult:
     """The checkpoint with the best evaluation; it holds the adapter to export."""
     best_metrics: Mapping[str, Any]
     updates_done: int
-    stopped: str
-    """Why it ended before num_updates; '' when it did not."""
+    stopped: Stop | None
+    """Why it ended before num_updates; None when it did not."""
 
 
 def run_training(
@@ -69,7 +70,7 @@ def run_training(
         num_to_keep=config.num_checkpoints_to_keep, checkpoint_score_attribute="score", checkpoint_score_order="max"
     )
     follower = _Follower(job.channel, on_row)
-    wait = ClusterWait(config, lambda text: on_row({"kind": "notice", "text": text}))
+    wait = ClusterWait(config, lambda text: on_row(Notice(text)))
 
     def poll() -> None:
         follower.poll()
@@ -205,14 +206,15 @@ class _Follower:
 
     def __init__(self, channel: Any, on_row: RowHandler) -> None:
         self._channel, self._on_row = channel, on_row
-        self.updates_done, self.stopped = 0, ""
+        self.updates_done = 0
+        self.stopped: Stop | None = None
 
     def poll(self) -> None:
         for row in ray.get(self._channel.drain.remote()):
-            if row["kind"] == "stopped":
-                self.stopped = row["reason"]
-            if row["kind"] == "update":
-                self.updates_done = row["update"]
+            if isinstance(row, Stopped):
+                self.stopped = row.stop
+            if isinstance(row, UpdateDone):
+                self.updates_done = row.update
             self._on_row(row)
 
 
@@ -228,8 +230,9 @@ def _stop_on_signal(channel: Any, on_row: RowHandler) -> Iterator[None]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        on_row({"kind": "stopping", "reason": signal.Signals(number).name})
-        channel.request_stop.remote(f"{signal.Signals(number).name} received")
+        name = signal.Signals(number).name
+        on_row(Stopping(name))
+        channel.request_stop.remote(Stop("asked", f"{name} received"))
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -17,9 +17,10 @@ from ray.train import Checkpoint, ValidationConfig
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.environment import worker_environment
-from ctrl_ray.distributed.evaluate import evaluate_policy, evaluation_score, exceeds_target_kl, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
 from ctrl_ray.distributed.learner import Learner, Rank
-from ctrl_ray.distributed.scores import UNSCORED
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
@@ -58,12 +59,12 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
                 metrics["kl_noise_floor"] = kl_noise_floor(learner)
         except Exception as error:
             text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
-            _tell(job, {"kind": "notice", "text": text})
+            _tell(job, Notice(text))
             raise
-    _tell(job, {"kind": "evaluation", "update": update, "metrics": metrics})
-    _tell(job, {"kind": "samples", "update": update, "images": samples.images, "captions": samples.captions})
+    _tell(job, EvaluationDone(update, metrics))
+    _tell(job, SamplesDrawn(update, samples.images, samples.captions))
     stop = exceeds_target_kl(job.config, metrics)
-    if stop:
+    if stop is not None:
         ray.get(job.channel.request_stop.remote(stop))
     known: dict[str, Any] = {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
     # the pre-trained model is no candidate for the best adapter
@@ -99,5 +100,5 @@ def _learner(job: TrainJob, adapter: Path) -> Learner:
     return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval())
 
 
-def _tell(job: TrainJob, row: dict[str, Any]) -> None:
+def _tell(job: TrainJob, row: Row) -> None:
     ray.get(job.channel.put.remote(row))

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
-from ctrl_ray.distributed.evaluate import evaluate_policy, evaluation_score, exceeds_target_kl, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
-from ctrl_ray.distributed.scores import UNSCORED
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.errors import HOPELESS
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
@@ -78,14 +79,14 @@ def _train(job: TrainJob) -> None:
     for update in range(first_update, config.num_updates):
         metrics = method.update(learner, update)
         progress["updates_done"] = update + 1
-        stop = _tell(job, rank, {"kind": "update", "update": update + 1, "metrics": metrics})
+        stop = _tell(job, rank, UpdateDone(update + 1, metrics))
         announced = _announced_losses(leaving)
         stop = _finish_update(job, learner, progress, stop, save=bool(announced))
         for node in announced:
             text = f"node {node[:8]} will be taken away: left a checkpoint after update {update + 1}"
-            _tell(job, rank, {"kind": "notice", "text": text})
-        if stop:
-            _tell(job, rank, {"kind": "stopped", "update": update + 1, "reason": stop})
+            _tell(job, rank, Notice(text))
+        if stop is not None:
+            _tell(job, rank, Stopped(update + 1, stop))
             return
 
 
@@ -98,17 +99,19 @@ def _announced_losses(known: set[str]) -> list[str]:
     return new
 
 
-def _finish_update(job: TrainJob, learner: Learner, progress: dict[str, Any], stop: str, *, save: bool) -> str:
-    """Evaluate and checkpoint when it is time (or `save` is set); returns the reason for stopping, '' to go on."""
+def _finish_update(
+    job: TrainJob, learner: Learner, progress: dict[str, Any], stop: Stop | None, *, save: bool
+) -> Stop | None:
+    """Evaluate and checkpoint when it is time (or `save` is set); returns why to stop now, None to go on."""
     config, done = job.config, progress["updates_done"]
     every, last = config.evaluation.every_updates, progress["updates_done"] == config.num_updates
     score = UNSCORED
-    evaluate = bool(last or (every and done % every == 0)) and not stop
+    evaluate = bool(last or (every and done % every == 0)) and stop is None
     if evaluate and not config.evaluation.asynchronous:
         metrics = _evaluate(job, learner, progress)
         score = evaluation_score(metrics, config)
         stop = exceeds_target_kl(config, metrics)
-    if evaluate or stop or save or done % config.checkpoint_every_updates == 0:
+    if evaluate or stop is not None or save or done % config.checkpoint_every_updates == 0:
         info = dataclasses.replace(job.info, training={**job.info.training, **progress})
         validate = evaluate and config.evaluation.asynchronous
         report_checkpoint(learner.engine, info, progress, score, validate=validate)
@@ -120,13 +123,13 @@ def _evaluate(
 ) -> dict[str, float]:
     metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
     progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
-    _tell(job, learner.rank, {"kind": "evaluation", "update": progress["updates_done"], "metrics": metrics})
+    _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics
 
 
-def _tell(job: TrainJob, rank: Rank, row: dict[str, Any]) -> str:
-    """Rank 0 sends a row to the driver; every rank learns the driver's wish to stop (collective)."""
-    answer = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else ""]
+def _tell(job: TrainJob, rank: Rank, row: Row) -> Stop | None:
+    """Rank 0 sends a row to the driver; every rank learns of a requested stop (collective)."""
+    answer: list[Stop | None] = [ray.get(job.channel.put.remote(row)) if rank.index == 0 else None]
     if rank.size > 1:
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
@@ -145,7 +148,7 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
     start = config.init_adapter and folder_here(config.init_adapter, job.copies)
     policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
     engine, first_update = restore_engine(policy, config)
-    _tell(job, rank, {"kind": "started", "update": first_update})
+    _tell(job, rank, Started(first_update))
     return make_learner(job, rank, engine), first_update
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.rows import (
+    EvaluationDone,
+    Notice,
+    Row,
+    SamplesDrawn,
+    Started,
+    Stopped,
+    Stopping,
+    UpdateDone,
+)
 from ctrl_ray.driver.progress import RunProgress
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
 from ctrl_ray.runs.folder import RunFolder
@@ -18,21 +25,38 @@ class RunLog:
         self._config, self._folder, self._resume = config, folder, resume
         self._tracker: RunTracker | None = None
         self._progress: RunProgress | None = None
-        self._early: list[Mapping[str, Any]] = []
+        self._early: list[Row] = []
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        if self._tracker is None and row["kind"] in ("evaluation", "samples"):
-            self._early.append(row)  # an evaluation that the resumed run makes up for, before its workers have started
-            return
-        getattr(self, f"_on_{row['kind']}")(row)
+    def __call__(self, row: Row) -> None:
+        """Show and record a row."""
+        match row:
+            case Started():
+                self._start(row.update)
+            case UpdateDone():
+                self._log_update(row)
+            case EvaluationDone() | SamplesDrawn() if self._tracker is None:
+                # an evaluation that the resumed run makes up for, before its workers have started
+                self._early.append(row)
+            case EvaluationDone():
+                self._log_evaluation(row)
+            case SamplesDrawn():
+                assert self._tracker is not None
+                self._tracker.log_images(row.update, "during", row.images, row.captions)
+            case Notice():
+                self._note(row.text)
+            case Stopping():
+                self._note(f"{row.signal}: leaving a checkpoint after this update (once more to stop at once)")
+            case Stopped():
+                self._note(f"stopped after update {row.update}: {row.stop.text}")
 
     def close(self) -> None:
+        """End the display and the tracker."""
         if self._progress is not None:
             self._progress.close()
         if self._tracker is not None:
             self._tracker.close()
 
-    def _on_started(self, row: Mapping[str, Any]) -> None:
+    def _start(self, update: int) -> None:
         """Also after a lost worker: rows of updates that will be done again are dropped."""
         again = self._tracker is not None or self._resume
         self.close()
@@ -42,41 +66,32 @@ class RunLog:
             config=self._config,
             aim=self._config.aim,
             aim_repo=self._config.aim_repo,
-            resume_from_update=row["update"] if again else None,
+            resume_from_update=update if again else None,
         )
-        self._progress = RunProgress(self._config.num_updates, row["update"])
+        self._progress = RunProgress(self._config.num_updates, update)
         if again:
-            self._progress.note(f"resumed after update {row['update']}")
+            self._progress.note(f"resumed after update {update}")
         early, self._early = self._early, []
         for waiting in early:
             self(waiting)
 
-    def _on_update(self, row: Mapping[str, Any]) -> None:
+    def _log_update(self, row: UpdateDone) -> None:
         assert self._tracker is not None and self._progress is not None
-        self._tracker.log("update", row["update"], row["metrics"])
-        self._progress.update(row["update"], row["metrics"])
-        if row["update"] % self._config.checkpoint_every_updates == 0:
+        self._tracker.log("update", row.update, row.metrics)
+        self._progress.update(row.update, row.metrics)
+        if row.update % self._config.checkpoint_every_updates == 0:
             self._folder.upload(METRICS_FILE)
 
-    def _on_evaluation(self, row: Mapping[str, Any]) -> None:
-        assert self._tracker is not None and self._progress is not None
-        self._tracker.log("evaluation", row["update"], row["metrics"])
-        self._folder.upload(METRICS_FILE)
-        accuracy = row["metrics"].get("accuracy")
-        text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        self._progress.note(f"evaluation after update {row['update']}: {text}KL {row['metrics']['kl']:.2f} nats")
-
-    def _on_samples(self, row: Mapping[str, Any]) -> None:
+    def _log_evaluation(self, row: EvaluationDone) -> None:
         assert self._tracker is not None
-        self._tracker.log_images(row["update"], "during", row["images"], row["captions"])
+        self._tracker.log("evaluation", row.update, row.metrics)
+        self._folder.upload(METRICS_FILE)
+        accuracy = row.metrics.get("accuracy")
+        text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
+        self._note(f"evaluation after update {row.update}: {text}KL {row.metrics['kl']:.2f} nats")
 
-    def _on_notice(self, row: Mapping[str, Any]) -> None:
-        self._progress.note(row["text"]) if self._progress is not None else print(row["text"], flush=True)
-
-    def _on_stopping(self, row: Mapping[str, Any]) -> None:
-        text = f"{row['reason']}: leaving a checkpoint after this update (once more to stop at once)"
-        self._progress.note(text) if self._progress is not None else print(text, flush=True)
-
-    def _on_stopped(self, row: Mapping[str, Any]) -> None:
-        assert self._progress is not None
-        self._progress.note(f"stopped after update {row['update']}: {row['reason']}")
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+        else:
+            print(text, flush=True)

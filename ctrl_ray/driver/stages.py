@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.train import UserCallback
 
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.launch import TrainingResult, export_adapter, new_channel, run_training
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.worker import TrainJob
@@ -35,9 +36,23 @@ ADAPTER, CLASSIFIER = "adapter", "classifier"
 Scorer = PooledRewards | RewardModelSpec
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinalEvaluation:
+    """The pre-trained model and the trained policy, on the same prompts and noise."""
+
+    before: Mapping[str, Any]
+    """The judgement of the pre-trained model (`judge`)."""
+    after: Mapping[str, Any]
+    """That of the policy."""
+    samples: EvaluationSamples
+    """The policy's."""
+    report: Path
+    """The page."""
+
+
 def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
     """Stage 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
-    controls: dict[str, ControlConfig] = {}
+    folders: dict[str, Path] = {}
     for name, control in checked.config.controls.items():
         target = folder / CLASSIFIER / name
         if not (target / "classifier.json").is_file():
@@ -60,9 +75,8 @@ def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline:
                     "held-out images",
                     flush=True,
                 )
-        controls[name] = dataclasses.replace(control, classifier=str(target))
-    config = dataclasses.replace(checked.config, controls=controls)
-    return dataclasses.replace(checked, config=config)
+        folders[name] = target
+    return checked.with_classifiers(folders)
 
 
 @contextmanager
@@ -147,9 +161,8 @@ def evaluate_and_report(
     facts: Mapping[str, str],
     *,
     before: EvaluationSamples | None = None,
-) -> dict[str, Any]:
-    """Before and after with the same prompts and noise, judged by the oracles; returns both judgements, the report's
-    page, and the samples after.
+) -> FinalEvaluation:
+    """Sample before and after with the same prompts and noise, judge both by the oracles, write the report.
 
     facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
     (`reference_job` of the same config).
@@ -193,8 +206,12 @@ def evaluate_and_report(
         for name, picture in report_pictures(folder / REPORT).items():
             tracker.log_images(updates_done, name, [picture], [name])
     folder.upload()
-    judged = {name: evaluation.judged for name, evaluation in evaluations.items()}
-    return {"report": str(page), "samples": evaluations["after"].samples, **judged}
+    return FinalEvaluation(
+        before=evaluations["before"].judged,
+        after=evaluations["after"].judged,
+        samples=evaluations["after"].samples,
+        report=page,
+    )
 
 
 def _reliability(config: TrainConfig) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,15 @@ class CheckedRun:
     """Config, batch arithmetic, trainable parameters and the memory plan, for people."""
     work: Work | None = None
     """What a worker computes; counted for an estimate only."""
+
+    def with_classifiers(self, folders: Mapping[str, str | Path]) -> CheckedRun:
+        """The run with these classifier folders, by control, in its config and in the policy's controls."""
+        fitted = {
+            name: dataclasses.replace(self.config.controls[name], classifier=str(folder))
+            for name, folder in folders.items()
+        }
+        config = dataclasses.replace(self.config, controls={**self.config.controls, **fitted})
+        return dataclasses.replace(self, config=config, controls={**self.controls, **fitted})
 
 
 def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> CheckedRun:

@@ -92,12 +92,11 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     tells.wait_until_taken()
     own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
     before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
-    summary = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
-    save_samples(summary["samples"], folder / SAMPLES_FILE)
-    judged = summary["after"]
-    errors = {f"{name}_error": judged["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
-    result = {**evaluation_row(judged), **{name: value for name, value in errors.items() if value is not None}}
-    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped}
+    final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
+    save_samples(final.samples, folder / SAMPLES_FILE)
+    errors = {f"{name}_error": final.after["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
+    result = {**evaluation_row(final.after), **{name: value for name, value in errors.items() if value is not None}}
+    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
     return {**result, "final": True, "seconds": before_s + time.monotonic() - started}
 
 

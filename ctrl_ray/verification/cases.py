@@ -55,6 +55,15 @@ GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A row from the workers: updates of a case that are done."""
+
+    title: str
+    update: int
+    num_updates: int
+
+
+@dataclass(frozen=True)
 class ReachedLaw:
     """The policy that training left."""
 
@@ -62,6 +71,14 @@ class ReachedLaw:
     """By coordinate, (T, bins): mean of each step at the centres of the solver's grid."""
     earlier: tuple[Mapping[int, np.ndarray], ...]
     """The same at the snapshots before."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A row from the workers: a case is trained."""
+
+    title: str
+    law: ReachedLaw
 
 
 def train_cases(
@@ -83,11 +100,12 @@ def train_cases(
     scaling = ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, cpus_per_worker=0.5, threads_per_worker=1)
     channel = new_channel()
 
-    def on_row(row: Mapping[str, Any]) -> None:
-        if row["kind"] == "progress":
-            on_progress(row["title"], row["update"], row["num_updates"])
-        elif row["kind"] == "reached":
-            on_reached(by_title[row["title"]], ReachedLaw(row["means"], row["earlier"]))
+    def on_row(row: Any) -> None:
+        match row:
+            case Progress():
+                on_progress(row.title, row.update, row.num_updates)
+            case Reached():
+                on_reached(by_title[row.title], row.law)
 
     def poll() -> None:
         for row in ray.get(channel.drain.remote()):
@@ -180,11 +198,9 @@ def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel
             means = policy_means(learner, averaged, centres)
             taken.append({coordinate: means[:, :, coordinate] for coordinate in case.coordinates})
         if rank.index == 0 and (done % 10 == 0 or done == config.num_updates):
-            row = {"kind": "progress", "title": case.title, "update": done, "num_updates": config.num_updates}
-            ray.get(channel.put.remote(row))
+            ray.get(channel.put.remote(Progress(case.title, done, config.num_updates)))
     if rank.index == 0:
-        row = {"kind": "reached", "title": case.title, "means": taken[-1], "earlier": tuple(taken[:-1])}
-        ray.get(channel.put.remote(row))
+        ray.get(channel.put.remote(Reached(case.title, ReachedLaw(taken[-1], tuple(taken[:-1])))))
 
 
 def averaged_updates(learner: Learner, policy: AnalyticPolicy, method: Method) -> Iterator[tuple[int, AnalyticPolicy]]:

@@ -87,7 +87,6 @@ def _measure(config: TrainConfig, workers: int, updates: int) -> dict[int, list[
     configs = {
         stage: dataclasses.replace(config, scaling=dataclasses.replace(scaling, zero_stage=stage)) for stage in STAGES
     }
-    rows: list[Mapping[str, Any]] = []
     channel = new_channel()
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_benchmark_") as storage:
         arguments = {"configs": configs, "updates": updates, "channel": channel}
@@ -97,12 +96,11 @@ def _measure(config: TrainConfig, workers: int, updates: int) -> dict[int, list[
             storage,
             channel,
             lambda: None,
-            rows.append,
+            lambda row: None,
             run_name="sharding",
         )
-    (row,) = ray.get(channel.drain.remote())
-    times: dict[int, list[float]] = row["times"]
-    return times
+    (times,) = ray.get(channel.drain.remote())
+    return dict(times)
 
 
 def _work(arguments: dict[str, Any]) -> None:
@@ -117,7 +115,7 @@ def _work(arguments: dict[str, Any]) -> None:
             if update:
                 times[stage].append(seconds)
     if rank.index == 0:
-        ray.get(arguments["channel"].put.remote({"kind": "times", "times": times}))
+        ray.get(arguments["channel"].put.remote(times))
 
 
 def _print(times: Mapping[tuple[int, int], list[float]], arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.distributed import rows as kinds
 from ctrl_ray.distributed.batches import num_rounds
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import run_training
+from ctrl_ray.distributed.rows import Row
 from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.rewards.local import LocalRewards
@@ -31,6 +33,7 @@ HOLDS = {"lost": ((3, 2, ""), (5, 1, "")), "spot": ((2, 2, "drained"), (3, 2, ""
 until it goes on, without one until Ray Train ends the group."""
 DEADLINE_S = 15
 """Between a spot notice and the loss of its node."""
+ROWS = "rows.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class RecordingRewards(LocalRewards):
 
 
 def main(scenario: str, file: str, folder: Path) -> None:
-    """`folder`/rows.json is what the workers told."""
+    """Leaves what the workers told in `folder`, for `read_rows`."""
     config = train_config_from_json(Path(file).read_text())
     cluster = Cluster(
         initialize_head=True,
@@ -92,7 +95,7 @@ def main(scenario: str, file: str, folder: Path) -> None:
     )
     node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     ray.init(address=cluster.address, log_to_driver=False)
-    rows: list[Mapping[str, Any]] = []
+    rows: list[Row] = []
     changes: dict[str, Callable[[], Any]] = {
         "waiting3": lambda: cluster.remove_node(node, allow_graceful=False),
         "waiting5": lambda: cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20),
@@ -107,9 +110,15 @@ def main(scenario: str, file: str, folder: Path) -> None:
         job = train_job(preflight(config), rewards)
         channel = _Watched(job.channel, folder, changes)
         run_training(dataclasses.replace(job, channel=channel), str(folder), "run", rows.append)
-    (folder / "rows.json").write_text(json.dumps(rows))
+    told = [(type(row).__name__, dataclasses.asdict(row)) for row in rows]
+    (folder / ROWS).write_text(json.dumps(told))
     ray.shutdown()
     cluster.shutdown()
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """What the workers of a run told that `main` has made in `folder`."""
+    return [getattr(kinds, name)(**fields) for name, fields in json.loads((folder / ROWS).read_text())]
 
 
 def _announce(address: str, node_id: str, noticed: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ctrl_ray.config.json import to_json
 from ctrl_ray.distributed.batches import training_batch
 from ctrl_ray.distributed.checkpoints import read_checkpoint
 from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_training
+from ctrl_ray.distributed.rows import Notice, Row, Started, UpdateDone
 from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
 from ctrl_ray.planning.preflight import preflight
@@ -34,11 +35,12 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.rewards.protocol import PendingRewards
+from tests.integration.elastic import read_rows
 from tests.integration.test_train import base_config  # noqa: F401
 from tests.registered import registered_updates
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-Rows = list[Mapping[str, Any]]
+Rows = list[Row]
 
 
 @pytest.fixture
@@ -61,10 +63,10 @@ def _train(
     """Stages 2 and 3 with checkpoints under a folder; on_update(updates done) is called after each one."""
     rows: Rows = []
 
-    def on_row(row: Mapping[str, Any]) -> None:
+    def on_row(row: Row) -> None:
         rows.append(row)
-        if row["kind"] == "update":
-            on_update(row["update"])
+        if isinstance(row, UpdateDone):
+            on_update(row.update)
 
     return run_training(train_job(preflight(config), rewards), str(folder), "run", on_row), rows
 
@@ -178,7 +180,7 @@ def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, 
             left.append(tensors | {f"state {key}": value for key, value in state.items()})
     assert marker.exists()
     fatal = request // 2  # updates done when the worker died
-    starts = [row["update"] for row in rows if row["kind"] == "started"]
+    starts = [row.update for row in rows if isinstance(row, Started)]
     assert starts[0] == 0 and len(starts) == 2 and starts[1] % 2 == 0 and starts[1] <= fatal, (fatal, starts)
     whole, after = left
     assert whole.keys() == after.keys() and len(whole) > 10
@@ -200,7 +202,7 @@ def test_a_nan_in_one_micro_batch_stops_all_workers_before_the_step(config: Trai
     assert progress["updates_done"] == 2 and int(state["step"]) == 2
     assert all(bool(torch.isfinite(value).all()) for value in state.values())
     trained, more = _train(config, tmp_path, spec)
-    assert [row["update"] for row in more if row["kind"] == "started"] == [2]
+    assert [row.update for row in more if isinstance(row, Started)] == [2]
     assert trained.updates_done == 6
 
 
@@ -236,7 +238,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_
         assert all(bool(torch.isfinite(value).all()) for value in state.values())
         filler.unlink()
         trained, rows = _train(config, small_disk, spec)
-    assert [row["update"] for row in rows if row["kind"] == "started"] == [3]
+    assert [row.update for row in rows if isinstance(row, Started)] == [3]
     assert trained.updates_done == 6
 
 
@@ -274,12 +276,12 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
         scaling=dataclasses.replace(config.scaling, cpus_per_worker=1.0, max_failures=3),
     )
     _, rows = _train(config, tmp_path / "fixed", _spec(config))
-    losses = [row["metrics"]["loss"] for row in rows if row["kind"] == "update"]
+    losses = [row.metrics["loss"] for row in rows if isinstance(row, UpdateDone)]
     folder = tmp_path / "elastic"
     rows = _run_on_two_nodes("lost", config, folder)
-    last = {row["update"]: row["metrics"]["loss"] for row in rows if row["kind"] == "update"}
+    last = {row.update: row.metrics["loss"] for row in rows if isinstance(row, UpdateDone)}
     assert [last[update] for update in range(1, 9)] == pytest.approx(losses, rel=1e-4)
-    starts = [row["update"] for row in rows if row["kind"] == "started"]
+    starts = [row.update for row in rows if isinstance(row, Started)]
     assert starts[0] == 0 and all(2 <= update <= 5 for update in starts[1:]), starts
     seen: dict[tuple[int, int], set[str]] = {}
     for line in (folder / "samples.jsonl").read_text().splitlines():
@@ -309,10 +311,10 @@ def test_a_spot_notice_leaves_a_checkpoint_before_the_node_goes(config: TrainCon
         scaling=dataclasses.replace(config.scaling, cpus_per_worker=1.0, max_failures=0),
     )
     rows = _run_on_two_nodes("spot", config, tmp_path / "run")
-    assert [row["update"] for row in rows if row["kind"] == "started"] == [0, 3]
-    (notice,) = [row["text"] for row in rows if row["kind"] == "notice" and "taken away" in row["text"]]
+    assert [row.update for row in rows if isinstance(row, Started)] == [0, 3]
+    (notice,) = [row.text for row in rows if isinstance(row, Notice) and "taken away" in row.text]
     assert re.fullmatch(r"node \w{8} will be taken away: left a checkpoint after update 3", notice)
-    assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
+    assert [row.update for row in rows if isinstance(row, UpdateDone)] == [1, 2, 3, 4, 5, 6]
 
 
 def _run_on_two_nodes(scenario: str, config: TrainConfig, folder: Path) -> Rows:
@@ -331,8 +333,7 @@ def _run_on_two_nodes(scenario: str, config: TrainConfig, folder: Path) -> Rows:
     }
     command = [sys.executable, "-m", "tests.integration.elastic", scenario, str(file), str(folder)]
     subprocess.run(command, check=True, timeout=500, env=os.environ | quick)
-    rows: Rows = json.loads((folder / "rows.json").read_text())
-    return rows
+    return read_rows(folder)
 
 
 def _spec(config: TrainConfig) -> RewardModelSpec:
