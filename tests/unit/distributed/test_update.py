@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.batches import num_rounds, rank_share
 from ctrl_ray.distributed.update import Rank, evaluation_score, train_update
+from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Effort, gaussian
 from tests.analytic import PlainEngine, make_learner
 
@@ -22,9 +24,11 @@ class _Accumulating(PlainEngine):
         return 0.0
 
 
+@functools.cache
 def _gradient(micro_batch_size: int, num_ranks: int) -> Tensor:
-    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples."""
+    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples of ten steps."""
     case = dataclasses.replace(gaussian(), effort=Effort(batch_size=8, num_nodes=5))
+    case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, sampler=Sampler(num_steps=10)))
     learner, policy = make_learner(case, engine=_Accumulating)
     config = dataclasses.replace(learner.config, micro_batch_size_per_worker=micro_batch_size)
     for rank in range(num_ranks):
