@@ -11,8 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TESTS = Path(__file__).resolve().parent
 _FOLDER_MARKS = ("unit", "integration", "gpu", "multihost")
@@ -86,6 +90,15 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_tiny_pipeline
 
     return make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture
+def figures() -> Iterator[dict[str, Figure]]:
+    """The matplotlib figures that the test saves, by the name of their files."""
+    from tests.pictures import recorded
+
+    with recorded() as saved:
+        yield saved
 
 
 @pytest.fixture(scope="session")

@@ -47,3 +47,14 @@ def test_errors_survive_pickling(error: type[Exception]) -> None:
     assert type(copy) is error
     assert str(copy) == message
     assert copy.args == (message,)
+
+
+def test_own_error_is_found_behind_rays() -> None:
+    """Through causes and through a worker group's failures."""
+    mine = errors.ModelError("what")
+    wrapper = RuntimeError("ray")
+    wrapper.__cause__ = mine
+    group = RuntimeError("group")
+    group.worker_failures = {0: wrapper}  # type: ignore[attr-defined]
+    assert errors.own_error(group) is mine
+    assert errors.own_error(RuntimeError("other")) is None

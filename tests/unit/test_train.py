@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,19 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
 def test_dry_run_prints_the_plan_and_writes_nothing(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Batch arithmetic, trainable parameters, UNet calls; the numbers are right, and no Ray is started."""
+    """Batch arithmetic, trainable parameters, UNet calls, the memory plan's table; the numbers are right, and no Ray is
+    started."""
     was_running = ray.is_initialized()
     run = ctrl_ray.fit(config, dry_run=True)
     text = capsys.readouterr().out
     assert "8 trajectories per update = 1 workers × 2 micro-batches × 4; 24 prompts" in text
     assert "30 forwards and 20 backwards; 240 and 160 an update" in text
     assert "3 classes, guidance_strength 1 / kl_coef 1" in text
+    for part in ("weights, frozen", "weights, trainable", "gradients", "optimizer moments", "activations of one step",
+                 "latents kept", "peak of the adjoint pass", "traffic", "fits       "):  # fmt: skip
+        assert part in text, part
+    assert "2 micro-batches × 11 latents" in text
+    assert "an update and worker (counted)" in text
     assert not run.folder.exists()
     assert ray.is_initialized() == was_running
 
@@ -110,12 +117,15 @@ def test_flags_override_the_preset_and_a_config_file(tmp_path: Path) -> None:
     assert {name: control.classifier for name, control in chosen.items()} == {"a": "/x", "b": "/y"}
 
 
-def test_pool_and_evaluation_settings_are_checked() -> None:
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RewardPoolConfig(num_actors=-1), r"rewards\.num_actors is -1; expected 0 \(local\) or more"),
+        (lambda: EvaluationConfig(num_samples=0), r"num_samples is 0; expected at least 1"),
+        (lambda: SamplerConfig(num_steps=0), r"num_steps is 0; expected at least 1"),
+    ],
+)
+def test_pool_and_evaluation_settings_are_checked(build: Callable[[], object], message: str) -> None:
     """Values that could never work."""
-    for build in (
-        lambda: RewardPoolConfig(num_actors=-1),
-        lambda: EvaluationConfig(num_samples=0),
-        lambda: SamplerConfig(num_steps=0),
-    ):
-        with pytest.raises(ConfigError):
-            build()
+    with pytest.raises(ConfigError, match=message):
+        build()

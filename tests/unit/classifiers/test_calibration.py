@@ -1,7 +1,11 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from ctrl_ray.classifiers.calibration import (
     calibration_metrics,
@@ -10,6 +14,7 @@ from ctrl_ray.classifiers.calibration import (
     reliability_diagram,
 )
 from ctrl_ray.errors import DataError, NonFiniteError
+from tests.pictures import heights, line, texts
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
@@ -71,14 +76,23 @@ def test_a_certain_row_falls_into_the_last_bin() -> None:
     assert bins.counts.tolist() == [0] * 14 + [1]
 
 
-def test_diagram_is_a_picture(tmp_path) -> None:
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(200, 4, generator=generator)
-    labels = torch.multinomial(torch.softmax(logits / 3, 1), 1, generator=generator)[:, 0]
+def test_the_diagram_shows_shares_and_rows_by_hand(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    """Two of three rows of confidence 0.62 are right and one of 0.9 is; after scaling all four have 0.52."""
+    before = torch.tensor([[0.62, 0.38], [0.62, 0.38], [0.38, 0.62], [0.1, 0.9]], dtype=torch.float64).log()
+    after = torch.tensor([[0.52, 0.48]] * 2 + [[0.48, 0.52]] * 2, dtype=torch.float64).log()
     path = tmp_path / "reliability.png"
-    reliability_diagram(path, torch.log_softmax(logits, 1), torch.log_softmax(logits / 3, 1), labels, title="jpeg_size")
+    reliability_diagram(path, before, after, torch.tensor([0, 0, 0, 1]), title="jpeg_size", classes=("low", "high"))
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+    top, scaled, rows, scaled_rows = figures["reliability.png"].axes
+    assert heights(top) == pytest.approx([2 / 3, 1.0])  # the bins 9 and 13 of 15, where there are rows
+    assert [bar.get_x() + bar.get_width() / 2 for bar in top.patches] == pytest.approx([9.5 / 15, 13.5 / 15])
+    np.testing.assert_allclose(line(top, "mean confidence"), [[0.62, 2 / 3], [0.9, 1.0]])
+    assert heights(scaled) == pytest.approx([0.75])
+    np.testing.assert_allclose(line(scaled, "mean confidence"), [[0.52, 0.75]])
+    assert heights(rows) == [0] * 9 + [3] + [0] * 3 + [1, 0] and texts(rows) == ["3", "1"]
+    assert heights(scaled_rows) == [0] * 7 + [4] + [0] * 7 and texts(scaled_rows) == ["4"]
+    ece = (3 * (2 / 3 - 0.62) + (1 - 0.9)) / 4
+    assert top.get_title().startswith(f"before scaling: ECE {ece:.4f}, ")
+    assert scaled.get_title().startswith(f"after scaling: ECE {0.75 - 0.52:.4f}, ")
+    assert figures["reliability.png"].get_suptitle() == "jpeg_size, 4 rows, low | high"

@@ -136,6 +136,22 @@ def test_an_undefined_metric_fails(name):
         definition(name)
 
 
-def test_every_definition_says_something():
+def test_definitions_are_found_by_family_and_differ():
     assert definition("log_prob/jpeg_size") is METRICS["log_prob/*"]
-    assert all(len(metric.meaning) > 10 and metric.unit for metric in METRICS.values())
+    assert {metric.unit for metric in METRICS.values()} == {"1", "nats", "s", "1/s"}
+    assert all(metric.unit == "s" for name, metric in METRICS.items() if name.endswith("_s") and "_per_" not in name)
+    meanings = [metric.meaning for metric in METRICS.values()]
+    assert len(set(meanings)) == len(meanings)
+    assert {name for name, metric in METRICS.items() if metric.higher_is_better} == {
+        *(
+            "reward",
+            "log_prob/*",
+            "samples_per_s",
+            "accuracy",
+            "accuracy/*",
+            "joint_accuracy",
+            "macro_f1",
+            "macro_f1/*",
+        ),
+        *("prompt_fidelity", "diversity"),
+    }

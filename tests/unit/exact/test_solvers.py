@@ -1,8 +1,10 @@
-"""The exact answers against those that were computed for the project by other code, and against each other."""
+"""The exact answers by three ways that share the chain's equations only: in closed form, on the package's grid, and by the
+quadrature of `quadrature.py` beside this file. "Published" is what the README and the method's notes print of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.gaussian import solve_gaussian
 from ctrl_ray.exact.grid import make_grid, make_kernel, policy_answer, solve_on_grid, total_variation
 from ctrl_ray.exact.problems import ComponentReward, GaussianReward, Mixture, Problem, Sampler
-from ctrl_ray.exact.suite import TWO_MODES, gaussian, logistic
+from ctrl_ray.exact.suite import TWO_MODES, component, gaussian, logistic
+from tests.unit.exact.quadrature import solve_by_quadrature
 
 
 def test_riccati_has_the_published_answers() -> None:
-    """T1 at 50 and at 10 steps: target and best fixed-variance policy, KL."""
+    """T1 at 50 and at 10 steps: target and best fixed-variance policy, KL; six digits are those of the quadrature."""
     problem = gaussian().problem
     fifty = solve_gaussian(problem)
     assert fifty.base.std**2 == pytest.approx(0.894, abs=5e-4)
@@ -25,6 +28,11 @@ def test_riccati_has_the_published_answers() -> None:
     ten = solve_gaussian(dataclasses.replace(problem, sampler=Sampler(num_steps=10)))
     assert (ten.tilt.mean, ten.tilt.std) == pytest.approx((1.443, 0.425), abs=5e-4)
     assert (ten.optimum.mean, ten.optimum.std) == pytest.approx((1.434, 0.474), abs=5e-4)
+    again = solve_by_quadrature(problem)
+    for closed, other in ((fifty.tilt, again.tilt), (fifty.optimum, again.optimum)):
+        assert (closed.mean, closed.std) == pytest.approx((other.mean, other.std), abs=1e-6)
+    assert fifty.optimum.objective == pytest.approx(again.objective, abs=1e-6)
+    assert fifty.tilt.objective == pytest.approx(again.log_z, abs=1e-6)
 
 
 @pytest.mark.parametrize(("strength", "kl_coef"), [(1.0, 1.0), (4.0, 2.0)])
@@ -33,7 +41,7 @@ def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
     problem = dataclasses.replace(
         gaussian().problem, guidance_strengths=(strength,), kl_coef=kl_coef, sampler=Sampler(num_steps=20)
     )
-    closed, grid = solve_gaussian(problem), solve_on_grid(problem, num_bins=1000)
+    closed, grid = solve_gaussian(problem), solve_on_grid(problem, num_bins=600)
     for name in ("base", "tilt", "optimum"):
         one, other = getattr(closed, name), getattr(grid, name)
         assert (other.mean, other.std) == pytest.approx((one.mean, one.std), abs=1e-3), name
@@ -42,14 +50,20 @@ def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
 
 def test_mixture_has_the_published_answers() -> None:
     """T4: tilt, best policy with free kernels, with fixed variances; their distance."""
-    solution = solve_on_grid(logistic().problem)
-    for answer, expected in (
-        (solution.tilt, (0.8706, 1.517, 1.358)),
-        (solution.free, (0.8665, 1.499, 1.374)),
-        (solution.optimum, (0.8544, 1.463, 1.416)),
+    exact, solution = solve_by_quadrature(logistic().problem), solve_on_grid(logistic().problem, num_bins=600)
+    for answer, witness, published in (
+        (solution.tilt, exact.tilt, (0.8706, 1.517, 1.358)),
+        (solution.free, exact.free, (0.8665, 1.499, 1.374)),
+        (solution.optimum, exact.optimum, (0.8544, 1.463, 1.416)),
     ):
-        assert (answer.p_positive, answer.mean, answer.std) == pytest.approx(expected, abs=6e-4)
+        assert (witness.p_positive, witness.mean, witness.std) == pytest.approx(published, abs=5e-4)
+        found = (answer.p_positive, answer.mean, answer.std)
+        assert found == pytest.approx((witness.p_positive, witness.mean, witness.std), abs=6e-4)
+        assert found == pytest.approx(published, abs=6e-4)
     assert total_variation(solution.optimum.law, solution.tilt.law) == pytest.approx(0.0162, abs=2e-4)
+    assert solution.log_z == pytest.approx(exact.log_z, abs=1e-6) == pytest.approx(math.log(0.5))  # by symmetry
+    assert solution.free.objective == pytest.approx(exact.free_objective, abs=6e-4)
+    assert solution.optimum.objective == pytest.approx(exact.objective, abs=6e-4)
     gap = (solution.log_z - solution.optimum.objective) / abs(solution.optimum.objective)
     assert solution.optimum.objective < solution.free.objective < solution.log_z
     assert (solution.free.objective - solution.optimum.objective) / abs(solution.optimum.objective) == pytest.approx(
@@ -60,10 +74,13 @@ def test_mixture_has_the_published_answers() -> None:
 
 def test_component_reward_has_the_published_answers() -> None:
     """T3: the tilt of the discrete sampler's law, and the best fixed-variance policy."""
-    problem = Problem(name="T3", mixture=TWO_MODES, rewards=(ComponentReward(TWO_MODES, 1),))
-    solution = solve_on_grid(problem)
-    assert (solution.tilt.mean, solution.tilt.std) == pytest.approx((1.983, 0.461), abs=6e-4)
-    assert (solution.optimum.mean, solution.optimum.std) == pytest.approx((1.993, 0.460), abs=6e-4)
+    exact, solution = solve_by_quadrature(component().problem), solve_on_grid(component().problem, num_bins=600)
+    for answer, witness, published in (
+        (solution.tilt, exact.tilt, (1.983, 0.461)),
+        (solution.optimum, exact.optimum, (1.993, 0.460)),
+    ):
+        assert (witness.mean, witness.std) == pytest.approx(published, abs=7e-4)  # 0.4594, published one unit high
+        assert (answer.mean, answer.std) == pytest.approx((witness.mean, witness.std), abs=6e-4)
 
 
 def test_a_policy_is_no_better_than_the_optimum_and_the_reference_has_no_kl() -> None:

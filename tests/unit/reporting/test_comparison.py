@@ -6,8 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.figure import Figure
 
 from ctrl_ray import evaluate
 from ctrl_ray.config import presets
@@ -15,6 +16,7 @@ from ctrl_ray.config.json import to_json
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.evaluate import EvaluateOptions
 from ctrl_ray.reporting.comparison import compare_runs, format_runs, is_monotone
+from tests.pictures import texts
 
 
 def _run(folder: Path, strength: float, accuracy: float | None, kl: float) -> Path:
@@ -29,15 +31,25 @@ def _run(folder: Path, strength: float, accuracy: float | None, kl: float) -> Pa
     return folder
 
 
-def test_runs_are_ordered_by_their_exponent_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Through the command line: exponent is guidance_strength / kl_coef, the picture is there."""
+def test_runs_are_ordered_by_their_exponent_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: dict[str, Figure]
+) -> None:
+    """Through the command line: exponent is guidance_strength / kl_coef; points with two standard errors."""
     folders = [_run(tmp_path / name, s, a, k) for name, s, a, k in (("b", 4.0, 0.8, 4.0), ("a", 1.0, 0.5, 1.0))]
     arguments = ["--runs", *map(str, folders), "--output-dir", str(tmp_path / "out")]
     assert evaluate.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.index("\na ") < printed.index("\nb ") and "0.5" in printed
     assert printed.count("yes") == 2
-    assert Image.open(tmp_path / "out" / "guidance.png").width > 600
+    assert (tmp_path / "out" / "guidance.png").is_file()
+    accuracy, kl, against = figures["guidance.png"].axes
+    np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [[0.5, 0.5], [2.0, 0.8]])
+    np.testing.assert_allclose(kl.lines[0].get_xydata(), [[0.5, 1.0], [2.0, 4.0]])
+    np.testing.assert_allclose(against.lines[0].get_xydata(), [[1.0, 0.5], [4.0, 0.8]])
+    (bars,) = accuracy.collections
+    np.testing.assert_allclose(bars.get_segments(), [[[0.5, 0.46], [0.5, 0.54]], [[2.0, 0.76], [2.0, 0.84]]])
+    assert texts(accuracy) == ["pre-trained"] and accuracy.texts[0].xy == (0.5, 0.25)
+    assert texts(against) == ["0.5", "2"]
 
 
 def test_a_fall_beyond_two_standard_errors_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.reporting.report import Evaluation, make_summary, write_report
 from ctrl_ray.reporting.sample_grid import thumbnail
+from tests.pictures import dots, heights, line, recorded, texts
 from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
 
 CONTROLS = {"light": CONTROL}
@@ -26,7 +27,8 @@ def _evaluation(values, by):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def written(tmp_path_factory):
+    """The page, and what was drawn by file name."""
     folder = tmp_path_factory.mktemp("report")
     rows = [
         {"kind": "update", "update": 1, "time": 0.0, "reward": -1.0, "kl": 0.1, "update_s": 2.0},
@@ -35,17 +37,28 @@ def report(tmp_path_factory):
     ]
     reliability = folder / "reliability.png"
     Image.new("RGB", (8, 8)).save(reliability)
-    page = write_report(
-        folder / "report",
-        controls=CONTROLS,
-        before=_evaluation([10, 10, 10, 100, 100, 100, 200, 200], "oracle"),
-        after=_evaluation([10, 100, 200, 12, 110, 210, 60, 120], "label"),
-        config=TrainConfig(output_dir="runs/<script>alert(1)</script>", controls=CONTROLS),
-        metrics_rows=rows,
-        classifier_figures={"Reliability of <light>": reliability},
-        facts={"wall-clock time": "7 min"},
-    )
-    return page
+    with recorded() as figures:
+        page = write_report(
+            folder / "report",
+            controls=CONTROLS,
+            before=_evaluation([10, 10, 10, 100, 100, 100, 200, 200], "oracle"),
+            after=_evaluation([10, 100, 200, 12, 110, 210, 60, 120], "label"),
+            config=TrainConfig(output_dir="runs/<script>alert(1)</script>", controls=CONTROLS),
+            metrics_rows=rows,
+            classifier_figures={"Reliability of <light>": reliability},
+            facts={"wall-clock time": "7 min"},
+        )
+    return page, figures
+
+
+@pytest.fixture(scope="module")
+def report(written):
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def drawn(written):
+    return written[1]
 
 
 def test_summary_has_the_keys_that_others_read(report):
@@ -84,8 +97,52 @@ def test_page_shows_every_picture_that_was_written(report):
     }
     for path in report.parent.glob("*.png"):
         with Image.open(path) as image:
-            assert image.width >= 400
-            assert len(set(np.asarray(image.convert("L")).reshape(-1)[::7].tolist())) > 2, path
+            assert image.format == "PNG" and image.width >= 400
+
+
+def test_curves_are_the_rows_of_the_run(drawn):
+    reward, kl, accuracy = drawn["curves.png"].axes
+    assert line(reward, "training batch").tolist() == [[1, -1.0]]
+    assert line(kl, "training batch").tolist() == [[1, 0.1]]
+    assert line(kl, "evaluation").tolist() == [[1, 0.2], [2, 0.9]]
+    assert line(accuracy, "evaluation").tolist() == [[1, 0.5], [2, 0.75]]
+    [axis] = drawn["kl_against_accuracy.png"].axes
+    assert axis.lines[0].get_xydata().tolist() == [[0.2, 0.5], [0.9, 0.75]]
+    assert texts(axis) == ["update 1", "2"]
+    [axis] = drawn["kl_per_step.png"].axes
+    assert heights(axis) == [0.25] * 4 and "1.00 nats in all" in axis.get_title(loc="left")
+
+
+def test_what_was_measured_of_a_control_is_drawn(drawn):
+    """Asked 0 1 2 0 1 2 0 1; before, truly 0 0 0 1 1 1 2 2; after, what was asked."""
+    before, after = drawn["confusion_light.png"].axes
+    for axis, counts in ((before, [[1, 1, 1], [1, 1, 1], [1, 1, 0]]), (after, [[3, 0, 0], [0, 3, 0], [0, 0, 2]])):
+        assert [int(text.split("\n")[0]) for text in texts(axis)] == np.ravel(counts).tolist()
+        shares = np.array(counts) / np.sum(counts, axis=1, keepdims=True)
+        np.testing.assert_allclose(axis.images[0].get_array(), shares)
+    panels = drawn["values_light.png"].axes
+    for axis, values in zip(panels, ([10] * 3 + [100] * 3 + [200] * 2, [10, 12, 60], [100, 110, 120], [200, 210])):
+        bars = axis.patches[-48:]  # before them, where there is one: the band of the class
+        for value in values:
+            [bar] = [bar for bar in bars if bar.get_x() <= value < bar.get_x() + bar.get_width()]
+            assert bar.get_height() >= 1
+        assert sum(bar.get_height() for bar in bars) == len(values)
+        assert [float(border.get_xdata()[0]) for border in axis.lines] == [64.0, 128.0]
+    assert panels[1].get_title(loc="left") == "after, asked for dark: 100% inside"
+    [axis] = drawn["calibration_light.png"].axes
+    for index, share in enumerate((0.25, 1.0)):
+        np.testing.assert_allclose(dots(axis, index), [[1 / 3, share]])
+
+
+def test_samples_are_shown_with_what_was_measured(drawn):
+    """For each class a line before and a line after, of the same columns: 3, 3 and 2 samples."""
+    [axis] = drawn["samples_light.png"].axes
+    marks = [text for text in texts(axis) if text.endswith(("✓", "✗"))]
+    values = [10, 100, 200, 10, 12, 60, 10, 100, 200, 100, 110, 120, 10, 100, 200, 210]
+    assert [float(text.split()[0]) for text in marks] == values
+    assert "".join(text[-1] for text in marks) == "✓✗✗" + "✓✓✓" + "✗✓✗" + "✓✓✓" + "✗✗" + "✓✓"
+    pixels = np.asarray(axis.images[0].get_array())
+    assert [int(pixels[34 + 64, 76 + column * 134 + 64, 0]) for column in range(3)] == [10, 100, 200]  # the first line
 
 
 def test_without_a_before_there_is_only_an_after():

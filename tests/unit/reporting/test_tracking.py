@@ -1,7 +1,6 @@
 """The record of a run: what is written, what a resume drops, and that Aim is only a view."""
 
 import json
-import socket
 import warnings
 
 import numpy as np
@@ -83,41 +82,3 @@ def test_aim_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
         tracker.log_images(1, "samples", [np.zeros((4, 4, 3), np.uint8)], ["a"])
         tracker.close()
     assert read_metrics(tmp_path)[0]["reward"] == 1.0
-
-
-def test_aim_round_trip_and_resume_without_network_or_home(tmp_path, monkeypatch):
-    def refuse(*address):
-        raise AssertionError(f"Aim asked for a connection: {address}")
-
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    run, picture = tmp_path / "run", np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with _tracker(run, aim=True) as tracker:
-            for update in (1, 2, 3):
-                tracker.log("update", update, {"reward": float(update)})
-            tracker.log("evaluation", 3, {"accuracy/jpeg_size": 0.75})
-            tracker.log_images(3, "samples", [picture], ["class 0"])
-        with _tracker(run, aim=True, resume_from_update=2) as tracker:
-            tracker.log("update", 3, {"reward": 30.0})
-    assert not [warning for warning in caught if "Aim could not" in str(warning.message)]
-    assert list(home.iterdir()) == []
-
-    import aim
-    from aim.storage.context import Context
-
-    repo = aim.Repo.from_path(str(run / "aim"))
-    [run_hash] = repo.list_all_runs()  # the resumed run is the same run
-    stored = repo.get_run(run_hash)
-    assert stored.name == "test"
-    assert stored["config"]["seed"] == 3
-    rewards = stored.get_metric("reward", Context({"kind": "update"}))
-    assert sorted(rewards.values.values_list()) == [1.0, 2.0, 30.0]
-    accuracy = stored.get_metric("accuracy", Context({"kind": "evaluation", "control": "jpeg_size"}))
-    assert accuracy.values.values_list() == [0.75]
-    [[image]] = stored.get_image_sequence("samples", Context({})).values.values_list()
-    assert image.caption == "class 0"
-    assert np.array_equal(np.asarray(image.to_pil_image()), picture)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ctrl_ray.evaluation.judging import judge
@@ -27,6 +28,7 @@ from ctrl_ray.tuning.results.trials import (
     predict_optimum,
     short_names,
 )
+from tests.pictures import dots, line, texts
 from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
 
 STRENGTH = "controls.light.guidance_strength"
@@ -153,14 +155,17 @@ def test_the_dial_is_compared_at_equal_kl(tmp_path: Path) -> None:
     assert dial_gaps(_findings(tmp_path)) == [{"scale": 0.5, "gap": pytest.approx(0.0)}]
 
 
-def test_the_report_is_one_page_with_every_picture(tmp_path: Path) -> None:
-    page, figures = write_sweep_report(tmp_path, _findings(tmp_path))
-    assert {path.name for path in figures.values()} == {
-        *("accuracy_map.png", "pareto.png", "exponent.png", "parallel.png", "samples.png", "dial.png")
-    }
-    for path in figures.values():
+def test_the_report_is_one_page_with_every_picture(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    page, written = write_sweep_report(tmp_path, _findings(tmp_path))
+    assert (
+        figures.keys()
+        == {path.name for path in written.values()}
+        == {*("accuracy_map.png", "pareto.png", "exponent.png", "parallel.png", "samples.png", "dial.png")}
+    )
+    for path in written.values():
         with Image.open(path) as picture:
-            assert min(picture.size) > 300 and len(picture.convert("L").getcolors() or range(99)) > 20
+            assert picture.format == "PNG" and min(picture.size) > 300
+    _check_pictures(figures)
     text = page.read_text()
     assert text.count("<img") == 6 and 'src="http' not in text and "<script" not in text
     assert "<b>no</b>" not in text and "&lt;mine&gt;" in text
@@ -171,6 +176,42 @@ def test_the_report_is_one_page_with_every_picture(tmp_path: Path) -> None:
     assert results["rank_correlation_of_exponent_and_kl"] == exponent_correlation(TRIALS)
 
 
+def _check_pictures(figures: dict[str, Figure]) -> None:
+    """The five finished trials at their places, in the order of TRIALS."""
+    kl, accuracy = [0.2, 1.0, 1.25, 4.0, 5.4], [0.30, 0.50, 0.52, 0.90, 0.88]
+    axis = figures["accuracy_map.png"].axes[0]
+    places = [[2.0, 0.6], [0.5, 0.5], [2.0, 2.0], [0.5, 3.0], [1.0, 6.0]]  # kl_coef, guidance_strength
+    np.testing.assert_allclose(dots(axis), np.log10(places))
+    assert texts(axis)[:5] == [f"{value:.2f}" for value in accuracy]
+    axis = figures["pareto.png"].axes[0]
+    np.testing.assert_allclose(dots(axis), np.stack([kl, accuracy], axis=1))
+    front = line(axis, "front: no trial beats these")
+    assert front.tolist() == [[0.2, 0.30], [1.0, 0.50], [1.25, 0.52], [4.0, 0.90]]  # not trial 4, which trial 3 beats
+    axis = figures["exponent.png"].axes[0]
+    exponents = [0.3, 1.0 / 1.03, 1.0 * 1.03, 6.0 / 1.03, 6.0 * 1.03]  # equal ones 3 % to each side
+    np.testing.assert_allclose(dots(axis), np.stack([exponents, kl], axis=1))
+    axis = figures["parallel.png"].axes[0]
+    lines = {tuple(np.round(each.get_ydata(), 6)) for each in axis.lines if len(each.get_xdata()) == 6}
+    for trial, exponent in zip(TRIALS, (0.3, 1, 1, 6, 6)):
+        share = lambda value, low, high: math.log(value / low) / math.log(high / low)  # noqa: E731
+        expected = (
+            share(trial.kl_coef, 0.5, 2.0),
+            share(trial.guidance_strength, 0.5, 6.0),
+            share(exponent, 0.3, 6.0),
+            (trial.metrics["kl"] - 0.2) / 5.2,
+            0.5,  # all have the same fidelity
+            (trial.metrics["accuracy"] - 0.3) / 0.6,
+        )
+        assert tuple(np.round(expected, 6)) in lines, trial.name
+    axis = figures["dial.png"].axes[0]
+    dial = line(axis, "adapter of trial 3 (exponent 6), scaled")
+    assert dial.tolist() == [[0.6, 0.4], [4.0, 0.9], [50.0, 1.0]]
+    assert texts(axis)[:3] == ["0.5", "1", "2"]
+    axis = figures["samples.png"].axes[0]
+    marks = [text.split()[0] + text[-1] for text in texts(axis) if text.endswith(("✓", "✗"))]
+    assert marks == [*("30✓", "90✗") * 2, *("100✓", "220✗") * 2, *("200✓", "40✗") * 2]  # before and best: equal here
+
+
 def test_a_sweep_of_which_nothing_finished_has_a_report_too(tmp_path: Path) -> None:
     nothing = dataclasses.replace(
         _findings(tmp_path), trials=TRIALS[5:], best=None, shown={}, dial_of=None, dial={}, adapter=""
@@ -179,12 +220,16 @@ def test_a_sweep_of_which_nothing_finished_has_a_report_too(tmp_path: Path) -> N
     assert figures == {} and "2 trials: 1 stopped early, 1 failed." in page.read_text()
 
 
-def test_trials_on_a_line_and_settings_that_are_words_are_drawn(tmp_path: Path) -> None:
-    line = [_trial(str(i), 1.0, g, g, 0.2 + 0.1 * i) for i, g in enumerate((1.0, 2.0, 4.0))]
-    assert sweep_figures.plot_accuracy_map(tmp_path / "map.png", line) is not None
-    words = [dataclasses.replace(t, knobs={"estimator.name": n}) for t, n in zip(line, ("full", "last_k", "full"))]
+def test_trials_on_a_line_and_settings_that_are_words_are_drawn(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    trials = [_trial(str(i), 1.0, g, g, 0.2 + 0.1 * i) for i, g in enumerate((1.0, 2.0, 4.0))]
+    assert sweep_figures.plot_accuracy_map(tmp_path / "map.png", trials) is not None
+    words = [dataclasses.replace(t, knobs={"estimator.name": n}) for t, n in zip(trials, ("full", "last_k", "full"))]
     assert parallel_figure.plot_parallel(tmp_path / "parallel.png", words, ["estimator.name"]) is not None
-    assert sweep_figures.plot_accuracy_map(tmp_path / "none.png", line[:2]) is None
+    assert sweep_figures.plot_accuracy_map(tmp_path / "none.png", trials[:2]) is None
+    np.testing.assert_allclose(dots(figures["map.png"].axes[0]), np.log10([[1.0, 1.0], [1.0, 2.0], [1.0, 4.0]]))
+    assert not figures["map.png"].axes[0].images  # no surface through points on a line
+    heights = [list(each.get_ydata()) for each in figures["parallel.png"].axes[0].lines if len(each.get_xdata()) == 5]
+    assert [each[0] for each in heights] == [0, 1, 0]  # full, last_k, full
 
 
 def test_a_file_is_followed_through_growth_and_rewriting(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
-"""A sweep's curves on an Aim tracking server, reached by its URL on loopback."""
+"""Aim itself: a run's record in a repository of files, and a sweep's on a tracking server on loopback."""
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
-from ctrl_ray.reporting.tracking import METRICS_FILE
+import numpy as np
+import pytest
+
+from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
 from ctrl_ray.tuning.results.tracking import SweepTracker
 from ctrl_ray.tuning.results.trials import SweepTrial
 
@@ -40,6 +45,46 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the tracking server did not answer")
 
 
+def test_aim_round_trip_and_resume_without_network_or_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"Aim asked for a connection: {address}")
+
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    run, picture = tmp_path / "run", np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    tracked = functools.partial(RunTracker, run, run_name="test", config={"seed": 3}, aim=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tracked() as tracker:
+            for update in (1, 2, 3):
+                tracker.log("update", update, {"reward": float(update)})
+            tracker.log("evaluation", 3, {"accuracy/jpeg_size": 0.75})
+            tracker.log_images(3, "samples", [picture], ["class 0"])
+        with tracked(resume_from_update=2) as tracker:
+            tracker.log("update", 3, {"reward": 30.0})
+    assert not [warning for warning in caught if "Aim could not" in str(warning.message)]
+    assert list(home.iterdir()) == []
+
+    import aim
+    from aim.storage.context import Context
+
+    repo = aim.Repo.from_path(str(run / "aim"))
+    [run_hash] = repo.list_all_runs()  # the resumed run is the same run
+    stored = repo.get_run(run_hash)
+    assert stored.name == "test"
+    assert stored["config"]["seed"] == 3
+    rewards = stored.get_metric("reward", Context({"kind": "update"}))
+    assert sorted(rewards.values.values_list()) == [1.0, 2.0, 30.0]
+    accuracy = stored.get_metric("accuracy", Context({"kind": "evaluation", "control": "jpeg_size"}))
+    assert accuracy.values.values_list() == [0.75]
+    [[image]] = stored.get_image_sequence("samples", Context({})).values.values_list()
+    assert image.caption == "class 0"
+    assert np.array_equal(np.asarray(image.to_pil_image()), picture)
+
+
+@pytest.mark.full
 def test_a_tracking_server_gets_a_run_for_each_trial(tmp_path: Path) -> None:
     repo, own, port = tmp_path / "repo", tmp_path / "sweep", _free_port()
     repo.mkdir()

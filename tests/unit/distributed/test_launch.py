@@ -1,0 +1,34 @@
+"""What Ray Train is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ctrl_ray.cluster.resources import check_resources
+from ctrl_ray.config import ControlConfig, RewardPoolConfig, ScalingConfig, TrainConfig
+from ctrl_ray.distributed.launch import num_workers
+from ctrl_ray.errors import ConfigError, ResourceError
+
+CONFIG = TrainConfig(controls={"size": ControlConfig(classes=("a", "b"), oracle="jpeg_size")})
+
+
+def test_an_elastic_group_is_a_range() -> None:
+    """Ray Train's tuple; the fewest workers must fit the cluster, the most need not."""
+    assert num_workers(ScalingConfig(num_workers=3)) == 3
+    assert num_workers(ScalingConfig(num_workers=3, min_workers=3)) == 3
+    assert num_workers(ScalingConfig(num_workers=3, min_workers=1)) == (1, 3)
+    for wrong in (0, 4):
+        with pytest.raises(ConfigError, match=rf"min_workers is {wrong}; expected 1 to scaling.num_workers \(3\)"):
+            ScalingConfig(num_workers=3, min_workers=wrong)
+    config = dataclasses.replace(
+        CONFIG,
+        scaling=ScalingConfig(num_workers=8, min_workers=2),
+        global_batch_size=64,
+        micro_batch_size_per_worker=8,
+        rewards=RewardPoolConfig(num_actors=1),
+    )
+    check_resources(config, {"CPU": 3.0}, "the cluster")
+    with pytest.raises(ResourceError, match="needs 3 CPUs"):
+        check_resources(config, {"CPU": 2.0}, "the cluster")
