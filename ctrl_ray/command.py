@@ -61,7 +61,7 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
             # the terminal has written ^C, or a progress bar, at the start of this line
             _say(("\n" if sys.stderr.isatty() else "") + (str(known) or "interrupted"))
             # An interrupt that has passed through exec() of a string, as in an import that makes dataclasses, leaves a mark
-            # by which Python ends with a signal instead of our status. The next exec() takes it away.
+            # by which `python -m` ends with a signal instead of our status. The next exec() takes it away.
             exec("")
             return INTERRUPTED
         _say(f"error: {known}")

@@ -121,12 +121,14 @@ def test_ctrl_c_is_one_line_and_130() -> None:
     assert (process.returncode, error) == (130, "interrupted\n")
 
 
-def test_ctrl_c_in_code_made_from_a_string_is_130_too() -> None:
-    """As while dataclasses are made; Python would end by the signal, for which a caller sees -2."""
+def test_ctrl_c_in_code_made_from_a_string_is_130_too(tmp_path: Path) -> None:
+    """As while dataclasses are made; `python -m` would end by the signal, for which a caller sees -2."""
     code = "import sys\nfrom ctrl_ray.command import run\nsys.exit(run(lambda argv: exec('raise KeyboardInterrupt')))"
-    with _process(code) as process:
-        _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (130, "interrupted\n")
+    (tmp_path / "from_a_string.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path)))}
+    command_line = [sys.executable, "-m", "from_a_string"]
+    ended = subprocess.run(command_line, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(
