@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctrl_ray.config import ControlConfig, TrainConfig
     from ctrl_ray.config.presets import preset
+    from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.errors import CtrlRayError
     from ctrl_ray.pipeline import ControlledPipeline
     from ctrl_ray.train import Run, fit
@@ -32,6 +33,7 @@ _WHERE = {
     "SweepResult": "ctrl_ray.tune",
     "TrainConfig": "ctrl_ray.config",
     "fit": "ctrl_ray.train",
+    "fit_classifier": "ctrl_ray.driver.classifier",
     "preset": "ctrl_ray.config.presets",
     "sweep": "ctrl_ray.tune",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "fit",
+    "fit_classifier",
     "preset",
     "sweep",
 ]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from ctrl_ray import embedded
-from ctrl_ray.cluster.connection import connected
+from ctrl_ray import command, embedded
 from ctrl_ray.config import (
     ClassifierConfig,
     ControlConfig,
@@ -19,76 +17,82 @@ from ctrl_ray.config import (
     TrainConfig,
     presets,
 )
-from ctrl_ray.driver.classifier import FitResult, fit_classifier
-from ctrl_ray.errors import CtrlRayError
-from ctrl_ray.offline.prompts import training_prompts
+
+if TYPE_CHECKING:
+    from ctrl_ray.driver.classifier import FitResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifyConfig:
-    """Fit and calibrate the classifier of one control. Without flags: that of the built-in example."""
+    """Fit and calibrate the classifier of one control. Without flags: the classifier of the built-in example."""
 
     data: str | None = None
-    """Parquet file or folder that `python -m ctrl_ray.label` wrote; 'shapes' draws the built-in example's images, which
-    is what None means with the base model 'shapes'."""
+    """Parquet file or folder that `python -m ctrl_ray.label` wrote. 'shapes': draw the images of the built-in
+    example. None means 'shapes' when the base model is 'shapes'."""
     control: str = "jpeg_size"
-    """Name of the control. One that the built-in example has keeps its settings where no flag below says otherwise."""
+    """Name of the control. A control of the built-in example keeps its settings, unless a flag below changes them."""
     thresholds: tuple[float, ...] = ()
-    """Ascending class borders of a measured number."""
+    """Class borders of a measured number, ascending."""
     oracle: str | None = None
-    """Who measures the decoded images again: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle'."""
+    """What measures the decoded images again: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle'."""
     classes: tuple[str, ...] = ()
-    """Class names; needed where the column holds integer labels."""
+    """Class names. You must give them when the column holds integer labels."""
     unit: str | None = None
-    """Unit of the measured number, for figures."""
+    """Unit of the measured number. Pictures show it."""
     column: str | None = None
-    """Column of the data set; None: the control's name."""
+    """Column of the data set. None: the control's name."""
     base_model: str = embedded.NAME
-    """Whose VAE decodes the images: 'shapes', a folder in the diffusers format, or a hub id."""
+    """The model whose VAE decodes the images: 'shapes', a folder in the diffusers format, or a hub id."""
     base_revision: str | None = None
     """Hub revision of base_model."""
     output_dir: str = "runs/classifier"
-    """Folder to write: model.safetensors, classifier.json, reliability.png."""
+    """Folder to write model.safetensors, classifier.json and reliability.png to."""
     prompts_file: str | None = None
-    """Prompts of the pipeline's samples (classifier.num_pipeline_samples), one a line; None: the data set's."""
+    """File of prompts, one per line, for the pipeline's samples (classifier.num_pipeline_samples). None: the data
+    set's prompts."""
     num_drawn_images: int = 6000
     """With data 'shapes': how many images are drawn."""
     seed: int = 0
-    """Seed of the splits, the weights, the order, and the pipeline's samples."""
+    """Seed of the splits, the weights, the order and the pipeline's samples."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """'error': stop at the first row that cannot be used. 'skip': set those aside in DATA.bad_rows.jsonl."""
+    """'error': stop at the first row that cannot be used. 'skip': set it aside in DATA.bad_rows.jsonl."""
     overwrite: bool = False
     """Replace a classifier that output_dir already holds."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """Network and fit."""
+    """Network and fitting."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the pipeline's samples are drawn."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
-    """Devices, CPUs and threads of a worker; their number is classifier.num_workers."""
+    """Devices, CPUs and threads of a worker. The number of workers is classifier.num_workers."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: exit status 0, or 2 after a message about what the user can correct."""
-    try:
-        shapes = presets.shapes()
-        default = ClassifyConfig(
-            classifier=shapes.classifier,
-            sampler=shapes.sampler,
-            scaling=shapes.scaling,
-            num_drawn_images=shapes.num_drawn_images,
-        )
-        run(tyro.cli(ClassifyConfig, args=argv, default=default, prog="python -m ctrl_ray.classify"))
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    import tyro
+
+    shapes = presets.shapes()
+    default = ClassifyConfig(
+        classifier=shapes.classifier,
+        sampler=shapes.sampler,
+        scaling=shapes.scaling,
+        num_drawn_images=shapes.num_drawn_images,
+    )
+    run(tyro.cli(ClassifyConfig, args=argv, default=default, prog="python -m ctrl_ray.classify"))
 
 
 def run(settings: ClassifyConfig) -> FitResult:
     """Fit, and print the metrics before and after scaling."""
+    from ctrl_ray.cluster.connection import connected
+    from ctrl_ray.driver.classifier import fit_classifier
+
     config = train_config(settings)
     sampler = None
     if config.classifier.num_pipeline_samples:
+        from ctrl_ray.offline.prompts import training_prompts
         from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 
         sampler = PipelineSampler(config, training_prompts(config))

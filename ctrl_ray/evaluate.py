@@ -8,47 +8,46 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ctrl_ray import command
 from ctrl_ray.config import ControlConfig, ScalingConfig
-from ctrl_ray.errors import ConfigError, CtrlRayError, own_error
-from ctrl_ray.evaluation.fidelity import choose_fidelity
-from ctrl_ray.evaluation.judging import judge
+from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
-from ctrl_ray.evaluation.sample_folder import read_sample_folder
-from ctrl_ray.evaluation.samples import EvaluationSamples
-from ctrl_ray.offline.prompts import read_prompts
-from ctrl_ray.policy.adapter import read_adapter_info
-from ctrl_ray.reporting.comparison import compare_runs, format_runs
-from ctrl_ray.reporting.report import SUMMARY_FILE, Evaluation, write_report
+
+if TYPE_CHECKING:
+    from ctrl_ray.evaluation.samples import EvaluationSamples
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Judge an adapter by the true measure of its controls: before and after on the same prompts and noise."""
+    """Judge an adapter by the true measure of its controls, before and after, on the same prompts and noise."""
 
     adapter: str | None = None
-    """Adapter folder, such as RUN/adapter: its controls, classes and thresholds are what is judged."""
+    """Adapter folder, such as RUN/adapter. Its controls, classes and thresholds are judged."""
     runs: tuple[str, ...] = ()
-    """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a picture."""
+    """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a
+    picture."""
     images: str | None = None
-    """Judge the PNGs of this folder (written by ctrl_ray.sample, with its manifest.jsonl) instead of sampling."""
+    """Judge the PNGs of this folder instead of sampling. ctrl_ray.sample writes such a folder, with manifest.jsonl."""
     before_images: str | None = None
-    """With --images: a second such folder to compare with, such as samples with no control."""
+    """With --images: a second folder to compare with, such as samples without a control."""
     num_samples: int = 512
     """Samples before and after. The standard error of an accuracy near 0.9 is 0.013 at 512."""
     prompts_file: str | None = None
-    """Prompts to evaluate on, one a line; None: those of the run that made the adapter."""
+    """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
     seed: int = 1_000_003
-    """Keys the noise; training never uses this one."""
+    """Seed of the noise. Training never uses this one."""
     batch_size: int = 128
-    """Samples rolled out at a time."""
+    """Samples drawn at a time."""
     classifier: tuple[str, ...] = ()
-    """NAME=FOLDER for each control: whose belief is compared with the truth. Empty: RUN/classifier/NAME."""
+    """NAME=FOLDER for each control: the classifier whose belief is compared with the truth. Empty:
+    RUN/classifier/NAME."""
     clip_model: str | None = None
-    """Judge prompts by this CLIP model (folder or hub id). None: by the shapes recogniser where the prompts are its."""
+    """Judge prompts by this CLIP model (folder or hub id). None: by the shapes recogniser, if the prompts are of its
+    kind."""
     output_dir: str | None = None
-    """Where the report is written. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
+    """Folder of the report. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
 
     def __post_init__(self) -> None:
         if (self.adapter is None) == (not self.runs):
@@ -73,6 +72,8 @@ def evaluate_images(
 
     DataError when a folder is not one that `ctrl_ray.sample` wrote.
     """
+    from ctrl_ray.evaluation.sample_folder import read_sample_folder
+
     after = read_sample_folder(images, controls)
     before = None if before_images is None else read_sample_folder(before_images, controls)
     return report_on(after, controls, output_dir, before=before, clip_model=clip_model, adapter=adapter)
@@ -92,6 +93,8 @@ def evaluate_adapter(
     """Sample the adapter and its pre-trained model with the same prompts, labels and noise, judge both, and write the
     report; returns the page's path. ModelError when the adapter or its base model cannot be loaded.
     """
+    from ctrl_ray.policy.adapter import read_adapter_info
+
     before, after = sample_before_and_after(
         adapter,
         num_samples=num_samples,
@@ -124,6 +127,7 @@ def sample_before_and_after(
 
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
+    from ctrl_ray.policy.adapter import read_adapter_info
     from ctrl_ray.rewards.model import RewardModelSpec
     from ctrl_ray.runs.finished import run_classifiers, run_prompts
 
@@ -172,6 +176,10 @@ def report_on(
 
     `report_options` go to `write_report` (config, metrics_rows, facts, ...).
     """
+    from ctrl_ray.evaluation.fidelity import choose_fidelity
+    from ctrl_ray.evaluation.judging import judge
+    from ctrl_ray.reporting.report import Evaluation, write_report
+
     height, width = after.images.shape[1:3]
     prompts = after.prompts if before is None else after.prompts + before.prompts
     fidelity = choose_fidelity(prompts, (height, width), clip_model)
@@ -187,6 +195,9 @@ def report_on(
 
 def run(options: EvaluateOptions) -> Path:
     """Judge an adapter or a folder of its images; returns the report's page."""
+    from ctrl_ray.offline.prompts import read_prompts
+    from ctrl_ray.policy.adapter import read_adapter_info
+
     assert options.adapter is not None
     controls = read_adapter_info(options.adapter).controls
     if options.images is not None:
@@ -232,22 +243,26 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, judge, and print the numbers and where the report lies; 2 after a user's error."""
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    """Judge, or compare; print the numbers and where the report or the picture lies."""
     import tyro
 
-    try:
-        options = tyro.cli(EvaluateOptions, args=argv, prog="python -m ctrl_ray.evaluate")
-        if options.runs:
-            figures, picture = compare_runs(options.runs, options.output_dir or "runs/comparison")
-            print(f"{format_runs(figures)}\npicture: {picture}")
-            return 0
-        page = run(options)
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = tyro.cli(EvaluateOptions, args=argv, prog="python -m ctrl_ray.evaluate")
+    if options.runs:
+        from ctrl_ray.reporting.comparison import compare_runs, format_runs
+
+        results, picture = compare_runs(options.runs, options.output_dir or "runs/comparison")
+        print(f"{format_runs(results)}\npicture: {picture}")
+        return
+    from ctrl_ray.reporting.report import SUMMARY_FILE
+
+    page = run(options)
     print(format_summary(json.loads((page.parent / SUMMARY_FILE).read_text(encoding="utf-8"))))
     print(f"report: {page}")
-    return 0
 
 
 if __name__ == "__main__":

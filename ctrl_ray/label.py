@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
+from ctrl_ray import command
+from ctrl_ray.errors import ConfigError
 
-from ctrl_ray.cluster.connection import connected
-from ctrl_ray.errors import ConfigError, CtrlRayError
-from ctrl_ray.offline.labelling import LabelledData, label
-from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
-from ctrl_ray.oracles import UNITS
+if TYPE_CHECKING:
+    from ctrl_ray.offline.labelling import LabelledData
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,32 +21,33 @@ class LabelConfig:
     """Measure the images below a folder and write the Parquet data set that the classifier is fitted on."""
 
     images: str
-    """Folder of PNG, JPEG, WebP, BMP or GIF files, searched recursively; local or any path that pyarrow.fs opens."""
+    """Folder of PNG, JPEG, WebP, BMP or GIF files, with its sub-folders; local, or any path that pyarrow.fs opens."""
     output: str
-    """Parquet file to write when it ends in .parquet, else a folder of Parquet files."""
+    """What to write: a Parquet file when the name ends in .parquet, else a folder of Parquet files."""
     controls: tuple[str, ...] = ("jpeg_size",)
-    """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', or 'my_module:my_oracle', a function of
-    yours from a PIL image to a number. Each becomes a column."""
+    """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', or your own 'my_module:my_oracle', a
+    function from a PIL image to a number. Each becomes a column."""
     columns: str | None = None
-    """Table (.csv or .jsonl) of labels that you have: a column 'file' that names the image relative to the folder, and
-    further columns of integer labels or numbers (and 'prompt', if you like)."""
+    """Table (.csv or .jsonl) of labels that you already have. Its column 'file' names the image, relative to the
+    folder; the other columns hold integer labels or numbers, and may include 'prompt'."""
     prompts: Literal["none", "sidecar"] = "none"
-    """'sidecar': the prompt of photo.png stands in photo.txt beside it. 'none': no prompts, or those of a table."""
+    """'sidecar': the prompt of photo.png is in photo.txt beside it. 'none': there are no prompts, or a table has
+    them."""
     prompts_file: str | None = None
     """Table (.csv or .jsonl) with the columns 'file' and 'prompt'."""
     image_size: tuple[int, int] | None = None
-    """Height and width: measure each image as scaled to cover this size and cropped around the centre (give the size
-    that the base model makes). The stored image stays as it is. None: measure it as it is."""
+    """Height and width. Before an image is measured, it is scaled to cover this size and cropped around the centre.
+    Give the size that the base model makes. The stored image stays as it is. None: measure it as it is."""
     classes: int = 4
-    """How many classes the suggested thresholds make."""
+    """The command suggests thresholds for this many classes."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """'error': stop at the first image or label that cannot be used. 'skip': set those aside in
-    OUTPUT.bad_rows.jsonl with the reason, and go on."""
+    """'error': stop at the first image or label that cannot be used. 'skip': set it aside in OUTPUT.bad_rows.jsonl
+    with the reason, and go on."""
     overwrite: bool = False
-    """Replace an output that exists."""
+    """Replace an output that already exists."""
     draw_shapes: int | None = None
-    """First draw this many images of the built-in example into --images, with their prompts beside them: something to
-    try the rest on. The folder must be new or empty."""
+    """First draw this many images of the built-in example, with their prompts beside them, into --images: something
+    to try the rest on. The folder must be new or empty."""
     seed: int = 0
     """Seed of the drawn images."""
 
@@ -58,19 +58,22 @@ class LabelConfig:
             raise ConfigError(f"draw_shapes is {self.draw_shapes}; expected at least 1")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: exit status 0, or 2 after a message about what the user can correct."""
-    try:
-        config = tyro.cli(LabelConfig, args=argv, prog="python -m ctrl_ray.label")
-        run(config)
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    import tyro
+
+    run(tyro.cli(LabelConfig, args=argv, prog="python -m ctrl_ray.label"))
 
 
 def run(config: LabelConfig) -> LabelledData:
     """Label, and print what came out and what to do next."""
+    from ctrl_ray.cluster.connection import connected
+    from ctrl_ray.offline.labelling import label
+
     prompts = config.prompts
     if config.draw_shapes is not None:
         draw_shapes(Path(config.images), config.draw_shapes, config.seed)
@@ -106,10 +109,13 @@ def draw_shapes(folder: Path, num_images: int, seed: int) -> None:
 
 def describe(data: LabelledData, num_classes: int) -> str:
     """The distribution of each control, thresholds that would split it evenly, and the next command."""
+    from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
+    from ctrl_ray.oracles import UNITS
+
     lines = [f"wrote {data.num_rows} rows to {data.output}"]
     if data.num_bad_rows:
         lines.append(f"set {data.num_bad_rows} bad rows aside in {data.bad_rows_file}")
-    commands = []
+    commands: list[str] = []
     for name, values in data.values.items():
         summary = summarise(values)
         unit = UNITS.get(data.oracles.get(name, ""), "")
@@ -118,7 +124,7 @@ def describe(data: LabelledData, num_classes: int) -> str:
             f"\n{name}{f' ({unit})' if unit else ''}: {summary.count} values, smallest {summary.minimum:.6g}, "
             f"quartiles {quartiles}, largest {summary.maximum:.6g}"
         )
-        command = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", name]
+        words = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", name]
         if summary.class_counts:
             counts = ", ".join(f"{label}: {count}" for label, count in summary.class_counts.items())
             lines.append(f"  integer labels, rows of each: {counts}")
@@ -132,13 +138,13 @@ def describe(data: LabelledData, num_classes: int) -> str:
             lines.append(f"  thresholds for {len(thresholds) + 1} classes: {' '.join(borders)} (shares {shares})")
             if len(thresholds) + 1 < num_classes:
                 lines.append(f"  so many values are equal that {num_classes} classes of equal share do not exist")
-            command += ["--thresholds", *borders]
+            words += ["--thresholds", *borders]
         if name in data.oracles:
-            command += ["--oracle", data.oracles[name]]
-        commands.append(shlex.join(command))
+            words += ["--oracle", data.oracles[name]]
+        commands.append(shlex.join(words))
     if commands:
         lines += ["\nnext, fit a classifier (add --base-model MODEL and --output-dir DIR as you need):"]
-        lines += [f"  {command}" for command in commands]
+        lines += [f"  {line}" for line in commands]
     return "\n".join(lines)
 
 

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ctrl_ray import embedded
+from ctrl_ray import command, embedded
 from ctrl_ray.config import SamplerConfig
-from ctrl_ray.diffusion.noise import draw_key
-from ctrl_ray.errors import ConfigError, CtrlRayError, RunFolderError
-from ctrl_ray.offline.prompts import read_prompts
-from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, read_adapter_info
+from ctrl_ray.errors import ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from ctrl_ray.policy.adapter import AdapterInfo
 
 MANIFEST = "manifest.jsonl"
 _OWN_FILE = re.compile(r"\d{5,}\.png")
@@ -23,39 +23,41 @@ _OWN_FILE = re.compile(r"\d{5,}\.png")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """Sample images from an adapter, or from its pre-trained model with the same noise (--base)."""
+    """Sample images with an adapter or, with --base, from its pre-trained model with the same noise."""
 
     adapter: str | None = None
-    """Adapter folder, such as RUN/adapter. Its sampler settings are used unless a flag below says otherwise."""
+    """Adapter folder, such as RUN/adapter. Its sampler settings are used, unless a flag below changes them."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts_file: str | None = None
-    """Text file with one prompt a line, instead of --prompt."""
+    """Text file with one prompt per line, instead of --prompt."""
     control: tuple[str, ...] = ()
-    """NAME=CLASS for each control, by index or by name: jpeg_size=2. Controls that are not named are null."""
+    """NAME=CLASS for each control, such as jpeg_size=2. CLASS is an index or a name. Controls that you do not name
+    get the null label."""
     num_images: int = 16
-    """Images in total; the prompts take turns."""
+    """Images in total. The prompts take turns."""
     seed: int = 0
-    """Image i has a seed of its own, made from this one and i: it does not depend on batch_size or num_images."""
+    """The seed of image i is made from this seed and i. It does not depend on batch_size or num_images."""
     output_dir: str = "samples"
-    """Folder of the PNGs and their manifest.jsonl."""
+    """Folder of the PNGs and of their manifest.jsonl."""
     batch_size: int = 32
-    """Images sampled at a time; bounds the memory."""
+    """Images sampled at a time. It limits the memory."""
     base: bool = False
-    """Sample from the pre-trained model, for before/after pictures: same noise and settings, no adapter, no controls."""
+    """Sample from the pre-trained model, for pictures before and after: same noise and settings, no adapter, no
+    controls."""
     base_model: str | None = None
-    """Folder or id of the base model, where it is not where the adapter remembers it, or (with --base) no adapter is
-    given. 'shapes' ships with the package."""
+    """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with --base
+    and no adapter. 'shapes' ships with the package."""
     num_steps: int | None = None
-    """Denoising steps; None: as the adapter was trained."""
+    """Denoising steps. None: as the adapter was trained."""
     eta: float | None = None
-    """DDIM stochasticity; None: as the adapter was trained."""
+    """DDIM stochasticity. None: as the adapter was trained."""
     guidance_scale: float | None = None
-    """Classifier-free guidance of the prompt (1 = off); None: as the adapter was trained."""
+    """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""
     adapter_scale: float = 1.0
-    """Scales LoRA and control embeddings; 1 is as trained."""
+    """Scale of LoRA and control embeddings. 1: as trained."""
     device: str | None = None
-    """torch device; None: a GPU if there is one."""
+    """torch device. None: a GPU if there is one."""
     overwrite: bool = False
     """Replace the images of an earlier run in output_dir."""
 
@@ -78,6 +80,8 @@ def image_seed(seed: int, index: int) -> int:
 
     `torch.Generator("cpu").manual_seed(image_seed(seed, index))` draws the image's noise: x_T first, then the steps'.
     """
+    from ctrl_ray.diffusion.noise import draw_key
+
     return draw_key(seed, 0, index, "sample")
 
 
@@ -103,6 +107,9 @@ def sample(config: SampleConfig) -> Path:
     control is empty. Raises ConfigError, ModelError, or RunFolderError when the folder holds a manifest already.
     """
     from tqdm.auto import tqdm
+
+    from ctrl_ray.offline.prompts import read_prompts
+    from ctrl_ray.policy.adapter import read_adapter_info
 
     info = None if config.adapter is None else read_adapter_info(config.adapter)
     labels = {} if info is None else parse_controls(config.control, info)
@@ -157,6 +164,7 @@ def _adapter_generator(config: SampleConfig, controls: Mapping[str, int]) -> Gen
 
 def _base_generator(config: SampleConfig, info: AdapterInfo | None) -> Generate:
     from ctrl_ray.pipeline import ControlledPipeline
+    from ctrl_ray.policy.adapter import check_base_model
     from ctrl_ray.policy.backbones import load_backbone
 
     sampler = SamplerConfig() if info is None else info.sampler
@@ -215,16 +223,15 @@ def _prepare_folder(folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: exit status 0, or 2 after a message about what the user can correct."""
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
     import tyro
 
-    try:
-        manifest = sample(tyro.cli(SampleConfig, args=argv, prog="python -m ctrl_ray.sample"))
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    manifest = sample(tyro.cli(SampleConfig, args=argv, prog="python -m ctrl_ray.sample"))
     print(f"images and manifest: {manifest.parent}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from ctrl_ray import command
+from ctrl_ray.command import stoppable
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
-from ctrl_ray.errors import ConfigError, CtrlRayError, InterruptedRunError
+from ctrl_ray.errors import ConfigError, InterruptedRunError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +32,15 @@ class Run:
 
 
 def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, refit_classifier: bool = False) -> Run:
-    """Do the whole of CTRL: classifier, fine-tuning, evaluation, export, report; the same as the command line.
+    """Run all of CTRL: classifier, fine-tuning, evaluation, export, report. `python -m ctrl_ray.train` does the same.
 
-    resume: go on from the last checkpoint under `config.output_dir`. dry_run: check and print the plan only.
-    Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C left a checkpoint.
+        config = dataclasses.replace(ctrl_ray.preset("shapes"), output_dir="runs/stronger", kl_coef=0.5)
+        run = ctrl_ray.fit(config)
+        run.summary["after"]["accuracy"]
+
+    resume: Go on from the last checkpoint under `config.output_dir`. dry_run: Check the settings, print the plan and stop.
+    refit_classifier: Fit the classifiers from data even where the config names a fitted one.
+    Raises the errors of `ctrl_ray.errors`; after Ctrl-C, when a checkpoint is written, InterruptedRunError.
     """
     from ctrl_ray.cluster.connection import connected, ray_job
     from ctrl_ray.cluster.resources import check_cluster
@@ -83,32 +86,6 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
 
 
-@contextmanager
-def stoppable(where: str) -> Iterator[None]:
-    """SIGTERM and Ctrl-C outside of fine-tuning, which leaves a checkpoint at them, end the run with a word on how to go on.
-
-    Only in the main thread, the one that gets signals.
-    """
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except InterruptedRunError:
-        raise
-    except KeyboardInterrupt:
-        raise InterruptedRunError(
-            f"stopped; what was finished is in {where}. Go on with the same command and --resume"
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
     print(f"\n{'':18}{'before':>10}{'after':>10}")
     for name in ("accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity"):
@@ -126,13 +103,13 @@ class Arguments:
     resume: bool = False
     """Go on from the last checkpoint in output_dir."""
     dry_run: bool = False
-    """Check everything that needs no cluster, print the plan, stop."""
+    """Check everything that needs no cluster, print the plan and stop."""
     refit_classifier: bool = False
-    """Fit the classifiers from data even where one is given."""
+    """Fit the classifiers from data even where the settings name a fitted one."""
 
 
-_FRONT = """Also: --preset {presets} (default {default}); --config FILE.json (a run's config.json instead of a preset);
---control NAME=CLASSIFIER_FOLDER (repeatable: take these controls instead of the preset's)."""
+_ALSO = """Also: --preset {presets} (default: {default}); --config FILE.json (start from the config.json of a run);
+--control NAME=CLASSIFIER_FOLDER (train this control instead of the preset's; you can give it more than once)."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -160,9 +137,13 @@ def parse(argv: Sequence[str]) -> Arguments:
         default = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
     if controls:
         default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))
-    description = f"{Arguments.__doc__}\n\n{_FRONT.format(presets='|'.join(PRESETS), default=DEFAULT_PRESET)}"
+    description = f"{Arguments.__doc__}\n\n{_ALSO.format(presets='|'.join(PRESETS), default=DEFAULT_PRESET)}"
     return tyro.cli(
-        Arguments, args=rest, default=Arguments(config=default), description=description, prog="ctrl_ray.train"
+        Arguments,
+        args=rest,
+        default=Arguments(config=default),
+        description=description,
+        prog="python -m ctrl_ray.train",
     )
 
 
@@ -174,24 +155,18 @@ def _parse_control(text: str) -> tuple[str, ControlConfig]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 done, 1 stopped by a failure of the run, 2 a mistake in the settings, 130 interrupted."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        fit(
-            arguments.config,
-            resume=arguments.resume,
-            dry_run=arguments.dry_run,
-            refit_classifier=arguments.refit_classifier,
-        )
-    except InterruptedRunError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 130
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("CTRL_RAY_VERBOSE"):
-            raise
-        return 2 if isinstance(error, ValueError | FileExistsError) else 1
-    return 0
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    fit(
+        arguments.config,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+        refit_classifier=arguments.refit_classifier,
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ctrl_ray import command
+from ctrl_ray.command import stoppable
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.errors import CtrlRayError, InterruptedRunError
-from ctrl_ray.train import stoppable
-from ctrl_ray.tuning.results.trials import SweepTrial, format_trials
 
 if TYPE_CHECKING:
+    from ctrl_ray.tuning.results.trials import SweepTrial
     from ctrl_ray.tuning.space import Space
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep gives back; printed, or the last line of a notebook's cell, it is the table of its trials."""
+    """What a sweep gives back. `print` and a notebook's cell show it as the table of its trials."""
 
     folder: Path
     trials: tuple[SweepTrial, ...]
@@ -39,6 +38,8 @@ class SweepResult:
     """Title to PNG."""
 
     def __str__(self) -> str:
+        from ctrl_ray.tuning.results.trials import format_trials
+
         return format_trials(self.trials, self.knobs)
 
     def __repr__(self) -> str:
@@ -54,12 +55,16 @@ def sweep(
     resume: bool = False,
     base: TrainConfig | None = None,
 ) -> SweepResult:
-    """Run a sweep and write its report; the same as the command line.
+    """Run a sweep and write its report. `python -m ctrl_ray.tune` does the same.
 
-    space: A sweep file, or a `Space`. num_samples: trials to draw, 16 by default (a grid is gone through once).
-    max_concurrent: trials at a time, at most; 'auto': as many as have room. output_dir: runs/sweep-NAME by default.
-    resume: Go on with the sweep in output_dir. base: The config that trials start from, instead of the space's PRESET.
-    Raises the errors of `ctrl_ray.errors`; InterruptedRunError after Ctrl-C. A failed trial is no error of the sweep.
+        space = ctrl_ray.Space(name="mine", values={"kl_coef": ray.tune.loguniform(0.5, 2.0)})
+        result = ctrl_ray.sweep(space, num_samples=4)
+        print(result, result.best, result.report)
+
+    space: A sweep file, or a `Space`. num_samples: Trials to draw, 16 by default (a grid is run through once).
+    max_concurrent: At most this many trials at a time; 'auto': as many as have room. output_dir: runs/sweep-NAME by default.
+    resume: Go on with the sweep in output_dir. base: The config that trials start from, instead of the space's preset.
+    Raises the errors of `ctrl_ray.errors`; after Ctrl-C InterruptedRunError. A trial that fails does not end the sweep.
     """
     from ctrl_ray.tuning.space import base_of, check_request, check_space, load_space
 
@@ -154,43 +159,38 @@ class Arguments:
     """Run a sweep: many trials, a table while they run, a report at the end."""
 
     file: Annotated[str, tyro.conf.Positional]
-    """The sweep file, such as tune_spaces/kl_guidance.py: PRESET, METRIC, MODE, space(), and optionally points(),
-    scheduler() and search()."""
+    """The sweep file, such as tune_spaces/kl_guidance.py. It has PRESET, METRIC, MODE and space(), and may have
+    points(), scheduler() and search()."""
     num_samples: int | None = None
-    """Trials to draw; None: 16. A grid is gone through once."""
+    """How many trials to draw. None: 16. A grid is run through once."""
     max_concurrent: int | Literal["auto"] = "auto"
-    """Trials at a time, at most; auto: as many as have room beside the reward pool."""
+    """At most this many trials at a time. auto: as many as have room beside the reward pool."""
     output_dir: str | None = None
-    """Folder of the sweep; None: runs/sweep-NAME."""
+    """Folder of the sweep. None: runs/sweep-NAME."""
     resume: bool = False
-    """Go on with the sweep in output_dir: finished trials stay, unfinished ones continue from their checkpoints, failed
+    """Go on with the sweep in output_dir: finished trials stay, unfinished ones go on from their checkpoints, failed
     ones are tried again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 done, 1 no trial finished, 2 a mistake in the settings, 130 interrupted."""
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     started = time.monotonic()
-    try:
-        arguments = tyro.cli(Arguments, args=argv, prog="python -m ctrl_ray.tune")
-        result = sweep(
-            arguments.file,
-            num_samples=arguments.num_samples,
-            max_concurrent=arguments.max_concurrent,
-            output_dir=arguments.output_dir,
-            resume=arguments.resume,
-        )
-    except InterruptedRunError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 130
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("CTRL_RAY_VERBOSE"):
-            raise
-        return 2 if isinstance(error, ValueError | FileExistsError) else 1
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m ctrl_ray.tune")
+    result = sweep(
+        arguments.file,
+        num_samples=arguments.num_samples,
+        max_concurrent=arguments.max_concurrent,
+        output_dir=arguments.output_dir,
+        resume=arguments.resume,
+    )
     print(f"\nreport   {result.report}")
     if result.best is None:
         print("error: no trial finished; their errors are in the table", file=sys.stderr)
-        return 1
+        return command.FAILED
     print(f"best     trial {result.best.name}\nadapter  {result.adapter}")
     print(f"time     {(time.monotonic() - started) / 60:.1f} minutes")
     return 0

@@ -10,20 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
-from ctrl_ray.errors import ConfigError, CtrlRayError
-from ctrl_ray.exact.problems import (
-    ComponentReward,
-    GaussianReward,
-    LogisticReward,
-    Mixture,
-    Reward,
-    Sampler,
-)
-from ctrl_ray.exact.suite import PROBLEMS, Case, all_cases, default_cases, named_case
+from ctrl_ray import command
+from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ctrl_ray.exact.problems import Mixture, Reward
+    from ctrl_ray.exact.suite import Case
     from ctrl_ray.verification.cases import ReachedLaw
     from ctrl_ray.verification.table import CaseResult
 
@@ -37,62 +29,66 @@ _OF_ONE_PROBLEM = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Train on problems whose answer is known, through the installed stack, and compare what is reached with it."""
+    """Train on problems with a known answer, with the code that trains image pipelines, and compare the results with
+    the answers."""
 
     problem: Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension"] | None = None
-    """One problem, with the flags below. Default: the Gaussian, the logistic and the two-controls problem."""
+    """Run one problem, which the flags below can change. Default: the Gaussian, the logistic and the two-controls
+    problem."""
     all: bool = False
-    """Every problem and every estimator (about half an hour on two cores)."""
+    """Run every problem and every estimator (about half an hour on two cores)."""
     means: tuple[float, ...] | None = None
     """Means of the mixture's components."""
     stds: tuple[float, ...] | None = None
-    """Their standard deviations."""
+    """Standard deviations of the components."""
     weights: tuple[float, ...] | None = None
-    """Their weights; normalised."""
+    """Weights of the components. They are normalised."""
     reward_slope: float | None = None
     """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x)."""
     reward_target: float | None = None
     """gaussian, dimension, two-controls: the reward is log N(target; x, reward_std²)."""
     reward_std: float | None = None
-    """See reward_target."""
+    """Standard deviation in that reward."""
     guidance_strength: tuple[float, ...] | None = None
     """gamma, one for each control."""
     kl_coef: float | None = None
-    """beta; the target's exponent is gamma / beta."""
+    """beta. The target's exponent is gamma / beta."""
     num_steps: int | None = None
     """Denoising steps."""
     eta: float | None = None
-    """DDIM stochasticity; below 1 the sampler remembers its initial noise, and the target is missed."""
+    """DDIM stochasticity. Below 1 the sampler remembers its initial noise and misses the target."""
     dimension: int | None = None
-    """Independent coordinates, the first of them with the reward (two-controls: the first two)."""
+    """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two)."""
     estimator: EstimatorName | None = None
     """Gradient estimator."""
     estimator_steps: int = 0
-    """last_k: steps that are swept; adjoint_matching: steps that are matched (0: all)."""
+    """last_k: how many of the last steps have a gradient. adjoint_matching: how many steps are matched (0 means
+    all)."""
     latent_reduction: Literal["sum", "mean"] | None = None
-    """'mean' shows what dividing the KL by the dimension does."""
+    """'mean' shows what happens when the KL is divided by the dimension."""
     num_updates: int | None = None
     """Optimizer updates."""
     batch_size: int | None = None
     """Trajectories per update."""
     learning_rate: float | None = None
-    """Peak learning rate of the pushes, in standard deviations of a step; fewer steps need larger pushes."""
+    """Peak learning rate of the pushes, in standard deviations of a step. Fewer steps need larger pushes."""
     seed: int = 0
-    """Keys every random draw."""
+    """Seed of every random draw."""
     error_budget: bool = False
     """Split the distance to the true conditional into its causes, on the logistic problem with a fitted classifier."""
     labels: int = 300
-    """--error-budget: labelled samples that the classifier is fitted on."""
+    """With --error-budget: how many labelled samples the classifier is fitted on."""
     pipeline: Literal["shapes"] | None = None
-    """Compare a fine-tuned image pipeline with rejection samples, class by class, instead of solving problems."""
+    """Instead of solving problems, compare a fine-tuned image pipeline with rejection samples, class by class."""
     adapter: str | None = None
-    """--pipeline: adapter to judge, trained with guidance_strength = kl_coef. None: train one (about an hour)."""
+    """With --pipeline: the adapter to judge, trained with guidance_strength = kl_coef. None: train one (about an
+    hour)."""
     num_samples: int = 2048
-    """--pipeline: samples of each class, on each side."""
+    """With --pipeline: samples of each class, on each side."""
     json: bool = False
-    """Print the numbers of each case's coordinate 0 as JSON and nothing else."""
+    """Print only JSON: the numbers of each case's coordinate 0."""
     output_dir: str = "runs/verify"
-    """Where the pictures and results.json are written."""
+    """Folder of the pictures and results.json."""
     num_workers: int = 2
     """Workers that share every batch."""
     use_gpu: bool = False
@@ -108,6 +104,8 @@ class VerifyOptions:
         if self.all and (self.problem or self._changes()):
             raise ConfigError("--all runs every problem as it is; leave out --problem and its flags")
         if self._changes() and not self.problem:
+            from ctrl_ray.exact.suite import PROBLEMS
+
             raise ConfigError(
                 f"{', '.join('--' + name.replace('_', '-') for name in self._changes())} belong to one problem; give "
                 f"--problem, one of {', '.join(PROBLEMS)}"
@@ -115,6 +113,8 @@ class VerifyOptions:
 
     def cases(self) -> list[Case]:
         """What is to be run."""
+        from ctrl_ray.exact.suite import all_cases, default_cases, named_case
+
         if self.problem:
             return [self._changed(named_case(self.problem))]
         return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
@@ -123,6 +123,8 @@ class VerifyOptions:
         return [name for name in _OF_ONE_PROBLEM if getattr(self, name) is not None]
 
     def _changed(self, case: Case) -> Case:
+        from ctrl_ray.exact.problems import Mixture, Sampler
+
         problem = case.problem
         sampler = Sampler(
             num_steps=_first(self.num_steps, problem.sampler.num_steps), eta=_first(self.eta, problem.sampler.eta)
@@ -162,6 +164,8 @@ class VerifyOptions:
         )
 
     def _reward(self, reward: Reward, mixture: Mixture) -> Reward:
+        from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward
+
         if isinstance(reward, GaussianReward):
             return GaussianReward(_first(self.reward_target, reward.target), _first(self.reward_std, reward.std))
         if isinstance(reward, LogisticReward):
@@ -216,6 +220,7 @@ def verify_problems(options: VerifyOptions) -> bool:
 
 def verify_error_budget(options: VerifyOptions) -> bool:
     """Split the distance to the true conditional into its causes; returns whether all links were measured."""
+    from ctrl_ray.exact.suite import named_case
     from ctrl_ray.verification.error_budget import budget_cases, error_budget, format_budget, plot_budget
 
     folder = Path(options.output_dir)
@@ -278,15 +283,15 @@ def _first(given: Any, default: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 every bar met, 1 a bar missed or the run failed, 2 a mistake in the flags."""
-    try:
-        options = tyro.cli(
-            Annotated[VerifyOptions, tyro.conf.arg(name="")], args=argv, prog="python -m ctrl_ray.verify"
-        )
-        return 0 if verify(options) else 1
-    except CtrlRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    import tyro
+
+    options = tyro.cli(Annotated[VerifyOptions, tyro.conf.arg(name="")], args=argv, prog="python -m ctrl_ray.verify")
+    return 0 if verify(options) else command.FAILED
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class ClusterWait:
         config: The run; `scaling.placement_timeout_s` bounds a wait.
         say: Gets the lines.
         waits: Whether something of the run waits for resources now; None: `group_waits`.
-        patience_s: A wait is not spoken of before.
+        patience_s: Seconds before the first message about a wait.
         every_s: Seconds between two lines of one wait.
     """
 

@@ -17,27 +17,28 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlConfig:
-    """One control y: its classes, who measures it, and how hard it pulls."""
+    """One control y: its classes, what measures it, and how hard it pulls."""
 
     guidance_strength: float = 1.0
-    """gamma: the exponent of p(y|x,c) in the target p_pre(x|c) p(y|x,c)^gamma. Higher: more accurate, more KL, less
-    diverse. With kl_coef = 1 it is the exponent itself; in general the exponent is guidance_strength / kl_coef."""
+    """gamma, how hard this control pulls. The target is p_pre(x|c) p(y|x,c)^(guidance_strength / kl_coef), so with
+    kl_coef = 1 it is the exponent itself. Higher: more accurate, more KL, less diverse."""
     oracle: str | None = None
-    """Who measures the true value of an image: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle' (a function from
-    a PIL image to a number). None: no oracle; then accuracy after training can only be judged by a classifier."""
+    """What measures the true value of an image: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle' (a function
+    from a PIL image to a number). None: nothing does; then only a classifier can judge the accuracy after training."""
     thresholds: tuple[float, ...] = ()
-    """Ascending class borders of a measured number: class i is [thresholds[i-1], thresholds[i]). Empty: the data
+    """Class borders of a measured number, ascending: class i is [thresholds[i-1], thresholds[i]). Empty: the data
     column already holds integer labels."""
     classes: tuple[str, ...] = ()
-    """Class names; their number is the number of classifier outputs. Empty with thresholds: names are made from them."""
+    """Class names, one for each output of the classifier. Empty with thresholds: the names are made from the
+    thresholds."""
     unit: str = ""
-    """Unit of the measured number, for figures ('bytes')."""
+    """Unit of the measured number, such as 'bytes'. Pictures show it."""
     column: str | None = None
-    """Column of the offline data set; None: the control's name."""
+    """Column of the offline data set. None: the control's name."""
     classifier: str | None = None
-    """Folder of a fitted classifier; None: stage 1 fits one from `data` first."""
+    """Folder of a fitted classifier. None: stage 1 fits one from `data`."""
     label_weights: tuple[float, ...] = ()
-    """Label law in training: relative weight of each class. Empty: uniform."""
+    """How often training draws each class, as relative weights. Empty: all classes equally often."""
 
     def __post_init__(self) -> None:
         _require(
@@ -89,27 +90,28 @@ class ClassifierConfig:
     """'cnn' (small convolutional network), 'clip:NAME_OR_FOLDER' (head on a CLIP vision tower), or
     'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
     prompt_conditional: bool = False
-    """Give the classifier the prompt as well: needed when y depends on the prompt given the image."""
+    """Give the classifier the prompt too. It needs the prompt when y depends on it even for a given image."""
     epochs: int = 12
-    """Passes over the fitting split; the epoch with the lowest NLL on the selection split is kept."""
+    """Passes over the fitting split. The epoch with the lowest negative log-likelihood on the selection split is
+    kept."""
     learning_rate: float = 2e-3
-    """Peak of the one-cycle schedule (AdamW)."""
+    """Peak learning rate of the one-cycle schedule (AdamW)."""
     weight_decay: float = 0.01
     """AdamW weight decay of the network."""
     batch_size: int = 128
-    """Images per optimizer step, over all workers."""
+    """Images per optimizer update, over all workers."""
     max_images: int | None = None
-    """Use at most this many rows of the data set; None: all."""
+    """Use at most this many rows of the data set. None: all."""
     num_pipeline_samples: int = 0
-    """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle: they are what the reward will
-    be asked about. Needs an oracle for the control."""
+    """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle, because the reward will
+    judge images of this kind. The control needs an oracle for it."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of the rows for fitting, choosing the epoch, and temperature scaling."""
+    """Shares of the rows for fitting, for choosing the epoch, and for temperature scaling."""
     decode: bool = True
-    """Pass every image through the pipeline's VAE first (and measure its label again when there is an oracle), because
-    the reward only ever sees decoded images."""
+    """Pass every image through the pipeline's VAE first, and measure its label again where there is an oracle. The
+    reward sees only decoded images."""
     num_workers: int = 1
-    """Ray Train workers."""
+    """Ray Train workers that fit the classifier."""
 
     def __post_init__(self) -> None:
         _require(
@@ -128,20 +130,22 @@ class ClassifierConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
-    """The reverse process the policy is trained for. The guarantee holds for these values only; they are exported."""
+    """The sampler that the policy is trained for. The guarantee holds for these values only; the adapter stores
+    them."""
 
     num_steps: int = 10
-    """Denoising steps; UNet calls per sample grow linearly with it."""
+    """Denoising steps. The denoiser calls per sample grow in proportion."""
     eta: float = 1.0
-    """DDIM stochasticity. 1 is (nearly) memoryless, as the theory needs; 0 has no density and is refused with a KL."""
+    """DDIM stochasticity. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
+    refused with a KL, because its steps have no density."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance of the prompt; 1.0 = off, anything else doubles the UNet's work."""
+    """Classifier-free guidance of the prompt. 1.0 switches it off; any other value doubles the denoiser's work."""
     control_scale: float | None = None
-    """A separate scale for the label direction (three UNet branches); None: prompt and label share guidance_scale."""
+    """A guidance scale for the label alone (three denoiser branches). None: prompt and label share guidance_scale."""
     reference_steps: int = 0
-    """The last so many denoising steps are taken by the pre-trained model, as a fixed part of the reward. The noise of
-    the last step or two is so small that any deviation there costs a large KL and gains nothing; 1 makes training
-    far better conditioned. Sampling does the same."""
+    """The pre-trained model takes this many of the last denoising steps, in training and in sampling. They are a
+    fixed part of the reward. The last step or two have so little noise that any deviation there costs a large KL and
+    gains nothing; 1 makes training far better conditioned."""
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1")
@@ -157,11 +161,11 @@ class LoraConfig:
     """Low-rank adaptation of the denoiser's attention projections."""
 
     rank: int = 8
-    """Rank of every update; trainable parameters grow linearly with it."""
+    """Rank of each layer's low-rank matrices. The number of trainable parameters grows in proportion."""
     alpha: float = 8.0
-    """The update is scaled by alpha / rank."""
+    """The product of the low-rank matrices is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names (endings) of the linear layers that get an update."""
+    """Names, or endings of names, of the layers that get LoRA."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora rank is {self.rank}; expected at least 1")
@@ -172,13 +176,15 @@ class EstimatorConfig:
     """How the gradient of the objective is estimated (`ctrl_ray.gradients.estimators`)."""
 
     name: Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"] = "full"
-    """'full': exact. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the same
-    optimum with less variance, nothing goes back through the policy. 'last_k': cheap and biased. 'reinforce': for
-    rewards without a gradient; needs group_size >= 2 and large batches."""
+    """'full': exact. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the
+    same optimum with less variance; no gradient goes back through the policy. 'last_k': cheap and biased.
+    'reinforce': for rewards without a gradient; it needs group_size >= 2 and large batches."""
     steps: int = 0
-    """last_k: how many steps are swept (0: 1). adjoint_matching: how many are matched (0: all); fewer are cheaper."""
+    """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
+    (0 means all); fewer are cheaper."""
     full_probability: float = 0.3
-    """random_suffix: probability of sweeping the whole trajectory; higher: less variance, more denoiser calls."""
+    """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
+    denoiser calls."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
@@ -193,26 +199,26 @@ class OptimizerConfig:
     """AdamW or SGD, with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """'sgd' has momentum and one moment instead of two; its step is proportional to the gradient, so that it does not
-    amplify rounding as AdamW does: for comparisons, and where memory is short."""
+    """'sgd' keeps one moment (momentum) instead of two. Its step is proportional to the gradient, so it does not
+    amplify rounding errors as AdamW does. Use it for comparisons, and where memory is short."""
     momentum: float = 0.9
-    """sgd: decay of its momentum."""
+    """sgd: decay of the momentum."""
     learning_rate: float = 1e-3
-    """LoRA (with full_finetune: the whole denoiser)."""
+    """Peak learning rate of LoRA (with full_finetune: of the whole denoiser)."""
     embedding_learning_rate: float = 1e-2
-    """Control embedding tables; they start at zero and may move faster."""
+    """Peak learning rate of the control embeddings. They start at zero and may move faster."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; biases the optimum towards the pre-trained model without being part of the KL."""
+    """Decoupled weight decay. It pulls the optimum towards the pre-trained model, but is not part of the KL."""
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
     beta2: float = 0.99
-    """Decay of AdamW's second moment; runs are short, so it forgets faster than the usual 0.999."""
+    """Decay of AdamW's second moment. Runs are short, so it forgets faster than with the usual 0.999."""
     gradient_clipping: float = 5.0
-    """Clip the global gradient norm at this value; 0 = off."""
+    """Clip the global gradient norm at this value. 0 switches clipping off."""
     warmup_updates: int = 2
-    """Linear warm-up."""
+    """The learning rate rises linearly over this many updates."""
     final_learning_rate_fraction: float = 0.1
-    """Cosine decay ends at this fraction of the peak; 1.0 = constant."""
+    """The learning rate falls along a cosine to this fraction of its peak. 1.0: it stays constant."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; expected a number in [0, 1)")
@@ -228,42 +234,43 @@ class RewardPoolConfig:
     """The Ray actors that decode latents and answer log p(y|x,c) with its gradient."""
 
     num_actors: int = 1
-    """Actors that the pool starts with; 0 computes rewards inside each training worker."""
+    """Actors at the start. 0: there is no pool, and each training worker computes its own rewards."""
     min_actors: int | None = None
-    """The pool never shrinks below this; None: num_actors."""
+    """The pool never shrinks below this number. None: num_actors."""
     max_actors: int | None = None
-    """The pool never grows above this; None: num_actors. Leave room for them: a grown pool takes what is free."""
+    """The pool never grows above this number. None: num_actors. Leave room for them: a pool that grows takes what is
+    free."""
     grow_after_s: float = 5.0
-    """Add an actor when requests have waited behind busy actors for this long without a break."""
+    """Add an actor when requests have waited for busy actors for this long without a break."""
     shrink_after_s: float = 60.0
-    """Stop an actor when not all actors have had work at any moment of this time."""
+    """Stop an actor when there have been fewer open requests than actors for this long without a break."""
     cpus_per_actor: float = 1.0
     """CPUs (fractions allowed) that Ray reserves for an actor."""
     threads_per_actor: int | None = None
-    """torch threads of an actor on the CPU; None: cpus_per_actor, rounded up."""
+    """torch threads of an actor on the CPU. None: cpus_per_actor, rounded up."""
     gpus_per_actor: float = 0.0
-    """GPUs (fractions allowed) that Ray reserves for an actor; several actors then share one."""
+    """GPUs that Ray reserves for an actor. With a fraction, several actors share one GPU."""
     placement: Literal["pack", "spread"] = "pack"
-    """'pack' is Ray's default, which fills a node to half before it takes the next; 'spread' puts actors on as many
-    nodes as there are, so that a lost node takes fewer of them along."""
+    """'pack' is Ray's default: half of a node is filled before the next one is used. 'spread' distributes the actors
+    over all nodes, so that a lost node takes fewer of them along."""
     node_resource: str | None = None
-    """Custom Ray resource that a node must have to get an actor, such as one given to CPU nodes only, to keep the pool
-    off GPU nodes; each actor takes 0.001 of it. None: any node."""
+    """Put actors only on nodes that have this custom Ray resource; each actor takes 0.001 of it. Give it to CPU
+    nodes only, and the pool stays off GPU nodes. None: any node."""
     deterministic: bool = True
-    """One request is one forward pass, so that a repeated run is bitwise equal on CPU; False: requests that wait
-    together share one, within the two limits below."""
+    """Each request gets its own forward pass, so that a repeated run is bitwise equal on the CPU. False: requests
+    that wait together share one, within the two limits below."""
     max_batch_size: int = 64
-    """Samples that requests of several workers may have together to share a forward pass (deterministic=False)."""
+    """With deterministic False: the most samples that share a forward pass."""
     max_batch_delay_s: float = 0.005
-    """Longest time that a request waits for others to share its forward pass (deterministic=False)."""
+    """With deterministic False: the longest time that a request waits for others to share its forward pass."""
     max_pending_per_worker: int = 4
-    """Unanswered requests that one worker may have; its next submit waits. The object store then never holds more than
-    workers × this many requests and answers. Two are enough to overlap rollout and scoring."""
+    """A worker with this many unanswered requests waits before it submits another. The object store thus never holds
+    more than workers × this many requests and answers. Two are enough to overlap rollout and scoring."""
     timeout_s: float = 300.0
-    """An actor that works on one request for longer is replaced and the request goes to another actor; without another
-    one it fails with an error instead of hanging the workers."""
+    """An actor that works on one request for longer than this is replaced, and another actor gets the request.
+    Without another actor the request fails with an error; the workers do not hang."""
     decode_chunk_size: int = 32
-    """Images decoded at a time: bounds the pool's memory, changes no result."""
+    """Images decoded at a time. It limits the pool's memory and changes no result."""
 
     def __post_init__(self) -> None:
         _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
@@ -291,39 +298,40 @@ class RewardPoolConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingConfig:
-    """Workers and how DeepSpeed shards over them."""
+    """The workers, and how DeepSpeed shards over them."""
 
     num_workers: int | Literal["auto"] = 1
-    """Ray Train workers; each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as the cluster
-    holds beside the reward pool and as divide the global batch, with a smaller micro-batch where that is needed."""
+    """Ray Train workers. Each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as fit
+    the cluster beside the reward pool and divide the global batch; the micro-batch gets smaller where necessary."""
     use_gpu: bool = False
-    """One GPU for each worker; False trains on CPU with gloo."""
+    """One GPU for each worker. False trains on the CPU with gloo."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: int | None = None
-    """torch threads of a worker on the CPU; None: cpus_per_worker, rounded up."""
+    """torch threads of a worker on the CPU. None: cpus_per_worker, rounded up."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
     zero3_persistence_threshold: int = 100_000
-    """ZeRO-3 keeps parameters of up to so many elements whole on every worker (all of LoRA's, as a rule): fewer gathers.
-    0 shards every one: least memory, slowest."""
+    """ZeRO-3 keeps parameters of at most this many elements whole on every worker (usually all of LoRA's), which
+    saves gathers. 0 shards every parameter: least memory, slowest."""
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
-    """What DeepSpeed keeps in CPU memory: moments and the update itself (ZeRO 1 to 3), and the parameter shards as well
-    (ZeRO-3). Slower; frees GPU memory."""
+    """What DeepSpeed keeps in CPU memory. 'optimizer': the moments, and the update runs there too (ZeRO 1 to 3).
+    'optimizer_and_parameters': the parameter shards as well (ZeRO-3). Slower, but frees GPU memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more forward per step."""
     max_failures: int = 3
-    """Restarts from the last checkpoint after a lost worker before the run gives up."""
+    """How many times the run restarts from its last checkpoint after it has lost a worker, before it gives up."""
     min_workers: int | None = None
-    """Elastic: go on with as few as so many workers when nodes are lost, and grow back to num_workers when they return;
-    the global batch and its samples stay the same. None: always num_workers."""
+    """Elastic training: when nodes are lost, go on with as few workers as this; when nodes return, grow back to
+    num_workers. The global batch and its samples stay the same. None: always num_workers."""
     resize_check_s: float = 60.0
-    """Elastic: seconds between looks whether the group can grow; growing goes back to the last checkpoint."""
+    """Elastic training: seconds between two checks whether the group can grow. When it grows, it goes back to the
+    last checkpoint."""
     placement_timeout_s: float = 1800.0
-    """End the run (it can be resumed) when workers or reward actors have waited for machines for this long, so that the
-    machines that did come are not paid for in vain."""
+    """End the run (you can resume it) when workers or reward actors have waited for machines for this long, so that
+    you do not pay for machines that arrived while others are still missing."""
 
     def __post_init__(self) -> None:
         _require(
@@ -378,24 +386,24 @@ class EvaluationConfig:
     """How a policy is judged: by the oracle on decoded samples, never by the classifier that was the reward."""
 
     every_updates: int = 10
-    """Evaluate (and checkpoint) after this many updates; 0: only at the end."""
+    """Updates between two evaluations; each also writes a checkpoint. 0: evaluate only at the end."""
     num_samples: int = 128
-    """Samples of an evaluation during training; the best of them decides which checkpoint is exported."""
+    """Samples of each evaluation during training. The best evaluation decides which checkpoint is exported."""
     final_num_samples: int = 512
-    """Samples of the evaluation before and after, in the report."""
+    """Samples of the evaluations before and after training, which the report shows."""
     batch_size: int = 128
-    """Samples rolled out at a time."""
+    """Samples drawn at a time."""
     prompts_file: str | None = None
-    """Prompts to evaluate on (one a line); None: the training prompts with seeds never used in training."""
+    """File of prompts to evaluate on, one per line. None: the training prompts, with seeds that training never uses."""
     seed: int = 1_000_003
-    """Seed of the evaluation's noise; training never uses it."""
+    """Seed of the evaluation's noise. Training never uses it."""
     asynchronous: bool = False
-    """Evaluate checkpoints in a Ray task of their own while training goes on (it needs num_cpus and num_gpus more than
-    workers and pool have); False: the workers evaluate between two updates."""
+    """Evaluate checkpoints in a Ray task of their own while training goes on. It needs num_cpus and num_gpus in
+    addition to what workers and pool have. False: the workers evaluate between two updates."""
     num_cpus: float = 1.0
-    """CPUs that Ray reserves for an asynchronous evaluation; also its torch threads, rounded up."""
+    """CPUs that Ray reserves for an asynchronous evaluation. It has as many torch threads, rounded up."""
     num_gpus: float = 0.0
-    """GPUs (fractions allowed) of an asynchronous evaluation; 0: it runs on the CPU."""
+    """GPUs (fractions allowed) of an asynchronous evaluation. 0: it runs on the CPU."""
 
     def __post_init__(self) -> None:
         _require(self.num_cpus >= 0, f"evaluation.num_cpus is {self.num_cpus}; expected 0 or more")
@@ -407,7 +415,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One run of the main job. Presets are functions that return one (`ctrl_ray.config.presets`)."""
+    """All settings of one run. A preset is a function that returns them (`ctrl_ray.config.presets`)."""
 
     output_dir: str = "runs/shapes"
     """Where the run is written (see the README's 'where the results lie')."""
@@ -416,54 +424,56 @@ class TrainConfig:
     base_revision: str | None = None
     """Hub revision of base_model."""
     controls: dict[str, ControlConfig] = field(default_factory=dict)
-    """The controls by name; several compose."""
+    """The controls by name. Several can be combined."""
     data: str | None = None
-    """Offline data set (Parquet file or folder) for stage 1; 'shapes' draws it."""
+    """Offline data set for stage 1, a Parquet file or folder. 'shapes': the images of the built-in example are
+    drawn."""
     num_drawn_images: int = 6000
-    """With data = 'shapes': how many images are drawn."""
+    """With data 'shapes': how many images are drawn."""
     prompts_file: str | None = None
-    """Prompts to train on, one a line; None: the data set's prompt column, or the shapes prompts."""
+    """File of prompts to train on, one per line. None: the prompt column of the data set, or the prompts of the
+    built-in example."""
     seed: int = 0
-    """Keys every random draw together with (update, sample id, purpose)."""
+    """Seed of every random draw, together with (update, sample id, purpose)."""
     num_updates: int = 60
     """Optimizer updates."""
     global_batch_size: int = 64
     """Trajectories per update, over all workers."""
     micro_batch_size_per_worker: int = 32
-    """Trajectories a worker holds at a time; the reward of one is scored while the next is rolled out."""
+    """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled."""
     group_size: int = 1
-    """So many consecutive samples share prompt and label; the estimator 'reinforce' compares them with each other."""
+    """This many consecutive samples share prompt and label. The estimator 'reinforce' compares them with each other."""
     kl_coef: float = 1.0
     """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
     latent_reduction: Literal["sum", "mean"] = "sum"
-    """KL over latent dimensions: 'sum' is the method's; 'mean' is the public reference code's, whose exponent depends
-    on the number of latent dimensions."""
+    """How the KL is reduced over latent dimensions. 'sum' is the method's. 'mean' is the public reference code's;
+    its exponent depends on the number of latent dimensions."""
     control_dropout: float = 0.1
-    """Share of samples whose label is null (strength 0), so that the policy without a label stays the reference."""
+    """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference."""
     target_kl: float | None = None
-    """Stop early when the KL of an evaluation exceeds this many nats; the best checkpoint below it is exported."""
+    """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported."""
     full_finetune: bool = False
-    """Train every weight of the denoiser instead of LoRA; keeps a frozen copy as the reference."""
+    """Train every weight of the denoiser instead of LoRA. A frozen copy stays in memory as the reference."""
     init_adapter: str | None = None
-    """Adapter folder to go on from; a control it does not have is added to it."""
+    """Adapter folder to go on from. A control that it does not have is added to it."""
     checkpoint_every_updates: int = 10
-    """A crash loses at most this many updates."""
+    """Updates between two checkpoints. A crash loses at most this many."""
     num_checkpoints_to_keep: int = 2
-    """Latest and best checkpoints kept on disk."""
+    """How many checkpoints stay on disk: the latest and the best."""
     export_images: int = 8
     """Images per class in the report and in Aim."""
     aim: bool = True
-    """Write the metrics and images to an Aim repository under output_dir as well."""
+    """Also write the metrics and images to an Aim repository under output_dir."""
     aim_repo: str | None = None
     """Another Aim repository: a folder that no other process writes to, or aim://HOST:PORT of a tracking server."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Reverse process."""
+    """The sampler that the policy is trained for."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     """Gradient estimator."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """Optimizer."""
     rewards: RewardPoolConfig = field(default_factory=RewardPoolConfig)
     """Reward pool."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -471,7 +481,7 @@ class TrainConfig:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """Stage 1."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Judging."""
+    """How the policy is judged."""
 
     def __post_init__(self) -> None:
         _require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")

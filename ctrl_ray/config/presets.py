@@ -37,7 +37,7 @@ _EVERY_LAYER = (
 
 
 def shapes() -> TrainConfig:
-    """The embedded default: a small pipeline of ours, controlled by the JPEG-size class; minutes on two CPU cores."""
+    """The built-in example, and the default: a small pipeline, controlled by its JPEG-size class. Minutes on two CPU cores."""
     return TrainConfig(
         output_dir="runs/shapes",
         base_model=embedded.NAME,

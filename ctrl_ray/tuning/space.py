@@ -36,19 +36,24 @@ _DRAWS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A sweep as its file describes it."""
+    """What a sweep varies and what it looks for; a sweep file says the same.
+
+    from ray import tune
+    values = {"kl_coef": tune.loguniform(0.5, 2.0), "controls.jpeg_size.guidance_strength": tune.uniform(1.0, 6.0)}
+    space = Space(name="mine", values=values, metric=("accuracy",), mode=("max",))
+    """
 
     name: str
     values: Mapping[str, Any]
-    """Dotted config path to a Ray Tune distribution or grid; a plain value is the same for all trials."""
+    """Dotted path of a setting → a Ray Tune distribution or grid. A plain value is the same for all trials."""
     metric: tuple[str, ...] = ("accuracy",)
-    """What is best; the first one chooses the best trial, more than one need a search that knows them."""
+    """What makes a trial good. The first one chooses the best trial; more than one need a `search` that knows them."""
     mode: tuple[str, ...] = ("max",)
     """"max" or "min" for each metric."""
     preset: str = DEFAULT_PRESET
     """Name of a preset, or path of a run's config.json."""
     points: tuple[Mapping[str, Any], ...] = ()
-    """Trials to run first, whatever is drawn; settings that a point leaves out are drawn."""
+    """Trials to run before any drawn ones. Settings that a point leaves out are drawn."""
     scheduler: Callable[[], Any] | None = None
     """Makes a Ray Tune scheduler, such as ASHA over `updates_done`."""
     search: Callable[..., Any] | None = None
