@@ -33,16 +33,22 @@ class GaussianSolution:
     """The best policy of fixed variance."""
 
 
-def solve_gaussian(problem: Problem) -> GaussianSolution:
-    """Riccati recursion for a one-component mixture and a Gaussian reward on coordinate 0.
+def is_gaussian(problem: Problem, coordinate: int = 0) -> bool:
+    """Whether one coordinate of a problem has a closed form: a one-component mixture and a Gaussian reward."""
+    return len(problem.mixture.means) == 1 and isinstance(problem.rewards[coordinate], GaussianReward)
 
-    With affine steps x' = A x + B + σ z and the quadratic value −P x²/2 + q x + r, the best mean is
-    (A x + B + q σ²/β) / (1 + P σ²/β). Raises ConfigError for another kind of problem.
+
+def solve_gaussian(problem: Problem, coordinate: int = 0, *, controlled_from: int = 0) -> GaussianSolution:
+    """Riccati recursion for one coordinate of a problem (`is_gaussian`).
+
+    controlled_from: the optimum leaves the steps before it to the reference (what `last_k` can reach). With affine steps
+    x' = A x + B + σ z and the quadratic value −P x²/2 + q x + r, the best mean is (A x + B + q σ²/β) / (1 + P σ²/β).
+    Raises ConfigError for another kind of problem.
     """
-    reward = problem.rewards[0]
-    if len(problem.mixture.means) != 1 or not isinstance(reward, GaussianReward):
+    reward = problem.rewards[coordinate]
+    if not is_gaussian(problem, coordinate) or not isinstance(reward, GaussianReward):
         raise ConfigError(f"problem {problem.name} is not Gaussian: it needs one component and a Gaussian reward")
-    strength, beta = problem.guidance_strengths[0], problem.kl_coef
+    strength, beta = problem.guidance_strengths[coordinate], problem.kl_coef
     affine = []
     for step in reference_chain(problem.mixture, problem.sampler):
         at_0, at_1 = step.mean(np.array([0.0, 1.0]))
@@ -50,9 +56,10 @@ def solve_gaussian(problem: Problem) -> GaussianSolution:
     base_mean, base_variance = _moments(affine, [(1.0, 0.0)] * len(affine))
     curvature, slope = strength / reward.std**2, strength * reward.target / reward.std**2
     policies = []
-    for scale, offset, std in reversed(affine):
-        shrink = 1 / (1 + curvature * std**2 / beta)
-        policies.append((shrink, shrink * slope * std**2 / beta))
+    for step_index, (scale, offset, std) in reversed(list(enumerate(affine))):
+        gain = std**2 / beta if step_index >= controlled_from else 0.0
+        shrink = 1 / (1 + curvature * gain)
+        policies.append((shrink, shrink * slope * gain))
         curvature, slope = curvature * shrink, slope * shrink
         slope = scale * (slope - curvature * offset)
         curvature = scale**2 * curvature

@@ -1,4 +1,4 @@
-"""What `ctrl_ray.shapes.make` writes about its stages: `training.json` and `training.png`."""
+"""What `ctrl_ray.shapes.make` writes about its stages: `training.json`, and `training.png` among the pictures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(each) for each in pixels]
 
 
-def plot(output_dir: Path, pictures: list[Image.Image], measured: dict[str, np.ndarray]) -> None:
-    """Write `training.png`: the loss of each stage, samples, and how the two controls are spread over the samples."""
+def plot(output_dir: Path, file: Path, pictures: list[Image.Image], measured: dict[str, np.ndarray]) -> None:
+    """Draw the loss of each stage (from `output_dir`), samples, and how the two controls are spread over them."""
     figures_of = json.loads((output_dir / "training.json").read_text())
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
     for axis, name in zip(axes[0], ("vae", "unet", "recogniser"), strict=True):
@@ -45,7 +45,8 @@ def plot(output_dir: Path, pictures: list[Image.Image], measured: dict[str, np.n
             axis.axvline(threshold, color="black", linewidth=1)
         axis.set(title=f"{name} of samples, with quartiles", xlabel=UNITS[name])
     figure.tight_layout()
-    figure.savefig(output_dir / "training.png", dpi=70)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=70)
     pyplot.close(figure)
 
 

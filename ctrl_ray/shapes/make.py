@@ -45,6 +45,12 @@ def main() -> None:
     """Run the stages that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--pictures-dir",
+        type=Path,
+        default=FOLDER.parents[1] / ".github" / "pictures",
+        help="training.png is written there",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--num-images", type=int, default=20_000)
@@ -302,7 +308,7 @@ def make_figures(args: argparse.Namespace) -> dict[str, Any]:
         prompt: [round(float(value)) for value in np.percentile(sizes, (25, 50, 75))]
         for prompt, sizes in by_prompt.items()
     }
-    plot(args.output_dir, pictures, measured)
+    plot(args.output_dir, args.pictures_dir / "training.png", pictures, measured)
     return figures
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid, total_variation
 from ctrl_ray.exact.suite import Bar, Case
+from ctrl_ray.exact.witness import check_against_riccati
 from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
 
 QUANTITIES = ("mean", "std", "p_positive", "kl", "objective", "tv_to_optimum")
@@ -61,10 +62,14 @@ class CaseResult:
 def verify_case(
     case: Case, means: Mapping[int, np.ndarray], earlier: Sequence[Mapping[int, np.ndarray]]
 ) -> list[CaseResult]:
-    """Solve the case exactly, propagate the policy's kernels on the same grid, and compare, coordinate by coordinate."""
+    """Solve the case exactly, propagate the policy's kernels on the same grid, and compare, coordinate by coordinate.
+
+    ConfigError where the grid is too coarse for the problem (`check_against_riccati`).
+    """
     verified = []
     for coordinate in case.coordinates:
         solution = solve_on_grid(case.problem, coordinate, controlled_from=case.controlled_from)
+        check_against_riccati(case.problem, coordinate, solution, controlled_from=case.controlled_from)
         reached = policy_answer(case.problem, solution.grid, list(means[coordinate]), coordinate)
         before = [policy_answer(case.problem, solution.grid, list(look[coordinate]), coordinate) for look in earlier]
         rows = tuple(_row(case, coordinate, solution, reached, before, name) for name in QUANTITIES)

@@ -14,7 +14,8 @@ from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.gaussian import solve_gaussian
 from ctrl_ray.exact.grid import make_grid, make_kernel, policy_answer, solve_on_grid, total_variation
 from ctrl_ray.exact.problems import ComponentReward, GaussianReward, Mixture, Problem, Sampler
-from ctrl_ray.exact.suite import TWO_MODES, component, gaussian, logistic
+from ctrl_ray.exact.suite import TWO_MODES, component, gaussian, logistic, two_controls
+from ctrl_ray.exact.witness import check_against_riccati
 from tests.unit.exact.quadrature import solve_by_quadrature
 
 
@@ -46,6 +47,21 @@ def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
         one, other = getattr(closed, name), getattr(grid, name)
         assert (other.mean, other.std) == pytest.approx((one.mean, one.std), abs=1e-3), name
         assert (other.kl, other.objective) == pytest.approx((one.kl, one.objective), abs=4e-3), name
+
+
+def test_the_second_witness_sees_every_gaussian_coordinate_and_a_grid_that_is_too_coarse() -> None:
+    """Also where only the last steps are controlled; a grid of 60 bins is caught, and so is an answer to something else."""
+    problem = dataclasses.replace(two_controls().problem, sampler=Sampler(num_steps=6))
+    assert check_against_riccati(problem, 0, solve_on_grid(problem, 0, 600))
+    assert not check_against_riccati(problem, 1, solve_on_grid(problem, 1, 60)), "a logistic reward has no closed form"
+    turned = dataclasses.replace(problem, rewards=problem.rewards[::-1], guidance_strengths=(2.0, 1.0))
+    assert check_against_riccati(turned, 1, solve_on_grid(turned, 1, 600))
+    last = solve_on_grid(problem, 0, 600, controlled_from=4)
+    assert check_against_riccati(problem, 0, last, controlled_from=4)
+    with pytest.raises(ConfigError, match=r"disagree on the optimum .*, where 0\.\d+ is allowed"):
+        check_against_riccati(problem, 0, last)
+    with pytest.raises(ConfigError, match=r"on a grid of 60 bins of 0.2\d+, .* by the Riccati recursion.*too coarse"):
+        check_against_riccati(problem, 0, solve_on_grid(problem, 0, 60))
 
 
 def test_mixture_has_the_published_answers() -> None:

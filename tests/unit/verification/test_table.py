@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.grid import Solution, make_grid, solve_on_grid
 from ctrl_ray.exact.problems import Problem, Sampler
-from ctrl_ray.exact.suite import Case, all_cases, default_cases, logistic
+from ctrl_ray.exact.suite import Case, all_cases, default_cases, gaussian, logistic
+from ctrl_ray.verification import table
 from ctrl_ray.verification.error_budget import (
     CAUSES,
     ErrorBudget,
@@ -70,8 +72,8 @@ def test_the_optimum_meets_every_bar_and_the_reference_does_not(
     assert not bad.passed
     missed = {row.quantity for row in bad.rows if not row.passed}
     assert missed == {"mean", "std", "p_positive", "objective", "tv_to_optimum"}
-    table = format_table([good, bad])
-    assert table.count("MISSED") == 5 and "log Z" in table
+    printed = format_table([good, bad])
+    assert printed.count("MISSED") == 5 and "log Z" in printed
     assert machine_summary(good)["tv_to_optimum"] == 0 < machine_summary(good)["tv_to_target"]
     assert plot_densities(tmp_path / "d.png", [good, bad]).is_file()
     left, right = figures["d.png"].axes
@@ -84,6 +86,17 @@ def test_the_optimum_meets_every_bar_and_the_reference_does_not(
         ):
             density = np.stack([solution.grid.centres, law / solution.grid.width], axis=1)
             np.testing.assert_allclose(line(axis, label), density, atol=1e-9)
+
+
+def test_an_answer_that_the_riccati_recursion_contradicts_is_not_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    t1 = gaussian()
+    short = dataclasses.replace(t1, problem=dataclasses.replace(t1.problem, sampler=Sampler(num_steps=2)))
+    chain = reference_chain(short.problem.mixture, short.problem.sampler)
+    means = {0: np.array([step.mean(make_grid(short.problem, NUM_BINS).centres) for step in chain])}
+    assert len(verify_case(short, means, [])) == 1
+    monkeypatch.setattr(table, "solve_on_grid", functools.partial(solve_on_grid, num_bins=60))
+    with pytest.raises(ConfigError, match="T1 gaussian, coordinate 0: the two exact solvers disagree"):
+        verify_case(short, means, [])
 
 
 def test_sets_of_cases_have_unique_titles_and_bars() -> None:
