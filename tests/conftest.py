@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.tiers import tier_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,6 +43,8 @@ def _prepare_environment() -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MPLBACKEND": "Agg",
+        # Bounds for every Ray that a test, or a command that it runs, starts without saying more.
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(300 * 2**20),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
@@ -71,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's folder is its mark; GPU tests are skipped where there is none."""
+    """A test's folder is its mark, it has one tier, and GPU tests are skipped where there is none."""
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     has_cuda = _has_cuda()
     for item in items:
@@ -80,6 +84,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(_TESTS).parts[0]
         if folder in _FOLDER_MARKS:
             item.add_marker(folder)
+        try:
+            tier_of(mark.name for mark in item.iter_markers())
+        except ValueError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from None
         if item.get_closest_marker("gpu") and not has_cuda:
             item.add_marker(skip_gpu)
 

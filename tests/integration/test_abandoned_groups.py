@@ -51,7 +51,9 @@ def _held() -> set[str]:
 def test_a_dead_controller_leaves_no_group_however_late_it_asked() -> None:
     others = _held()
     trial = _Trial.remote()
+    limit = time.monotonic() + 60
     while ray.get(trial.count.remote()) < 3:
+        assert time.monotonic() < limit, "the controller asks for nothing"
         time.sleep(0.05)
     living = give_back_abandoned_groups()
     assert living >= 3 and len(_held() - others) >= living  # what a living controller has is left to it

@@ -9,8 +9,10 @@ import pytest
 
 from tests.clusters import Head, growing_head
 
+pytestmark = pytest.mark.full
+
 _WAITS = """
-import sys
+import sys, time
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.cluster.autoscaler import growth
 from ctrl_ray.cluster.resources import check_cluster
@@ -39,12 +41,14 @@ with connected():
     print("LOCAL FOLDER", refusal(check_shared, config(2), RunFolder(sys.argv[1])))
     group = placement_group([{"CPU": 50}])
     short = ClusterWait(config(2, limit=3), lambda line: None, patience_s=1)
-    while (text := refusal(short.poll)) is None: pass
+    limit = time.monotonic() + 60
+    while (text := refusal(short.poll)) is None and time.monotonic() < limit: time.sleep(0.1)
     print("ENDS", text)
     ray.util.remove_placement_group(group)
     group = placement_group([{"CPU": 2}, {"CPU": 2}], strategy="STRICT_SPREAD")
     wait = ClusterWait(config(2), lambda line: print("SAYS", line, flush=True), patience_s=0, every_s=2)
-    while not ray.wait([group.ready()], timeout=0.3)[0]:
+    limit = time.monotonic() + 180
+    while not ray.wait([group.ready()], timeout=0.3)[0] and time.monotonic() < limit:
         wait.poll()
     print("PLACED", ray.cluster_resources()["CPU"])
 """

@@ -27,7 +27,7 @@ import yaml
 from botocore.client import BaseClient
 
 # The one resource of the template that moto's CloudFormation does not know; cfn-lint does.
-pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS..EC2..SecurityGroupEgress")
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore:Tried to parse AWS..EC2..SecurityGroupEgress")]
 
 ROOT = Path(__file__).resolve().parents[2]
 REGION = "us-west-2"

@@ -111,6 +111,7 @@ def test_the_figures_are_those_of_the_rows_that_were_held_out(
     assert (classifier.control, classifier.image_size, classifier.base_model) == ("size", 32, config.base_model)
 
 
+@pytest.mark.full
 def test_two_workers_fit_the_same_classifier_as_one(result: FitResult, config: TrainConfig, tmp_path: Path) -> None:
     """Gradients are summed over the same batches; what is left is the order of float32 additions over 30 updates."""
     two = replace(config, classifier=replace(config.classifier, num_workers=2))
@@ -129,6 +130,7 @@ def test_an_existing_classifier_is_not_overwritten(result: FitResult, config: Tr
         fit_classifier(config, "size", output_dir=result.folder, sample_pipeline=NoiseSampler())
 
 
+@pytest.mark.full
 def test_an_error_on_a_worker_reaches_the_user_as_it_is(config: TrainConfig, tmp_path: Path) -> None:
     short = replace(config, num_drawn_images=20, classifier=replace(config.classifier, epochs=1))
     with pytest.raises(DataError, match=f"gave {NUM_SAMPLES // 2} samples where {NUM_SAMPLES} were asked for"):

@@ -31,20 +31,19 @@ from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.tracking import read_metrics
-from ctrl_ray.rewards.client import PooledRewards
-from ctrl_ray.rewards.local import LocalPendingRewards, LocalRewards
-from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+from ctrl_ray.rewards.local import LocalPendingRewards
+from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.protocol import PendingRewards
 from tests.integration.elastic import read_rows
-from tests.integration.test_train import base_config  # noqa: F401
+from tests.integration.faulty import Faulty
 from tests.registered import registered_updates
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("ray_session")]
 Rows = list[Row]
 
 
 @pytest.fixture
-def config(base_config: TrainConfig) -> TrainConfig:  # noqa: F811
+def config(base_config: TrainConfig) -> TrainConfig:
     """Two workers, six updates of two micro-batches, a checkpoint after every second one, evaluated at the end only."""
     return dataclasses.replace(
         base_config,
@@ -86,39 +85,6 @@ def _updates_done(folder: Path) -> list[int]:
     with contextlib.suppress(OSError, json.JSONDecodeError):  # being written or removed
         return sorted(json.loads(file.read_text())["updates_done"] for file in files)
     return []
-
-
-@dataclasses.dataclass(frozen=True)
-class _Faulty:
-    """Rewards beside which something breaks on one worker, in the middle of an update."""
-
-    rewards: PooledRewards | RewardModelSpec
-    rank: int
-    request: int
-    """Counted from 0 in that worker's process."""
-    fault: Callable[[PendingRewards], PendingRewards]
-
-    def for_worker(self, rank: int) -> _FaultyRewards:
-        """What the worker calls."""
-        if isinstance(self.rewards, RewardModelSpec):
-            return _FaultyRewards(LocalRewards(load_reward_model(self.rewards)), self, rank)
-        return _FaultyRewards(self.rewards.for_worker(rank), self, rank)
-
-
-class _FaultyRewards:
-    def __init__(self, rewards: Any, plan: _Faulty, rank: int) -> None:
-        self._rewards, self._plan, self._rank, self._requests = rewards, plan, rank, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rewards, name)
-
-    def submit(self, *arguments: Any) -> PendingRewards:
-        """As the rewards do, but for one request of one rank."""
-        pending = self._rewards.submit(*arguments)
-        if (self._rank, self._requests) == (self._plan.rank, self._plan.request):
-            pending = self._plan.fault(pending)
-        self._requests += 1
-        return pending
 
 
 def _kill_once(marker: Path) -> Callable[[PendingRewards], PendingRewards]:
@@ -165,11 +131,12 @@ def _fill_once(disk: Path) -> Callable[[PendingRewards], PendingRewards]:
 def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, tmp_path: Path) -> None:
     """SIGKILL: the run goes on from the last checkpoint by itself, to the very adapter and moments it would have had."""
     rank, request = random.SystemRandom().randrange(2), random.SystemRandom().randrange(2 * config.num_updates)
+    print(f"worker {rank} is killed at its request {request}")
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=1))
     marker = tmp_path / "it_was_killed"
     left = []
     with rewards_of(config) as rewards:
-        for name, client in (("whole", rewards), ("killed", _Faulty(rewards, rank, request, _kill_once(marker)))):
+        for name, client in (("whole", rewards), ("killed", Faulty(rewards, rank, request, _kill_once(marker)))):
             trained, rows = _train(config, tmp_path / name, client)
             assert trained.updates_done == config.num_updates
             adapter = export_adapter(trained, tmp_path / name / "adapter")
@@ -193,7 +160,7 @@ def test_a_nan_in_one_micro_batch_stops_all_workers_before_the_step(config: Trai
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=3))
     updates: list[int] = []
     with rewards_of(_local(config)) as spec:
-        poisoned = _Faulty(spec, rank=1, request=2 * 3 + 1, fault=_poison(tmp_path, 2))
+        poisoned = Faulty(spec, rank=1, request=2 * 3 + 1, fault=_poison(tmp_path, 2))
     with pytest.raises(NonFiniteError, match="update 3, micro-batch 1 on rank 1"):  # updates count from 0 here
         _train(config, tmp_path, poisoned, updates.append)
     assert updates == [1, 2, 3]  # the fourth update was not made, and no update was made again
@@ -230,7 +197,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_
     filler = small_disk / "filler"
     with rewards_of(config) as spec:
         with pytest.raises(CheckpointError, match=r"could not be written to .*[Nn]o space left.*--resume"):
-            _train(config, small_disk, _Faulty(spec, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
+            _train(config, small_disk, Faulty(spec, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
         assert filler.exists()
         good = _checkpoints(small_disk)[-1]
         state, progress = read_checkpoint(good)
@@ -242,7 +209,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_
     assert trained.updates_done == 6
 
 
-@pytest.mark.slow
 def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None:
     """SIGKILL of the command: the same command with --resume does the rest."""
     folder = tmp_path / "run"
@@ -266,7 +232,6 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
 
 
-@pytest.mark.slow
 def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConfig, tmp_path: Path) -> None:
     """Two workers, one, two again: in every update the same eight samples, and the losses of a fixed group."""
     config = dataclasses.replace(
@@ -302,7 +267,6 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
         assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)
 
 
-@pytest.mark.slow
 def test_a_spot_notice_leaves_a_checkpoint_before_the_node_goes(config: TrainConfig, tmp_path: Path) -> None:
     """No checkpoint was due; the smaller group goes on with the update after the one in which the notice came."""
     config = dataclasses.replace(

@@ -35,6 +35,8 @@ from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.memory import allocated_peak, live_storages
 
+pytestmark = pytest.mark.full
+
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c"))}
 PROMPTS = ("a red circle", "a blue square")
 

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.integration import reward_pool_kills
+
+pytestmark = pytest.mark.full
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,6 +17,8 @@ from ctrl_ray.distributed.method import make_method
 from ctrl_ray.policy.build import build_policy
 from tests.integration.sharding import Case, PlainEngine, make_learner, run_cases
 
+pytestmark = pytest.mark.full
+
 STAGES = {f"stage{stage}": ScalingConfig(zero_stage=stage, zero3_persistence_threshold=0) for stage in (0, 1, 2, 3)}
 OFFLOADED = {
     "stage2-offloaded": ScalingConfig(zero_stage=2, offload="optimizer"),

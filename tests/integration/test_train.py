@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from ctrl_ray.policy.pipeline import load_base_pipeline
 from safetensors.torch import load_file
 
 import ctrl_ray
-from ctrl_ray.config import (
-    ClassifierConfig,
-    ControlConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LoraConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
+from ctrl_ray.config import ControlConfig, EstimatorConfig, TrainConfig
+from ctrl_ray.distributed.launch import run_training
+from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import InterruptedRunError
+from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.policy.build import build_policy
 from ctrl_ray.reporting.tracking import read_metrics
+from ctrl_ray.rewards.protocol import PendingRewards
+from tests.classifiers import save_classifier
+from tests.integration.faulty import Faulty
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-@pytest.fixture(scope="session")
-def base_config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> TrainConfig:
-    """Six updates of eight trajectories, with a classifier fitted once for all tests."""
-    from ctrl_ray.driver.classifier import fit_classifier
-
-    config = TrainConfig(
-        base_model=str(tiny_pipeline),
-        data="shapes",
-        num_drawn_images=160,
-        num_updates=6,
-        global_batch_size=8,
-        micro_batch_size_per_worker=4,
-        checkpoint_every_updates=3,
-        controls={
-            "jpeg_size": ControlConfig(
-                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
-            )
-        },
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
-        scaling=ScalingConfig(max_failures=0),
-        evaluation=EvaluationConfig(every_updates=3, num_samples=8, final_num_samples=8, batch_size=8),
-        aim=False,
-    )
-    folder = tmp_path_factory.mktemp("classifier") / "jpeg_size"
-    fit_classifier(config, "jpeg_size", output_dir=folder, quiet=True)
-    control = dataclasses.replace(config.controls["jpeg_size"], classifier=str(folder))
-    return dataclasses.replace(config, controls={"jpeg_size": control})
 
 
 def _adapter(run: ctrl_ray.Run) -> dict[str, torch.Tensor]:
@@ -84,10 +57,23 @@ def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoints[-1] / "training_state.safetensors")
 
 
-def test_the_whole_run_and_its_files(base_config: TrainConfig, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> ctrl_ray.Run:
+    """Six updates and their evaluations, from end to end, with Aim."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(folder), aim=True))
+
+
+@pytest.fixture(scope="module")
+def one_update(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> ctrl_ray.Run:
+    """`_one_update` of one worker."""
+    folder = tmp_path_factory.mktemp("one_update") / "run"
+    return ctrl_ray.fit(dataclasses.replace(_one_update(base_config), output_dir=str(folder)))
+
+
+def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:
     """config → fine-tuning → adapter → report, with metrics for every update and Aim beside them."""
-    run = ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(tmp_path / "run"), aim=True))
-    assert {p.name for p in run.folder.iterdir()} >= {
+    assert {p.name for p in finished.folder.iterdir()} >= {
         "config.json",
         "classifier",
         "checkpoints",
@@ -96,69 +82,93 @@ def test_the_whole_run_and_its_files(base_config: TrainConfig, tmp_path: Path) -
         "report",
         "aim",
     }
-    summary = json.loads((run.folder / "report" / "summary.json").read_text())
+    summary = json.loads((finished.folder / "report" / "summary.json").read_text())
     for when in ("before", "after"):
         assert {"accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity", "num_samples"} <= summary[when].keys()
         assert summary[when]["num_samples"] == 8
     assert summary["before"]["kl"] == 0
     assert summary["after"]["kl"] > 0
-    rows = read_metrics(run.folder)
+    rows = read_metrics(finished.folder)
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [row["update"] for row in evaluations] == [0, 3, 6, 6]
     assert evaluations[0]["kl"] == 0  # policy = reference before the first update
-    moved = _adapter(run)["jpeg_size"]
+    moved = _adapter(finished)["jpeg_size"]
     assert moved[:-1].abs().max() > 0
     assert moved[-1].abs().max() == 0  # the null row
 
 
-def test_six_updates_equal_three_a_stop_and_three_more_bitwise(base_config: TrainConfig, tmp_path: Path) -> None:
+def test_six_updates_equal_some_a_stop_and_the_rest_bitwise(
+    finished: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parameters, moments and step count, with the pool in deterministic mode."""
-    whole = ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(tmp_path / "whole")))
     parts = dataclasses.replace(base_config, output_dir=str(tmp_path / "parts"))
-    _interrupt_after(tmp_path / "parts", update=2)
-    with pytest.raises(InterruptedRunError, match=r"after update \d of 6.*--resume"):
-        ctrl_ray.fit(parts)
+    with monkeypatch.context() as patch:
+        _interrupt_in_the_second_update(tmp_path, patch)
+        with pytest.raises(InterruptedRunError, match=r"after update \d of 6.*--resume"):
+            ctrl_ray.fit(parts)
     done = sorted(row["update"] for row in read_metrics(tmp_path / "parts") if row["kind"] == "update")
-    assert done[-1] < 6
+    assert 2 <= done[-1] < 6
     resumed = ctrl_ray.fit(parts, resume=True)
-    first, second = _latest_state(whole.folder), _latest_state(resumed.folder)
+    first, second = _latest_state(finished.folder), _latest_state(resumed.folder)
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert [row["update"] for row in read_metrics(tmp_path / "parts") if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
 
 
-def _interrupt_after(folder: Path, update: int) -> None:
-    """Send this process SIGINT, as Ctrl-C does, once the run has logged an update."""
+def _interrupt_in_the_second_update(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """This process gets SIGINT, as by Ctrl-C, while the worker waits in its second update, where nothing is due."""
+    from ctrl_ray.driver import stages
 
-    def watch() -> None:
+    waits, interrupted = folder / "waits", folder / "interrupted"
+    own = stages.rewards_of
+
+    @contextmanager
+    def rewards_that_wait(config: TrainConfig) -> Iterator[Faulty]:
+        with own(config) as rewards:
+            yield Faulty(rewards, rank=0, request=2, fault=functools.partial(_wait_until, waits, interrupted))
+
+    def interrupt() -> None:
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            metrics = folder / "metrics.jsonl"
-            if metrics.exists() and f'"update", "update": {update},' in metrics.read_text():
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-            time.sleep(0.02)
+        while not waits.exists():
+            if time.monotonic() > deadline:
+                return  # the test then says that nothing was interrupted
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.touch()
 
-    threading.Thread(target=watch, daemon=True).start()
+    patch.setattr(stages, "rewards_of", rewards_that_wait)
+    threading.Thread(target=interrupt, daemon=True).start()
 
 
-def test_four_workers_have_the_gradient_of_one(base_config: TrainConfig, tmp_path: Path) -> None:
-    """One update on 1 × 8 and 4 × 2 (gloo, ZeRO-1): 1e-4 relative L2 over all parameters, 1e-2 for every one.
+def _wait_until(waits: Path, interrupted: Path, pending: PendingRewards) -> PendingRewards:
+    waits.touch()
+    deadline = time.monotonic() + 120
+    while not interrupted.exists():
+        assert time.monotonic() < deadline, "nobody interrupted the run"
+        time.sleep(0.05)
+    time.sleep(2)  # until the driver's wish to stop has reached the channel; the run has four updates more
+    return pending
+
+
+@pytest.mark.full
+def test_four_workers_have_the_gradient_of_one(
+    one_update: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path
+) -> None:
+    """One update on 1 × 8 (two micro-batches) and 4 × 2 (gloo, ZeRO-1): 1e-4 relative L2 over all parameters, 1e-2 for
+    every one.
 
     test_sharding.py has two workers. One update, because Adam makes the rounding of tiny gradients into steps of full size.
     """
     short = _one_update(base_config)
-    states = []
-    for workers in (1, 4):
-        config = dataclasses.replace(
-            short,
-            output_dir=str(tmp_path / str(workers)),
-            micro_batch_size_per_worker=8 // workers,
-            scaling=dataclasses.replace(short.scaling, num_workers=workers),
-        )
-        states.append(_latest_state(ctrl_ray.fit(config).folder))
+    config = dataclasses.replace(
+        short,
+        output_dir=str(tmp_path / "four"),
+        micro_batch_size_per_worker=2,
+        scaling=dataclasses.replace(short.scaling, num_workers=4),
+    )
+    states = [_latest_state(one_update.folder), _latest_state(ctrl_ray.fit(config).folder)]
     # after one update the first moment is (1 - beta1) times the gradient
     names = [name for name in states[0] if name.startswith("exp_avg/")]
     one, several = (torch.cat([state[name].flatten() for name in names]) for state in states)
@@ -168,15 +178,15 @@ def test_four_workers_have_the_gradient_of_one(base_config: TrainConfig, tmp_pat
         assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
 
 
-def test_evaluations_beside_training_are_those_between_updates(base_config: TrainConfig, tmp_path: Path) -> None:
-    """Ray Train's asynchronous validation: the same figures at the same updates, their samples in Aim."""
+@pytest.mark.full
+def test_evaluations_beside_training_are_those_between_updates(
+    finished: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path
+) -> None:
+    """Ray Train's asynchronous validation: the same results at the same updates, their samples in Aim."""
+    evaluation = dataclasses.replace(base_config.evaluation, asynchronous=True)
+    config = dataclasses.replace(base_config, evaluation=evaluation, aim=True, output_dir=str(tmp_path / "beside"))
     evaluations = []
-    for asynchronous in (False, True):
-        evaluation = dataclasses.replace(base_config.evaluation, asynchronous=asynchronous)
-        config = dataclasses.replace(
-            base_config, evaluation=evaluation, aim=asynchronous, output_dir=str(tmp_path / str(asynchronous))
-        )
-        run = ctrl_ray.fit(config)
+    for run in (finished, ctrl_ray.fit(config)):
         rows = [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"]
         evaluations.append({row["update"]: row for row in rows[:-1]})  # the last one is the report's
     between, beside = evaluations
@@ -188,7 +198,7 @@ def test_evaluations_beside_training_are_those_between_updates(base_config: Trai
     import aim
     from aim.storage.context import Context
 
-    repo = aim.Repo.from_path(str(tmp_path / "True" / "aim"))
+    repo = aim.Repo.from_path(str(tmp_path / "beside" / "aim"))
     logged = repo.get_run(repo.list_all_runs()[0])
     names = {images["name"] for images in logged.collect_sequence_info("images")["images"]}
     assert names >= {"before", "after", "during", "curves", "samples_jpeg_size"}  # samples, and the report's pictures
@@ -198,15 +208,8 @@ def test_evaluations_beside_training_are_those_between_updates(base_config: Trai
     assert [len(at) for at in samples] == [8, 8, 8]  # two of each class, all eight samples
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adjoint_matching",
-        "reinforce",
-        pytest.param("last_k", marks=pytest.mark.slow),  # the sweep of `full` with another plan
-        pytest.param("random_suffix", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["adjoint_matching", "reinforce", "last_k", "random_suffix"])
 def test_an_image_pipeline_trains_with_every_estimator(name: str, base_config: TrainConfig, tmp_path: Path) -> None:
     """Chosen by configuration alone: the control table has a gradient, its null row has none."""
     config = dataclasses.replace(
@@ -215,31 +218,30 @@ def test_an_image_pipeline_trains_with_every_estimator(name: str, base_config: T
         estimator=EstimatorConfig(name=name, steps=2 if name != "random_suffix" else 0),  # type: ignore[arg-type]
         output_dir=str(tmp_path / "run"),
     )
-    moments = _latest_state(ctrl_ray.fit(config).folder)
+    with rewards_of(config) as rewards:
+        run_training(train_job(preflight(config), rewards), config.output_dir, "run", lambda row: None)
+    moments = _latest_state(tmp_path / "run")
     gradient = moments["exp_avg/controls.tables.jpeg_size.weight"]
     assert bool(torch.isfinite(gradient).all()) and float(gradient[:-1].norm()) > 0
     assert float(gradient[-1].norm()) == 0
 
 
-def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: Path) -> None:
+def test_init_adapter_adds_a_second_control(one_update: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path) -> None:
     """The first control's table is where the adapter left it; the new control's rows have moved."""
-    from ctrl_ray.driver.classifier import fit_classifier
-
     short = _one_update(base_config)
-    first = ctrl_ray.fit(dataclasses.replace(short, output_dir=str(tmp_path / "first")))
     second_control = ControlConfig(oracle="colourfulness", thresholds=(30.0,), guidance_strength=1.0)
     config = dataclasses.replace(
         short,
         output_dir=str(tmp_path / "second"),
-        init_adapter=str(first.adapter),
+        init_adapter=str(one_update.adapter),
         controls={"colourfulness": second_control},
     )
-    fit_classifier(config, "colourfulness", output_dir=tmp_path / "colour", quiet=True)
+    save_classifier(tmp_path / "colour", "colourfulness", second_control)
     config = dataclasses.replace(
         config, controls={"colourfulness": dataclasses.replace(second_control, classifier=str(tmp_path / "colour"))}
     )
     second = ctrl_ray.fit(config)
-    before, after = _adapter(first), _adapter(second)
+    before, after = _adapter(one_update), _adapter(second)
     assert torch.equal(before["jpeg_size"], after["jpeg_size"])
     assert after["colourfulness"][:-1].abs().max() > 0
     assert json.loads((tmp_path / "second" / "adapter" / "adapter.json").read_text())["controls"].keys() == {
@@ -248,12 +250,26 @@ def test_init_adapter_adds_a_second_control(base_config: TrainConfig, tmp_path: 
     }
 
 
-def test_full_finetuning_exports_a_denoiser_that_loads(base_config: TrainConfig, tmp_path: Path) -> None:
-    """Every weight trained; the adapter holds a whole UNet in the diffusers format."""
+@pytest.mark.full
+def test_full_finetuning_exports_the_denoiser_that_was_trained(base_config: TrainConfig, tmp_path: Path) -> None:
+    """AdamW's first step of every weight by hand, and the pipeline draws with the weights that it led to."""
     config = dataclasses.replace(_one_update(base_config), output_dir=str(tmp_path / "full"), full_finetune=True)
     run = ctrl_ray.fit(config)
-    pipe = ctrl_ray.ControlledPipeline.from_pretrained(str(run.adapter))
-    images = pipe(
-        "a red circle", controls={"jpeg_size": 1}, generator=torch.Generator().manual_seed(0), output_type="np"
-    ).images
-    assert images.shape == (1, 32, 32, 3)
+    start = build_policy(config).trainable_parameters()
+    exported = build_policy(dataclasses.replace(config, init_adapter=str(run.adapter))).trainable_parameters()
+    state, optimizer = _latest_state(run.folder), config.optimizer
+    assert exported.keys() == start.keys() and len(start) > 100
+    for name, weight in start.items():
+        rate = optimizer.embedding_learning_rate if name.startswith("controls.") else optimizer.learning_rate
+        gradient = state[f"exp_avg/{name}"] / (1 - optimizer.beta1)  # clipped
+        step = rate / (1 + optimizer.warmup_updates) * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(exported[name].detach(), weight.detach() - step, atol=1e-6, rtol=1e-5)
+
+    def draw(pipe: Any, **options: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle", generator=generator, output_type="np", **options).images
+
+    image = draw(ctrl_ray.ControlledPipeline.from_pretrained(str(run.adapter)), controls={"jpeg_size": 1})
+    before = draw(load_base_pipeline(config.base_model), num_inference_steps=3, eta=1.0, guidance_scale=1.0)
+    assert image.shape == before.shape == (1, 32, 32, 3)
+    assert 1e-3 < np.abs(image - before).max() < 0.5  # another image, but the same noise

@@ -16,12 +16,13 @@ import pytest
 from ray.util import placement_group_table
 
 import ctrl_ray
-from ctrl_ray.config import ClassifierConfig, ControlConfig, EvaluationConfig, LoraConfig, SamplerConfig, TrainConfig
+from ctrl_ray.config import EvaluationConfig, TrainConfig
 from ctrl_ray.config.json import to_json
-from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.tuning.trial import seconds_before
 from tests.registered import registered_updates
+
+pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTH = "controls.jpeg_size.guidance_strength"
@@ -48,25 +49,17 @@ def scheduler():  # sees the evaluation after two updates; of two trials the one
 
 
 @pytest.fixture
-def sweep_file(tiny_pipeline: Path, tmp_path: Path) -> Path:
+def sweep_file(base_config: TrainConfig, tmp_path: Path) -> Path:
     """A user's own sweep file, beside the config.json that its trials start from."""
-    config = TrainConfig(
-        base_model=str(tiny_pipeline),
-        data="shapes",
-        num_drawn_images=160,
+    config = dataclasses.replace(
+        base_config,
         num_updates=4,
-        global_batch_size=8,
         micro_batch_size_per_worker=8,
         checkpoint_every_updates=1,
-        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1380.0, 1400.0, 1420.0), unit="bytes")},
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
         evaluation=EvaluationConfig(every_updates=2, num_samples=8, final_num_samples=16, batch_size=16),
+        aim=True,
     )
-    fit_classifier(config, "jpeg_size", output_dir=tmp_path / "classifier", quiet=True)
-    control = dataclasses.replace(config.controls["jpeg_size"], classifier=str(tmp_path / "classifier"))
-    (tmp_path / "base.json").write_text(to_json(dataclasses.replace(config, controls={"jpeg_size": control})))
+    (tmp_path / "base.json").write_text(to_json(config))
     (tmp_path / "mine.py").write_text(SWEEP_FILE)
     return tmp_path / "mine.py"
 

@@ -13,6 +13,8 @@ from ray import tune
 
 from ctrl_ray.tuning.interruption import interruptible_tune
 
+pytestmark = pytest.mark.full
+
 
 def _trial(knobs: dict[str, str]) -> dict[str, bool]:
     began = Path(knobs["began"])
