@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ctrl_ray.policy.pipeline import load_base_pipeline
 from safetensors.torch import load_file
 
 import ctrl_ray
@@ -26,6 +25,7 @@ from ctrl_ray.distributed.launch import run_training
 from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import InterruptedRunError
 from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.rewards.protocol import PendingRewards
@@ -270,6 +270,6 @@ def test_full_finetuning_exports_the_denoiser_that_was_trained(base_config: Trai
         return pipe("a red circle", generator=generator, output_type="np", **options).images
 
     image = draw(ctrl_ray.ControlledPipeline.from_pretrained(str(run.adapter)), controls={"jpeg_size": 1})
-    before = draw(load_base_pipeline(config.base_model), num_inference_steps=3, eta=1.0, guidance_scale=1.0)
+    before = draw(load_backbone(config.base_model).load_pipeline(), num_inference_steps=3, eta=1.0, guidance_scale=1.0)
     assert image.shape == before.shape == (1, 32, 32, 3)
     assert 1e-3 < np.abs(image - before).max() < 0.5  # another image, but the same noise
