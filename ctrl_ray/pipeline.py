@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,33 +20,10 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.policy.protocol import Condition, Encoder, Inputs
-
-ControlValue = int | str | None
-
-
-def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
-    """Label of a class given by name, by index (also as text, '2'), or None for null.
-
-    Raises ConfigError that lists the classes.
-    """
-    if value is None:
-        return control.num_classes
-    if isinstance(value, str):
-        if value in control.class_names:
-            return control.class_names.index(value)
-        index = int(value) if value.isdecimal() else -1
-    else:
-        try:
-            index = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            index = -1
-    if not 0 <= index < control.num_classes:
-        classes = ", ".join(f"{i} = {class_name!r}" for i, class_name in enumerate(control.class_names))
-        raise ConfigError(f"class {value!r} of control {name!r} does not exist; expected one of {classes}, or None")
-    return index
 
 
 class SampledImages(NamedTuple):
@@ -155,26 +131,8 @@ class ControlledPipeline:
         self._progress = kwargs
 
     def labels(self, controls: Mapping[str, ControlValue | Sequence[ControlValue]] | None, num_prompts: int) -> Tensor:
-        """Labels (num_prompts, C) of named controls, each one class or one class per prompt; omitted ones are null.
-
-        Raises ConfigError for a control or class that the adapter does not have.
-        """
-        controls = dict(controls or {})
-        unknown = [name for name in controls if name not in self._control_configs]
-        if unknown:
-            raise ConfigError(f"unknown control {unknown[0]!r}; this adapter has {list(self._control_configs)}")
-        columns = []
-        for name, control in self._control_configs.items():
-            value = controls.get(name)
-            single = value is None or isinstance(value, str) or not hasattr(value, "__len__")
-            values: Sequence[Any] = [value] * num_prompts if single else value  # type: ignore[assignment]
-            if len(values) != num_prompts:
-                raise ConfigError(
-                    f"control {name!r} has {len(values)} classes for {num_prompts} prompts; give one for each, or one "
-                    "for all"
-                )
-            columns.append([class_index(name, control, one) for one in values])
-        return torch.tensor(columns, dtype=torch.long).reshape(-1, num_prompts).T
+        """Labels (num_prompts, C) of named controls (see `label_rows`); ConfigError for what the adapter does not have."""
+        return label_rows(controls or {}, self._control_configs, num_prompts)
 
     @torch.no_grad()
     def __call__(

@@ -87,7 +87,7 @@ def image_seed(seed: int, index: int) -> int:
 
 def parse_controls(arguments: Sequence[str], info: AdapterInfo) -> dict[str, int]:
     """Labels by control of 'NAME=CLASS' arguments; ConfigError for what the adapter does not have."""
-    from ctrl_ray.pipeline import class_index
+    from ctrl_ray.policy.control.labels import class_index
 
     labels: dict[str, int] = {}
     for argument in arguments:

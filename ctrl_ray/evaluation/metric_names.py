@@ -44,7 +44,7 @@ METRICS: dict[str, MetricDefinition] = {
     "update_s": MetricDefinition("wall-clock time of one update", "s", False),
     "rollout_s": MetricDefinition("time in sampling trajectories, per update", "s", False),
     "reward_wait_s": MetricDefinition("time waiting for the reward's answer, per update", "s", False),
-    "backward_s": MetricDefinition("time in the adjoint sweep, per update", "s", False),
+    "backward_s": MetricDefinition("time in the adjoint pass and the optimizer step, per update", "s", False),
     # Updates and evaluations.
     "kl": MetricDefinition(
         "KL divergence of the policy from the pre-trained model along the trajectory, summed over steps and latent "

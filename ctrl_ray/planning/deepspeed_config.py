@@ -14,7 +14,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """What `deepspeed.initialize` gets.
 
     - No fp16 and no bf16 section: trainable parameters are float32 and the policy chooses the precision of its frozen
-      backbone; loss scaling would compound along the sweep.
+      backbone; loss scaling would compound along the adjoint pass.
     - Accumulation is ours: one `backward` per denoising step, an explicit `step()`, and no division by the number of
       accumulation steps (it would be read back with the input gradient and compound).
     - `gradient_clipping` is always set; its default is 1.0 in recent releases.

@@ -27,7 +27,12 @@ _MAX_CONCURRENT_REQUESTS = 100_000  # the workers bound their requests themselve
 
 
 class RewardPool:
-    """The dispatcher and its actors; a context manager whose end stops them. Workers get `client()`."""
+    """The dispatcher and its actors; a context manager whose end stops them. Workers get `client()`.
+
+    with start_reward_pool(spec, RewardPoolConfig(num_actors=2)) as pool:
+        pending = pool.client().for_worker(0).submit(latents, prompts, labels, strengths)
+        answer = pending.result()  # log-probabilities, and their gradient at the latents
+    """
 
     def __init__(self, dispatcher: Any, config: RewardPoolConfig, controls: dict[str, int], given: Any) -> None:
         self.config = config

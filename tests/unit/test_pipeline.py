@@ -16,9 +16,10 @@ from torch import Tensor
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.pipeline import ControlledPipeline, class_index
+from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.control.labels import class_index
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from tests.policies import make_policy

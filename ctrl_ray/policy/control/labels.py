@@ -1,0 +1,61 @@
+"""Classes as people name them, as label columns."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import ControlConfig
+from ctrl_ray.errors import ConfigError
+
+ControlValue = int | str | None
+
+
+def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
+    """Label of a class given by name, by index (also as text, '2'), or None for null.
+
+    Raises ConfigError that lists the classes.
+    """
+    if value is None:
+        return control.num_classes
+    if isinstance(value, str):
+        if value in control.class_names:
+            return control.class_names.index(value)
+        index = int(value) if value.isdecimal() else -1
+    else:
+        try:
+            index = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            index = -1
+    if not 0 <= index < control.num_classes:
+        classes = ", ".join(f"{i} = {class_name!r}" for i, class_name in enumerate(control.class_names))
+        raise ConfigError(f"class {value!r} of control {name!r} does not exist; expected one of {classes}, or None")
+    return index
+
+
+def label_rows(
+    asked: Mapping[str, ControlValue | Sequence[ControlValue]], controls: Mapping[str, ControlConfig], num_prompts: int
+) -> Tensor:
+    """Labels (num_prompts, C) int64, a column for each of `controls`.
+
+    asked: one class per control, or one for each prompt; what is omitted or None is null. Raises ConfigError for a control
+    or class that there is not, and for another number of classes than prompts.
+    """
+    unknown = [name for name in asked if name not in controls]
+    if unknown:
+        raise ConfigError(f"unknown control {unknown[0]!r}; this adapter has {list(controls)}")
+    columns = []
+    for name, control in controls.items():
+        value = asked.get(name)
+        single = value is None or isinstance(value, str) or not hasattr(value, "__len__")
+        values: Sequence[Any] = [value] * num_prompts if single else value  # type: ignore[assignment]
+        if len(values) != num_prompts:
+            raise ConfigError(
+                f"control {name!r} has {len(values)} classes for {num_prompts} prompts; give one for each, or one for all"
+            )
+        columns.append([class_index(name, control, one) for one in values])
+    return torch.tensor(columns, dtype=torch.long).reshape(-1, num_prompts).T
