@@ -27,7 +27,7 @@ from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
-from ctrl_ray.rewards.protocol import Rewards
+from ctrl_ray.rewards.protocol import Rewards, require_gradient
 from ctrl_ray.runs.copies import FolderCopy, folder_here
 
 
@@ -69,6 +69,7 @@ def _train(job: TrainJob) -> None:
     rank = set_up_process(config)
     method = job.make_method(config)
     learner, first_update = _build_learner(job, rank)
+    require_gradient(learner.rewards, config.estimator.name, method.needs_cotangent)
     progress: dict[str, Any] = {"updates_done": first_update}
     if first_update == 0 and config.evaluation.every_updates:
         if config.evaluation.asynchronous:
