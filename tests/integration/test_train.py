@@ -118,7 +118,8 @@ def test_six_updates_equal_some_a_stop_and_the_rest_bitwise(
 
 
 def _interrupt_in_the_second_update(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """This process gets SIGINT, as by Ctrl-C, while the worker waits in its second update, where nothing is due."""
+    """This process gets SIGINT, as by Ctrl-C, while the worker waits in its second update, where nothing is due. Request 0 is
+    the evaluation before the first update; an update has two."""
     from ctrl_ray.driver import stages
 
     waits, interrupted = folder / "waits", folder / "interrupted"
@@ -127,7 +128,7 @@ def _interrupt_in_the_second_update(folder: Path, patch: pytest.MonkeyPatch) -> 
     @contextmanager
     def rewards_that_wait(config: TrainConfig) -> Iterator[Faulty]:
         with own(config) as rewards:
-            yield Faulty(rewards, rank=0, request=2, fault=functools.partial(_wait_until, waits, interrupted))
+            yield Faulty(rewards, rank=0, request=4, fault=functools.partial(_wait_until, waits, interrupted))
 
     def interrupt() -> None:
         deadline = time.monotonic() + 300
