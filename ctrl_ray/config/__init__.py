@@ -360,6 +360,11 @@ class ScalingConfig:
         return self.threads_per_worker or max(1, math.ceil(self.cpus_per_worker))
 
     @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for a worker: CPUs, and one GPU where it has one."""
+        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    @property
     def fixed_num_workers(self) -> int:
         """num_workers as a number; ConfigError while it is still to be decided (`resolve_num_workers`)."""
         if isinstance(self.num_workers, int):

@@ -1,4 +1,4 @@
-"""Decisions that are values: the DeepSpeed dict, the learning rate, resources, the score, durations."""
+"""Decisions that are values: the DeepSpeed dict, the learning rate, resources, durations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from ctrl_ray.config import (
 )
 from ctrl_ray.distributed.checkpoints import assign_owners, read_checkpoint
 from ctrl_ray.distributed.engine import learning_rate_factor
-from ctrl_ray.distributed.launch import num_workers
-from ctrl_ray.distributed.rows import Stop
-from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.worker_group import num_workers
 from ctrl_ray.errors import ConfigError, ModelError, ResourceError, own_error
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.policy.adapter import shard_file
@@ -140,18 +138,6 @@ def test_resource_error_says_both_numbers() -> None:
     gpu = dataclasses.replace(config, scaling=ScalingConfig(num_workers=2, use_gpu=True))
     with pytest.raises(ResourceError, match=r"needs 2 GPUs.*has 1"):
         check_resources(gpu, {"CPU": 64.0, "GPU": 1.0}, "the cluster")
-
-
-def test_score_is_the_objective_and_refuses_too_much_kl() -> None:
-    """What 'best checkpoint' means: γ log p − kl_coef KL, by hand."""
-    strong = dataclasses.replace(CONFIG.controls["size"], guidance_strength=4.0)
-    config = dataclasses.replace(CONFIG, controls={"size": strong}, kl_coef=0.5)
-    assert evaluation_score({"log_prob/size": -0.5, "kl": 3.0}, config) == pytest.approx(4 * -0.5 - 0.5 * 3.0)
-    limited = dataclasses.replace(config, target_kl=2.0)
-    over, under = {"log_prob/size": -0.1, "kl": 3.0}, {"log_prob/size": -9.0, "kl": 1.0}
-    assert evaluation_score(over, limited) < UNSCORED < evaluation_score(under, limited)
-    assert exceeds_target_kl(limited, over) == Stop("target_kl", "KL 3.00 nats exceeds target_kl 2")
-    assert exceeds_target_kl(limited, under) is None and exceeds_target_kl(config, over) is None
 
 
 def test_own_error_is_found_behind_rays() -> None:
