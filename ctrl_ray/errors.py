@@ -29,7 +29,7 @@ class RewardError(CtrlRayError, RuntimeError):
 
 
 class NonFiniteError(CtrlRayError, FloatingPointError):
-    """A loss, gradient or reward became NaN or infinite; raised before the optimizer step."""
+    """A loss, gradient or reward became NaN or infinite; raised before the optimizer step, which is not made."""
 
 
 class RunFolderError(CtrlRayError, FileExistsError):

@@ -260,7 +260,17 @@ def note_taken(
     )
 
 
-# --- Ray Tune and Ray Data
+# --- Ray Train, Ray Tune and Ray Data
+
+
+def controller_callback() -> type:
+    """The class whose `after_controller_start` is called in the process of Ray Train's controller, before it asks for workers.
+
+    Leans on `ray.train.v2._internal.execution.callback.ControllerCallback`.
+    """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    return ControllerCallback
 
 
 def trials_of(results: tune.ResultGrid) -> list[Trial]:

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,10 @@ _WARM_UP = 0.25
 _GRADIENT_CLIPPING = 1.0
 
 
+def _say_nothing(line: str) -> None:
+    """For those who do not wait."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitJob:
     """What a worker needs to know; it travels from the driver."""
@@ -45,13 +49,8 @@ class FitJob:
     """Where the decoded examples go: storage that all workers share; None: a temporary folder of the only worker."""
     sample_pipeline: SamplePipeline | None = None
     on_bad_row: OnBadRow = "error"
-    say: Any = None
-    """Handle of an actor with `put(line)`, which the driver prints; None: say nothing."""
-
-    def tell(self, line: str) -> None:
-        """Say a line of progress."""
-        if self.say is not None:
-            ray.get(self.say.put.remote(line))
+    say: Callable[[str], None] = _say_nothing
+    """Sends a line of progress to the person who waits."""
 
 
 class Best(NamedTuple):
@@ -117,7 +116,7 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
         )
     if rank == 0:
         shares = torch.bincount(examples.labels, minlength=job.config.controls[job.control].num_classes)
-        job.tell(
+        job.say(
             f"classifier of {job.control}: {len(examples)} images ready in {time.monotonic() - start:.0f} s, "
             f"{', '.join(f'{count} for {name}' for name, count in counts.items())}; rows of each class "
             f"{shares.tolist()}"
@@ -163,7 +162,7 @@ class _Fitter:
             accuracy = float((logits.argmax(1) == labels).double().mean())
             left = (time.monotonic() - start) / epoch * (settings.epochs - epoch)
             if self.rank == 0:
-                self.job.tell(
+                self.job.say(
                     f"classifier of {self.job.control}: epoch {epoch}/{settings.epochs}, "
                     f"loss {total / num_batches:.4f}, selection NLL {nll:.4f}, accuracy {accuracy:.4f}, "
                     f"{left:.0f} s left"

@@ -9,7 +9,6 @@ import ray
 from ray.util import placement_group_table
 
 from ctrl_ray.cluster.autoscaler import Activity, activity
-from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ResourceError
 from ctrl_ray.ray_internals import actor_waits_for_process
@@ -22,7 +21,8 @@ class ClusterWait:
     """Tells people why nothing happens, and ends a wait that takes too long; poll it while a run may be waiting.
 
     Args:
-        config: The run; `scaling.placement_timeout_s` bounds a wait.
+        asked: CPUs and GPUs that the run asks for, for the message.
+        placement_timeout_s: The longest wait.
         say: Gets the lines.
         waits: Whether something of the run waits for resources now; None: `group_waits`.
         patience_s: Seconds before the first message about a wait.
@@ -31,17 +31,24 @@ class ClusterWait:
 
     def __init__(
         self,
-        config: TrainConfig,
+        asked: Mapping[str, float],
+        placement_timeout_s: float,
         say: Callable[[str], None],
         *,
         waits: Callable[[], bool] | None = None,
         patience_s: float = 8.0,
         every_s: float = 30.0,
     ) -> None:
-        self._config, self._say, self._waits = config, say, waits or group_waits
+        self._asked, self._placement_timeout_s = asked, placement_timeout_s
+        self._say, self._waits = say, waits or group_waits
         self._patience_s, self._every_s = patience_s, every_s
         self._since: float | None = None
         self._last_look = self._last_said = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there was no room at the last look."""
+        return self._since is not None
 
     def poll(self) -> None:
         """Cheap to call often. Raises ResourceError when a wait has lasted `scaling.placement_timeout_s`."""
@@ -55,11 +62,11 @@ class ClusterWait:
         if self._since is None:
             self._since, self._last_said = now, 0.0
         waited = now - self._since
-        if waited > self._config.scaling.placement_timeout_s:
+        if waited > self._placement_timeout_s:
             raise ResourceError(
                 f"{self._facts(waited)}. That is longer than scaling.placement_timeout_s "
-                f"({self._config.scaling.placement_timeout_s:g}), so the run ends instead of paying for what is there; go on "
-                "with --resume once there is room, or ask for less"
+                f"({self._placement_timeout_s:g}), so the run ends instead of paying for what is there; give the same command "
+                "again once there is room (train and tune: with --resume), or ask for less"
             )
         if waited >= self._patience_s and now - self._last_said >= self._every_s:
             self._last_said = now
@@ -69,7 +76,7 @@ class ClusterWait:
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
         return waiting_line(
             duration(waited),
-            needed_resources(self._config),
+            self._asked,
             nodes,
             ray.cluster_resources(),
             ray.available_resources(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from ctrl_ray.distributed.rows import Stop
+import ray
+
+from ctrl_ray.distributed.rows import Notice, Stop
 
 
 class MetricsChannel:
@@ -14,6 +17,7 @@ class MetricsChannel:
         self._rows: list[Any] = []
         self._stop: Stop | None = None
         self._failure: Exception | None = None
+        self._controller: Any = None
 
     def put(self, row: Any) -> Stop | None:
         """Add a row (of a run: a `rows.Row`); returns the stop that was requested, if there was one."""
@@ -37,3 +41,24 @@ class MetricsChannel:
     def failure(self) -> Exception | None:
         """That error, if there was one."""
         return self._failure
+
+    def introduce_controller(self, controller: Any) -> None:
+        """Ray Train's controller says who it is."""
+        self._controller = controller
+
+    def take_controller(self) -> Any:
+        """Its handle, if it has started, and forget it: the controller knows this actor, and two actors that hold each other
+        would live as long as Ray."""
+        controller, self._controller = self._controller, None
+        return controller
+
+
+@dataclass(frozen=True)
+class Notifier:
+    """Sends lines for the person who waits to the driver; it travels to workers that know nothing of rows."""
+
+    channel: Any
+    """MetricsChannel handle."""
+
+    def __call__(self, line: str) -> None:
+        ray.get(self.channel.put.remote(Notice(line)))

@@ -79,25 +79,27 @@ class PolicyEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, update: int) -> float:
-        """Average gradients over ranks, clip, update; returns the global gradient norm before clipping.
+        """Average gradients over ranks, clip, update; returns the global gradient norm before clipping (ZeRO-0: NaN).
 
-        NonFiniteError when the norm is not finite: the parameters are spoilt then, and no checkpoint must follow.
+        NonFiniteError on every rank, with nothing changed, when the norm is not finite on any of them.
         """
+        if self._config.scaling.zero_stage == 0 and not self._gradients_are_finite():
+            raise _not_finite(update)
         factor = learning_rate_factor(self._config, update)
         for group, rate in zip(self.engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.engine.step()
+        if not self.engine.was_step_applied():  # under ZeRO 1 to 3 DeepSpeed looks at the norm first
+            raise _not_finite(update)
         self._updates += 1
         norm = self.engine.get_global_grad_norm()
-        if norm is None:
-            return float("nan")
-        if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"update {update}: the gradient's norm is {float(norm)} though every cotangent was finite; lower "
-                "optimizer.learning_rate or guidance_strength, or use scaling.precision fp32. The last checkpoint is "
-                "from before this update"
-            )
-        return float(norm)
+        return float("nan") if norm is None else float(norm)
+
+    def _gradients_are_finite(self) -> bool:
+        """Of every rank, before they are averaged; collective. For ZeRO-0, where DeepSpeed would take any step."""
+        gradients = [p.grad for p in self.policy.trainable_parameters().values() if p.grad is not None]
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return float(all_reduce_sum(torch.tensor([float(not finite)], dtype=torch.float64))) == 0
 
     @property
     def learning_rate(self) -> float:
@@ -173,6 +175,13 @@ class PolicyEngine:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
         else:
             set_own_moment(parameter, moment, value)
+
+
+def _not_finite(update: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"update {update}: the gradient's norm is not finite though every cotangent was, so the update was not made; lower "
+        "optimizer.learning_rate or guidance_strength, or use scaling.precision fp32"
+    )
 
 
 def load_parameters(policy: TrainablePolicy, state: Mapping[str, Tensor]) -> None:

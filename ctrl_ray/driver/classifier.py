@@ -1,4 +1,4 @@
-"""Stage 1: fit p(y|x,c) under Ray Train and calibrate it. The driver's side; the workers' is `worker`."""
+"""Stage 1: fit p(y|x,c) under Ray Train and calibrate it. The driver's side; the workers' is `classifiers.worker`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ from typing import Any
 from ctrl_ray.classifiers.classifier import SETTINGS
 from ctrl_ray.classifiers.examples import SamplePipeline
 from ctrl_ray.classifiers.worker import FitJob, fit_worker
+from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.distributed.channel import Notifier
+from ctrl_ray.distributed.rows import Notice, Stopping
+from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.embedded import is_embedded
-from ctrl_ray.errors import ConfigError, ModelError, RunFolderError, own_error
+from ctrl_ray.errors import ConfigError, InterruptedRunError, ModelError, RunFolderError
 from ctrl_ray.offline.reading import OnBadRow, plan_reading
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.policy.backbones import load_backbone
@@ -52,7 +55,6 @@ def fit_classifier(
     overwrite: bool = False,
     quiet: bool = False,
     storage_path: str | None = None,
-    on_wait: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Fit and calibrate the classifier of one control of `config`, and write it into `output_dir`.
 
@@ -73,13 +75,14 @@ def fit_classifier(
         quiet: Print no progress.
         storage_path: Where the workers leave the classifier for this process to fetch (any path that pyarrow.fs opens),
             when they may run on hosts that do not have `output_dir`.
-        on_wait: Called about twice a second while the workers run.
 
     Raises:
         ConfigError: The control, its classes, or a combination of settings cannot be fitted.
         DataError, ModelError: The data set, or the pipeline, cannot be read.
         RunFolderError: `output_dir` already holds a classifier.
         NonFiniteError: The loss became NaN or infinite.
+        ResourceError: There was no room for the workers for `scaling.placement_timeout_s`.
+        InterruptedRunError: SIGINT or SIGTERM came; nothing of the fit is kept.
     """
     folder = Path(output_dir).expanduser().resolve()
     check_fit(config, control, sample_pipeline=sample_pipeline)
@@ -102,7 +105,8 @@ def fit_classifier(
         on_bad_row=on_bad_row,
     )
     try:
-        _run(job, storage_path or str(scratch), folder, quiet, on_wait)
+        with connected():
+            _run(job, storage_path or str(scratch), folder, quiet)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read_result(folder)
@@ -162,62 +166,32 @@ def _control(config: TrainConfig, control: str) -> ControlConfig:
     return config.controls[control]
 
 
-def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool, on_wait: Callable[[], None]) -> None:
-    import pyarrow.fs
-    import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool) -> None:
+    def on_row(row: Any) -> None:
+        match row:
+            case Notice() if not quiet:
+                print(row.text, flush=True)
+            case Stopping():
+                raise KeyboardInterrupt  # a fit that is not finished leaves nothing
 
-    lines = ray.remote(_Lines).options(num_cpus=0).remote()
-    scaling = job.config.scaling
-    trainer = TorchTrainer(
-        # not as train_loop_config, for which Ray Train's controller would import all that the job's class needs (7 s)
-        functools.partial(fit_worker, dataclasses.replace(job, say=lines)),
-        scaling_config=ScalingConfig(
-            num_workers=job.config.classifier.num_workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker=scaling.worker_resources,
-        ),
+    channel = new_channel()
+    group = WorkerGroup(
+        worker=functools.partial(fit_worker, dataclasses.replace(job, say=Notifier(channel))),
+        channel=channel,
+        scaling=job.config.scaling,
+        num_workers=job.config.classifier.num_workers,
+        storage_path=storage_path,
         # a name of its own: Ray Train would go on with an earlier fit of the same name
-        run_config=RunConfig(name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}", storage_path=storage_path),
+        run_name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}",
     )
-    result = _follow(trainer, lines, quiet, on_wait)
+    try:
+        result = run_workers(group, on_row)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"stopped; the classifier of {job.control} was not fitted, and nothing of the fit is kept. Give the same command "
+            "again (train and tune: with --resume)"
+        ) from None
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as written:
         shutil.copytree(written, folder, dirs_exist_ok=True)
-    filesystem: pyarrow.fs.FileSystem = result.filesystem
-    filesystem.delete_dir(result.path)
-
-
-class _Lines:
-    """An actor: what rank 0 has to tell, for the driver to print."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def put(self, line: str) -> None:
-        self._lines.append(line)
-
-    def drain(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
-
-
-def _follow(trainer: Any, lines: Any, quiet: bool, on_wait: Callable[[], None]) -> Any:
-    """Run the trainer in a thread and print the workers' lines meanwhile; raises the error that a worker meant."""
-    import ray
-
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(trainer.fit)
-        while True:
-            finished = wait([future], timeout=0.5).done
-            on_wait()
-            for line in ray.get(lines.drain.remote()):
-                if not quiet:
-                    print(line, flush=True)
-            if finished:
-                break
-    error = future.exception()
-    if error is not None:
-        raise own_error(error) or error
-    return future.result()
+    result.filesystem.delete_dir(result.path)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from ray.train import UserCallback
 
+from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.distributed.launch import TrainingResult, export_adapter, new_channel, run_training
+from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_training
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.distributed.worker_group import new_channel
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.evaluation.fidelity import choose_fidelity
@@ -60,14 +62,12 @@ def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline:
                 shutil.copytree(control.classifier, target, dirs_exist_ok=True)
             else:
                 wants_samples = checked.config.classifier.num_pipeline_samples > 0
-                wait = ClusterWait(checked.config, lambda line: print(line, flush=True))
                 fitted = fit_classifier(
                     checked.config,
                     name,
                     output_dir=target,
                     sample_pipeline=sample_pipeline if wants_samples else None,
                     storage_path=below(folder.storage_path, CHECKPOINTS) if not folder.is_local else None,
-                    on_wait=wait.poll,
                 )
                 folder.upload()
                 print(
@@ -93,8 +93,10 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
     if config.rewards.num_actors == 0:
         yield spec
         return
-    wait = ClusterWait(config, lambda line: print(line, flush=True), waits=lambda: pool_waits(config))
     limit = config.scaling.placement_timeout_s
+    wait = ClusterWait(
+        needed_resources(config), limit, lambda line: print(line, flush=True), waits=lambda: pool_waits(config)
+    )
     with start_reward_pool(spec, config.rewards, placement_timeout_s=limit, on_wait=wait.poll) as pool:
         yield pool.client()
 

@@ -10,9 +10,9 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from ctrl_ray.cluster.abandoned_groups import give_back_abandoned_groups
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.overrides import override
-from ctrl_ray.tuning.abandoned_groups import give_back_abandoned_groups
 from ctrl_ray.tuning.live_table import LiveTable
 from ctrl_ray.tuning.results.tracking import SweepTracker
 from ctrl_ray.tuning.results.trials import Status, SweepTrial, format_trials

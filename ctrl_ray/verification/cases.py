@@ -8,6 +8,7 @@ solver's grid, from which its law is computed without sampling.
 from __future__ import annotations
 
 import functools
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.launch import new_channel, run_workers
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
+from ctrl_ray.distributed.rows import Notice, Stopping
 from ctrl_ray.distributed.worker import set_up_process
+from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.exact.grid import make_grid
 from ctrl_ray.exact.suite import Case
 from ctrl_ray.gradients.rollout import policy_step
@@ -106,10 +109,10 @@ def train_cases(
                 on_progress(row.title, row.update, row.num_updates)
             case Reached():
                 on_reached(by_title[row.title], row.law)
-
-    def poll() -> None:
-        for row in ray.get(channel.drain.remote()):
-            on_row(row)
+            case Notice():
+                print(row.text, file=sys.stderr, flush=True)
+            case Stopping():
+                raise KeyboardInterrupt  # the workers would leave nothing to go on from
 
     spec = RewardModelSpec(base_model="analytic", classifiers={})
     with (
@@ -117,7 +120,17 @@ def train_cases(
         start_reward_pool(spec, pool_config, model=model) as pool,
     ):
         worker = functools.partial(_verify_worker, tuple(cases), scaling, pool.client(), channel)
-        run_workers(worker, TrainConfig(scaling=scaling), storage, channel, poll, on_row, run_name="verify")
+        group = WorkerGroup(
+            worker=worker,
+            channel=channel,
+            scaling=scaling,
+            num_workers=num_workers,
+            storage_path=storage,
+            run_name="verify",
+            max_failures=scaling.max_failures,
+            environment=worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads),
+        )
+        run_workers(group, on_row)
 
 
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:

@@ -26,9 +26,10 @@ from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
-from ctrl_ray.distributed.launch import new_channel, run_workers
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.worker import set_up_process
+from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.policy.build import build_policy
 from tests.integration.sharding import make_learner
@@ -90,17 +91,19 @@ def _measure(config: TrainConfig, workers: int, updates: int) -> dict[int, list[
     channel = new_channel()
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_benchmark_") as storage:
         arguments = {"configs": configs, "updates": updates, "channel": channel}
-        run_workers(
-            functools.partial(_work, arguments),
-            configs[0],
-            storage,
-            channel,
-            lambda: None,
-            lambda row: None,
+        group = WorkerGroup(
+            worker=functools.partial(_work, arguments),
+            channel=channel,
+            scaling=scaling,
+            num_workers=workers,
+            storage_path=storage,
             run_name="sharding",
+            environment=worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads),
         )
-    (times,) = ray.get(channel.drain.remote())
-    return dict(times)
+        rows: list[Any] = []
+        run_workers(group, rows.append)
+    (times,) = (row for row in rows if isinstance(row, dict))
+    return times
 
 
 def _work(arguments: dict[str, Any]) -> None:

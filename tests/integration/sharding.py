@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.checkpoints import read_checkpoint, write_checkpoint
-from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
+from ctrl_ray.distributed.engine import PolicyEngine, all_reduce_sum, load_parameters
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
+from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -42,6 +43,8 @@ class Case:
     """Name of the checkpoint that it goes on from."""
     save_after: int = 0
     """Updates after which it leaves a checkpoint of its own name; 0: none."""
+    poisoned: bool = False
+    """At the end it tries one more update, with a NaN in a parameter's gradient on the last rank."""
 
 
 def make_learner(config: TrainConfig, engine: Any, rank: Rank) -> Learner:
@@ -115,11 +118,28 @@ def _run_case(name: str, case: Case, folder: Path, rank: Rank) -> None:
             progress = {"updates_done": update + 1}
             write_checkpoint(engine, _info(config), progress, folder / name, rank.index, rank.size)
     left = engine.state()
+    refused = case.poisoned and _refuses_a_nan(learner, engine, left)
     if rank.index == 0:
+        left["refused"] = torch.tensor(float(refused))
         sharded = [p for p in policy.parameters() if hasattr(p, "ds_tensor") and not p.ds_persist]
         left["sharded"] = torch.tensor(float(len(sharded)))
         save_file(left, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
+def _refuses_a_nan(learner: Learner, engine: PolicyEngine, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every rank raises and no bit of the state changes; the NaN enters behind the cotangents, which are checked
+    before."""
+    rank, parameter = learner.rank, next(iter(engine.policy.trainable_parameters().values()))
+    if rank.index == rank.size - 1:
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    raised = 0.0
+    try:
+        make_method(learner.config).update(learner, learner.config.num_updates)
+    except NonFiniteError as error:
+        raised = float("the update was not made" in str(error))
+    everywhere = float(all_reduce_sum(torch.tensor([raised], dtype=torch.float64))) == rank.size
+    return everywhere and all(torch.equal(value, state[name]) for name, value in engine.state().items())
 
 
 def _info(config: TrainConfig) -> AdapterInfo:

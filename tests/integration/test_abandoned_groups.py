@@ -10,7 +10,7 @@ import ray
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from ctrl_ray.tuning.abandoned_groups import give_back_abandoned_groups
+from ctrl_ray.cluster.abandoned_groups import give_back_abandoned_groups
 
 
 @ray.remote(num_cpus=0)

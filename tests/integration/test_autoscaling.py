@@ -15,7 +15,7 @@ _WAITS = """
 import sys, time
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.cluster.autoscaler import growth
-from ctrl_ray.cluster.resources import check_cluster
+from ctrl_ray.cluster.resources import check_cluster, needed_resources
 from ctrl_ray.cluster.connection import connected
 from ctrl_ray.runs.folder import RunFolder
 from ctrl_ray.cluster.shared_storage import check_shared, several_hosts
@@ -24,8 +24,8 @@ from ctrl_ray.errors import CtrlRayError
 import ray
 from ray.util import placement_group
 
-def config(cpus, limit=600.0):
-    scaling = ScalingConfig(num_workers=2, cpus_per_worker=cpus, placement_timeout_s=limit)
+def config(cpus):
+    scaling = ScalingConfig(num_workers=2, cpus_per_worker=cpus)
     return TrainConfig(global_batch_size=64, scaling=scaling, rewards=RewardPoolConfig(num_actors=0))
 
 def refusal(function, *arguments):
@@ -40,13 +40,13 @@ with connected():
     print("TOO LARGE", refusal(check_cluster, config(30)))
     print("LOCAL FOLDER", refusal(check_shared, config(2), RunFolder(sys.argv[1])))
     group = placement_group([{"CPU": 50}])
-    short = ClusterWait(config(2, limit=3), lambda line: None, patience_s=1)
+    short = ClusterWait(needed_resources(config(2)), 3, lambda line: None, patience_s=1)
     limit = time.monotonic() + 60
     while (text := refusal(short.poll)) is None and time.monotonic() < limit: time.sleep(0.1)
     print("ENDS", text)
     ray.util.remove_placement_group(group)
     group = placement_group([{"CPU": 2}, {"CPU": 2}], strategy="STRICT_SPREAD")
-    wait = ClusterWait(config(2), lambda line: print("SAYS", line, flush=True), patience_s=0, every_s=2)
+    wait = ClusterWait(needed_resources(config(2)), 600, lambda line: print("SAYS", line, flush=True), patience_s=0, every_s=2)
     limit = time.monotonic() + 180
     while not ray.wait([group.ready()], timeout=0.3)[0] and time.monotonic() < limit:
         wait.poll()

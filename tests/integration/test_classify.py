@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ray.util import placement_group_table
 
 from ctrl_ray.classifiers.calibration import calibration_metrics
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.examples import split_of
+from ctrl_ray.cluster.abandoned_groups import give_back_abandoned_groups
+from ctrl_ray.cluster.waiting import group_waits
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
+from ctrl_ray.driver import classifier as driver_classifier
 from ctrl_ray.driver.classifier import FitResult, fit_classifier
-from ctrl_ray.errors import DataError, RunFolderError
+from ctrl_ray.errors import DataError, InterruptedRunError, ResourceError, RunFolderError
 from ctrl_ray.offline.shapes import draw_dataset
 from ctrl_ray.oracles import jpeg_size
 from ctrl_ray.policy.backbones import load_backbone
@@ -136,6 +142,47 @@ def test_an_error_on_a_worker_reaches_the_user_as_it_is(config: TrainConfig, tmp
     with pytest.raises(DataError, match=f"gave {NUM_SAMPLES // 2} samples where {NUM_SAMPLES} were asked for"):
         fit_classifier(short, "size", output_dir=tmp_path, sample_pipeline=ShortSampler())
     assert os.listdir(tmp_path) == []
+
+
+def test_a_fit_without_room_ends_and_leaves_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    """Ray Train would try for room for ever; afterwards it no longer does."""
+    before, living = _reserved(), give_back_abandoned_groups()
+    scaling = replace(config.scaling, cpus_per_worker=64, placement_timeout_s=3)
+    with pytest.raises(
+        ResourceError, match=r"asks for 64 CPUs; there: 1 node with 4 CPUs .*scaling\.placement_timeout_s \(3\)"
+    ):
+        fit_classifier(replace(config, scaling=scaling), "size", output_dir=tmp_path, sample_pipeline=NoiseSampler())
+    assert os.listdir(tmp_path) == []
+    deadline = time.monotonic() + 30
+    while give_back_abandoned_groups() > living or _reserved() - before:
+        assert time.monotonic() < deadline, _reserved() - before
+        time.sleep(0.1)
+    assert not group_waits()
+
+
+def _reserved() -> set[str]:
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def test_an_interrupted_fit_says_what_to_do_and_leaves_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at the first line of progress of a fit that would take an hour."""
+    reserved = _reserved()
+
+    def interrupt(line: str, **_: object) -> None:
+        assert line.startswith("classifier of size: 240 images ready")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(driver_classifier, "print", interrupt, raising=False)
+    endless = replace(config, classifier=replace(config.classifier, epochs=100_000))
+    with pytest.raises(InterruptedRunError, match=r"classifier of size was not fitted.* same command again .*--resume"):
+        fit_classifier(endless, "size", output_dir=tmp_path, sample_pipeline=NoiseSampler())
+    assert os.listdir(tmp_path) == []
+    deadline = time.monotonic() + 30
+    while _reserved() - reserved:
+        assert time.monotonic() < deadline, _reserved() - reserved
+        time.sleep(0.1)
 
 
 def test_the_command_line_fits_labels_of_a_parquet_file(

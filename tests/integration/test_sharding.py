@@ -76,7 +76,7 @@ def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFacto
     """What two workers leave: five SGD updates of every stage, and AdamW runs with a checkpoint half-way."""
     folder = tmp_path_factory.mktemp("two_workers")
     cases = {
-        f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling))
+        f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling), poisoned=True)
         for (full, name), scaling in SGD_CASES.items()
     }
     for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
@@ -112,6 +112,13 @@ def test_two_workers_take_the_steps_of_one_process(
         # ZeRO-3 shards every parameter of the policy, frozen and reference weights included; the others none
         expected = len(list(policy.parameters())) if name.startswith("stage3") else 0
         assert int(state["sharded"]) == expected, name
+
+
+def test_a_nan_on_one_worker_is_refused_by_both_and_changes_nothing(two_workers: Path) -> None:
+    """Every stage, offloaded or not: parameters, moments and step count are bit for bit those before."""
+    for full, name in SGD_CASES:
+        state = load_file(two_workers / f"{'full' if full else 'lora'}-{name}.safetensors")
+        assert float(state["refused"]) == 1, (full, name)
 
 
 def _resumed(base: TrainConfig, load: str, stage: int) -> Case:

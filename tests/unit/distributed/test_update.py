@@ -9,12 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.batches import num_rounds, rank_share
 from ctrl_ray.distributed.learner import Rank
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.distributed.rows import Stop
-from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Effort, gaussian
 from tests.analytic import PlainEngine, make_learner
@@ -58,15 +55,3 @@ def test_every_sample_is_somewhere_once() -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert num_rounds(total, ranks, micro) * micro >= max(map(len, shares))
         assert (num_rounds(total, ranks, micro) - 1) * micro < max(map(len, shares))
-
-
-def test_score_is_the_objective_and_refuses_too_much_kl() -> None:
-    """What 'best checkpoint' means: γ log p − kl_coef KL, by hand."""
-    strong = ControlConfig(classes=("a", "b"), oracle="jpeg_size", guidance_strength=4.0)
-    config = TrainConfig(controls={"size": strong}, kl_coef=0.5)
-    assert evaluation_score({"log_prob/size": -0.5, "kl": 3.0}, config) == pytest.approx(4 * -0.5 - 0.5 * 3.0)
-    limited = dataclasses.replace(config, target_kl=2.0)
-    over, under = {"log_prob/size": -0.1, "kl": 3.0}, {"log_prob/size": -9.0, "kl": 1.0}
-    assert evaluation_score(over, limited) < UNSCORED < evaluation_score(under, limited)
-    assert exceeds_target_kl(limited, over) == Stop("target_kl", "KL 3.00 nats exceeds target_kl 2")
-    assert exceeds_target_kl(limited, under) is None and exceeds_target_kl(config, over) is None

@@ -1,4 +1,4 @@
-"""Giving back what ended trials still reserve."""
+"""Giving back what ended trials, and runs that were given up, still reserve."""
 
 from __future__ import annotations
 
