@@ -6,6 +6,7 @@ The environment is set when pytest imports this file, before torch or Ray is imp
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -90,6 +91,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: {error}") from None
         if item.get_closest_marker("gpu") and not has_cuda:
             item.add_marker(skip_gpu)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now lives to the end: Python's garbage collector need not look at it again (a tenth of the
+    unit tests' time)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_a_job_knows_its_name_and_the_copies_that_ray_made_for_it(
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
     (tmp_path / "file.txt").write_text("x")
-    task: Any = ray.remote(os.getcwd).options(num_cpus=0, runtime_env={"working_dir": str(tmp_path)})
+    task: Any = ray.remote(lambda: os.getcwd()).options(num_cpus=0, runtime_env={"working_dir": str(tmp_path)})
     copy = Path(ray.get(task.remote()))
     monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
     assert ray_internals.submitted_job() is None and not ray_internals.is_copy_of_job(copy)
@@ -109,8 +109,7 @@ def test_the_coordinator_takes_notes() -> None:
         ray_internals.note_taken(coordinator, "pool", [{"CPU": 0.5}, {"CPU": 0.5}], **note)
         assert noted() == 1.0
         ray_internals.note_taken(coordinator, "pool", [], **note)
-        with pytest.raises(Exception, match="pool"):
-            noted()
+        assert noted() == 0.0
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -134,7 +133,7 @@ def test_results_of_tune_show_their_trials(tmp_path: Path) -> None:
 
 def test_ray_datas_notes_are_dropped_and_its_warnings_kept() -> None:
     ray_internals.quieten_ray_data()
-    for module, level in (("execution.streaming_executor", logging.WARNING), ("progress.progress_bar", logging.ERROR)):
+    for module, level in (("execution.streaming_executor", logging.WARNING), ("progress.tqdm_progress", logging.ERROR)):
         logger: logging.Logger = importlib.import_module(f"ray.data._internal.{module}").logger
         assert logger.isEnabledFor(level) and not logger.isEnabledFor(level - 1), module
 
@@ -158,7 +157,7 @@ print("FOUND", json.dumps([dict(starting), list(failed), str(file), str(ray_inte
 def test_an_autoscaler_of_version_2_is_understood_and_a_stranger_is_refused(tmp_path: Path) -> None:
     """test_autoscaling.py has version 1, which `ray start` begins by itself."""
     file = tmp_path / "cluster.json"
-    with growing_head(file, RAY_enable_autoscaler_v2="1") as head:
+    with growing_head(file, autoscaler_v2=True) as head:
         printed = head.python("-c", _GROWS).stdout
         (line,) = (line for line in printed.splitlines() if line.startswith("FOUND "))
         assert json.loads(line.removeprefix("FOUND ")) == [{"cpu_worker": 1}, [], str(file), "None"], printed

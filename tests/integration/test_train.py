@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -69,6 +70,33 @@ def one_update(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactor
     """`_one_update` of one worker."""
     folder = tmp_path_factory.mktemp("one_update") / "run"
     return ctrl_ray.fit(dataclasses.replace(_one_update(base_config), output_dir=str(folder)))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch arithmetic, trainable parameters, UNet calls, the memory plan's table; the numbers are right, and no Ray is
+    started."""
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(900.0, 1000.0))},
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+    )
+    monkeypatch.delattr(ray, "init")
+    run = ctrl_ray.fit(config, dry_run=True)
+    text = capsys.readouterr().out
+    assert "8 trajectories per update = 1 workers × 2 micro-batches × 4; 24 prompts" in text
+    assert "30 forwards and 20 backwards; 240 and 160 an update" in text
+    assert "3 classes, guidance_strength 1 / kl_coef 1" in text
+    for part in ("weights, frozen", "weights, trainable", "gradients", "optimizer moments", "activations of one step",
+                 "latents kept", "peak of the adjoint pass", "traffic", "fits       "):  # fmt: skip
+        assert part in text, part
+    assert "2 micro-batches × 11 latents" in text
+    assert "an update and worker (counted)" in text
+    assert not run.folder.exists()
 
 
 def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:

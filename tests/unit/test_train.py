@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
-import ctrl_ray
 from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
@@ -28,26 +26,6 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
         global_batch_size=8,
         micro_batch_size_per_worker=4,
     )
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Batch arithmetic, trainable parameters, UNet calls, the memory plan's table; the numbers are right, and no Ray is
-    started."""
-    was_running = ray.is_initialized()
-    run = ctrl_ray.fit(config, dry_run=True)
-    text = capsys.readouterr().out
-    assert "8 trajectories per update = 1 workers × 2 micro-batches × 4; 24 prompts" in text
-    assert "30 forwards and 20 backwards; 240 and 160 an update" in text
-    assert "3 classes, guidance_strength 1 / kl_coef 1" in text
-    for part in ("weights, frozen", "weights, trainable", "gradients", "optimizer moments", "activations of one step",
-                 "latents kept", "peak of the adjoint pass", "traffic", "fits       "):  # fmt: skip
-        assert part in text, part
-    assert "2 micro-batches × 11 latents" in text
-    assert "an update and worker (counted)" in text
-    assert not run.folder.exists()
-    assert ray.is_initialized() == was_running
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from tests.policies import make_policy
 PROMPTS = ("a red circle", "a blue cross", "a green square")
 
 
-def _perturbed_policy(folder: str, **kwargs: Any) -> ControlledPolicy:
-    policy = make_policy(folder, {"size": 4, "hue": 2}, lora=LoraConfig(rank=2), **kwargs).double()
+def _perturbed_policy(folder: str) -> ControlledPolicy:
+    policy = make_policy(folder, {"size": 4, "hue": 2}, lora=LoraConfig(rank=2)).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -34,12 +34,19 @@ def _perturbed_policy(folder: str, **kwargs: Any) -> ControlledPolicy:
     return policy
 
 
-def _setup(folder: str, num_steps: int, guidance: Guidance) -> tuple[ControlledPolicy, DDIMKernel, Inputs]:
+@functools.cache
+def _loaded(folder: str) -> tuple[ControlledPolicy, Condition]:
+    """Policy and prompts for all tests; no test changes a parameter."""
     policy = _perturbed_policy(folder)
-    kernel = policy.backbone.make_kernel(SamplerConfig(num_steps=num_steps))
     condition = policy.backbone.load_encoder().encode(PROMPTS)
     assert condition.null_tensors is not None
-    condition = Condition(condition.prompts, _double(condition.tensors), _double(condition.null_tensors))
+    return policy, Condition(condition.prompts, _double(condition.tensors), _double(condition.null_tensors))
+
+
+def _setup(folder: str, num_steps: int, guidance: Guidance) -> tuple[ControlledPolicy, DDIMKernel, Inputs]:
+    policy, condition = _loaded(folder)
+    policy.zero_grad()
+    kernel = policy.backbone.make_kernel(SamplerConfig(num_steps=num_steps))
     return policy, kernel, Inputs(condition, torch.tensor([[0, 1], [4, 0], [2, 2]]), guidance)
 
 
@@ -136,6 +143,7 @@ def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
     for checkpointed in (False, True):
         policy, kernel, inputs = _setup(tiny_pipeline, 3, Guidance(1.5))
         if checkpointed:
+            policy = _perturbed_policy(tiny_pipeline)
             policy.enable_gradient_checkpointing()
         noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, inputs, lambda p, n=noise: n(p).double())
@@ -151,6 +159,7 @@ def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
             backward=lambda loss: loss.backward(),
         )
         results.append({n: p.grad for n, p in policy.trainable_parameters().items()})
+        assert all(gradient is not None for gradient in results[-1].values())
     for name in results[0]:
         torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-10, atol=1e-12)
 

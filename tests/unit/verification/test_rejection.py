@@ -69,11 +69,11 @@ def test_exact_samples_are_at_the_noise_floor_and_others_are_not(
     measure_once: Callable[[Oracle, np.ndarray], np.ndarray], tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
     """Tilted exactly: ratios near 1. Untilted: far above, and as far as 'before' says."""
-    rng = np.random.default_rng(100)  # not the seed that labels are drawn with
-    pool = _samples(rng.uniform(size=2400), np.zeros(2400), rng)
-    labels = np.repeat([0, 1], 500)
-    exact = _samples(np.concatenate([_tilted(rng, 0, 500), _tilted(rng, 1, 500)]), labels, rng)
-    wrong = _samples(rng.uniform(size=1000), labels, rng)
+    rng = np.random.default_rng(103)  # not the seed that labels are drawn with
+    pool = _samples(rng.uniform(size=1600), np.zeros(1600), rng)
+    labels = np.repeat([0, 1], 330)
+    exact = _samples(np.concatenate([_tilted(rng, 0, 330), _tilted(rng, 1, 330)]), labels, rng)
+    wrong = _samples(rng.uniform(size=660), labels, rng)
     good = {(c.label, c.statistic, c.distance): c for c in compare(pool, exact, "hue", CONTROL, num_bootstraps=8)}
     bad = {(c.label, c.statistic, c.distance): c for c in compare(pool, wrong, "hue", CONTROL, num_bootstraps=8)}
     assert len(good) == 12
