@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_FAKE_HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # Ray's fake provider knows it by this id
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -93,9 +92,9 @@ def started_head(*flags: str, port: int | None = None, **environment: str) -> It
 
 
 @contextlib.contextmanager
-def growing_head(file: Path, *, autoscaler_v2: bool = False) -> Iterator[Head]:
+def growing_head(file: Path, **environment: str) -> Iterator[Head]:
     """A head without CPUs and an autoscaler that may add two nodes of two CPUs (`cpu_worker`), which are processes of this
-    machine; `file` is written for it. Version 2 of the autoscaler needs what Ray's own tests set (`ray.cluster_utils`)."""
+    machine; `file` is written for it."""
     (port,) = free_ports(1)
     empty: dict[str, object] = {name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")}
     empty |= {name: [] for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands")}
@@ -113,24 +112,20 @@ def growing_head(file: Path, *, autoscaler_v2: bool = False) -> Iterator[Head]:
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
             "gcs_address": f"127.0.0.1:{port}",
-            **({"launch_multiple": True, "head_node_id": _FAKE_HEAD} if autoscaler_v2 else {}),
         },
         "available_node_types": {
-            "ray.head.default": {**node, "resources": {"CPU": 0}, "max_workers": 0},
+            "head": {**node, "resources": {"CPU": 0}, "max_workers": 0},
             "cpu_worker": {**node, "resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2},
         },
-        "head_node_type": "ray.head.default",
+        "head_node_type": "head",
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
         "auth": {},
         "docker": {},
     }
     file.write_text(json.dumps(config))
-    flags, environment = ("--num-cpus=0", f"--autoscaling-config={file}"), {"RAY_FAKE_CLUSTER": "1"}
-    if autoscaler_v2:
-        environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _FAKE_HEAD}
-        environment |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": _FAKE_HEAD}
-    with started_head(*flags, port=port, AUTOSCALER_UPDATE_INTERVAL_S="1", **environment) as head:
+    flags = ("--num-cpus=0", f"--autoscaling-config={file}")
+    with started_head(*flags, port=port, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1", **environment) as head:
         yield head
 
 

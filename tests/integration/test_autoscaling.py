@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_ray import ray_internals
 from tests.clusters import Head, growing_head
 
 pytestmark = pytest.mark.full
@@ -76,3 +77,5 @@ def test_a_growing_cluster_is_waited_for_in_words(growing: Head, tmp_path: Path)
     assert any("asks for 4 CPUs; there: 1 node with 0 CPUs (0 free); missing: 4 CPUs" in line for line in said), said
     assert any("starting: " in line and "× cpu_worker" in line for line in said), said
     assert found["PLACED"] == "PLACED 4.0"
+    stranger = ray_internals.ask_head(growing.address, 10.0)
+    assert stranger.token_refused and not stranger.alive

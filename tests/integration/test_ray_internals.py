@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from ray.util import placement_group
 from ray.util.placement_group import PlacementGroup
 
 from ctrl_ray import ray_internals
-from tests.clusters import growing_head
 
 _PATIENCE_S = 30.0
 
@@ -50,7 +50,8 @@ def test_a_job_knows_its_name_and_the_copies_that_ray_made_for_it(
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
     (tmp_path / "file.txt").write_text("x")
-    task: Any = ray.remote(lambda: os.getcwd()).options(num_cpus=0, runtime_env={"working_dir": str(tmp_path)})
+    archive = shutil.make_archive(str(tmp_path.parent / f"{tmp_path.name}-files"), "zip", tmp_path)
+    task: Any = ray.remote(lambda: os.getcwd()).options(num_cpus=0, runtime_env={"working_dir": f"file://{archive}"})
     copy = Path(ray.get(task.remote()))
     monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
     assert ray_internals.submitted_job() is None and not ray_internals.is_copy_of_job(copy)
@@ -138,28 +139,25 @@ def test_ray_datas_notes_are_dropped_and_its_warnings_kept() -> None:
         assert logger.isEnabledFor(level) and not logger.isEnabledFor(level - 1), module
 
 
-_GROWS = """
-import json, time, ray
-from ray.util import placement_group
-from ctrl_ray import ray_internals
+@pytest.mark.usefixtures("ray_session")
+def test_an_autoscaler_of_version_2_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own classes; a real one is asked by `test_autoscaling.py`, of the version that `ray start` begins by itself."""
+    from ray.autoscaler.v2 import sdk
+    from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 
-ray.init()
-gcs = ray.get_runtime_context().gcs_address
-group = placement_group([{"CPU": 2}])
-starting, limit = {}, time.monotonic() + 60
-while not starting and time.monotonic() < limit:
-    starting, failed = ray_internals.autoscaler_launches(600.0)
-file = ray_internals.autoscaler_file(gcs)
-print("FOUND", json.dumps([dict(starting), list(failed), str(file), str(ray_internals.autoscaler_file("else:1"))]))
-"""
+    def launch(state: LaunchRequest.Status, failed_s: float | None = None, details: str | None = None) -> LaunchRequest:
+        now = time.time()
+        failed = None if failed_s is None else int(now - failed_s)
+        return LaunchRequest("m5", "workers", 2, state, int(now), failed_ts_s=failed, details=details)
 
-
-def test_an_autoscaler_of_version_2_is_understood_and_a_stranger_is_refused(tmp_path: Path) -> None:
-    """test_autoscaling.py has version 1, which `ray start` begins by itself."""
-    file = tmp_path / "cluster.json"
-    with growing_head(file, autoscaler_v2=True) as head:
-        printed = head.python("-c", _GROWS).stdout
-        (line,) = (line for line in printed.splitlines() if line.startswith("FOUND "))
-        assert json.loads(line.removeprefix("FOUND ")) == [{"cpu_worker": 1}, [], str(file), "None"], printed
-        stranger = ray_internals.ask_head(head.address, 10.0)
-    assert stranger.token_refused and not stranger.alive
+    pending, failed = LaunchRequest.Status.PENDING, LaunchRequest.Status.FAILED
+    status = ClusterStatus(
+        pending_launches=[launch(pending)],
+        pending_nodes=[NodeInfo("m5", "workers", "i-1", "")],
+        failed_launches=[launch(failed, 10, "no quota"), launch(failed, 10), launch(failed, 5000, "long ago")],
+    )
+    monkeypatch.setattr(sdk, "get_cluster_status", lambda gcs_address: status)
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: True)
+    starting, reasons = ray_internals.autoscaler_launches(600.0)
+    assert dict(starting) == {"workers": 3}
+    assert reasons == ("workers (no quota)", "workers (no reason given)")
