@@ -5,7 +5,7 @@
 | 0 | done | |
 | 1 | the run failed | RewardError, NonFiniteError, ResourceError, CheckpointError; any other exception, with its traceback |
 | 2 | you can correct it, then run it again | ConfigError, DataError, ModelError, RunFolderError; a flag that does not exist |
-| 130 | interrupted | Ctrl-C; SIGTERM in `train` and `tune` |
+| 130 | interrupted | Ctrl-C; SIGTERM in `train` and `tune`, and while `classify` or `verify` trains |
 
 `verify` also ends with 1 when a bar is missed, and `tune` when no trial finished.
 
