@@ -41,7 +41,7 @@ class ResourceError(CtrlRayError, RuntimeError):
 
 
 class CheckpointError(CtrlRayError, OSError):
-    """A checkpoint could not be written, as a rule because a disk is full; the last good one is intact."""
+    """A checkpoint could not be written, usually because a disk is full; the last good one is intact."""
 
 
 class InterruptedRunError(CtrlRayError, KeyboardInterrupt):

@@ -94,7 +94,7 @@ def is_copy_of_job(folder: Path) -> bool:
 
 
 def head_nodes() -> list[str]:
-    """Ids of the connected cluster's living heads (one, as a rule).
+    """Ids of the connected cluster's living heads (usually one).
 
     Leans on the resource `node:__internal_head__`.
     """

@@ -31,7 +31,7 @@ def predict_x_0_and_noise(
 class DDIMKernel:
     """DDIM with stochasticity eta: mean √ᾱ' x_0 + √(1−ᾱ'−σ²) ε, σ = eta √((1−ᾱ')/(1−ᾱ) · (1−ᾱ/ᾱ')).
 
-    Coefficients are computed in float64 and applied in the latents' dtype (float32 in every run of ours). eta = 1 is
+    Coefficients are computed in float64 and applied in the latents' dtype (float32 in every run). eta = 1 is
     ancestral sampling, nearly memoryless, as the guarantee of CTRL needs.
     """
 
@@ -49,7 +49,7 @@ class DDIMKernel:
         """alphas_cumprod: ᾱ of every training timestep; timesteps: in sampling order (descending).
 
         final_alpha_cumprod: ᾱ after the last step; 1.0 (or a last timestep of 0) makes the last step deterministic.
-        reference_steps: the last so many steps belong to the reference (see `StepKernel.controlled`).
+        reference_steps: how many of the last steps belong to the reference (see `StepKernel.controlled`).
         """
         if not 0 <= eta <= 1:
             raise ConfigError(f"eta is {eta}; expected a number in [0, 1]")

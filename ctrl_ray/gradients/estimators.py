@@ -121,7 +121,7 @@ class AdjointMatching(_ByCotangent):
     """The policy is regressed on the lean adjoint, which the *reference* alone carries back (Domingo-Enrich et al. 2025).
 
     Per matched step, with h_k detached: ⟨mean_k, a_{k+1}⟩ + kl_coef KL_k. matched_steps of the T steps are chosen, one
-    in each of so many equal strata, weighted by 1 / P(chosen); 0 matches all.
+    in each of as many equal strata, weighted by 1 / P(chosen); 0 matches all.
     Not the gradient of the objective away from the optimum; its fixed point is the fixed-variance optimum, which it
     reaches with less variance, because nothing goes back through the trained network. Unbiased over the choice of
     steps. Cost with M matched steps: 2 T + M forwards (rollout; reference; policy), T + M backwards.

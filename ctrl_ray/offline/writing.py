@@ -16,11 +16,11 @@ from ctrl_ray.offline.schema import IMAGE
 from ctrl_ray.offline.storage import kind, resolve
 
 ROWS_PER_GROUP = 512
-"""At most so many rows in a row group: the unit in which readers share the work."""
+"""Most rows of a row group, which is the unit in which readers share the work."""
 BYTES_PER_GROUP = 32 * 2**20
-"""At most so many bytes of images in a row group (a single larger image has one of its own)."""
+"""Most bytes of images in a row group. A single larger image has a row group of its own."""
 BYTES_PER_PART = 512 * 2**20
-"""A part of a folder is closed when it holds so many bytes of images."""
+"""A part of a folder is closed when its images have this many bytes."""
 
 _ROWS_PER_PAGE_CHECK = 8
 """How often the writer looks whether a page is full; Arrow's 1024 makes pages of 1024 images, which readers then hold

@@ -2,7 +2,7 @@
 
 An elastic worker group counts the workers that it has room for from what the nodes have in all, less what Ray's
 autoscaling coordinator has noted for others; actors are not noted by themselves. Without this note a group that lost a
-node asks for more workers than fit beside the pool, waits in vain until Ray Train's start timeout, and asks again.
+node asks for more workers than fit beside the pool, waits until Ray Train's start timeout, and asks again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reservation:
         self._held, self._renew_at_s = 0, 0.0
 
     def hold(self, num_actors: int) -> None:
-        """Note so many actors; returns at once, and does nothing while the note stands."""
+        """Note this many actors; returns at once, and does nothing while the note stands."""
         now_s = time.monotonic()
         if not self._bundle or (num_actors == self._held and now_s < self._renew_at_s):
             return
