@@ -319,17 +319,16 @@ def test_auto_is_recorded_as_asked_and_resumes(
     assert train_config_from_json(to_json(config)) == config
 
 
-@pytest.mark.parametrize("name", ["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"])
-def test_a_backward_costs_the_same_whatever_the_estimator(tiny_pipeline: Path, name: Any) -> None:
+def test_a_backward_costs_the_same_whatever_the_estimator(tiny_pipeline: Path) -> None:
     """Operations of a forward and a backward are the network's; estimators differ in how many of them they make."""
-    config = dataclasses.replace(
-        _tiny_config(tiny_pipeline), estimator=EstimatorConfig(name=name, steps=2), group_size=2
-    )
-    flops = PolicyCounter(config, config.controls).flops(2)
-    full = PolicyCounter(_tiny_config(tiny_pipeline), config.controls).flops(2)
-    assert flops.forward == full.forward
-    # the policy's backward has LoRA's on top, of which each estimator has another share
-    assert flops.backward == pytest.approx(full.backward, rel=0.2)
+    base = _tiny_config(tiny_pipeline)
+    full = PolicyCounter(base, base.controls).flops(2)
+    for name in ("adjoint_matching", "reinforce"):  # last_k and random_suffix go back through the policy as full does
+        config = dataclasses.replace(base, estimator=EstimatorConfig(name=name), group_size=2)  # type: ignore[arg-type]
+        flops = PolicyCounter(config, config.controls).flops(2)
+        assert flops.forward == full.forward
+        # the policy's backward has LoRA's on top, of which each estimator has another share
+        assert flops.backward == pytest.approx(full.backward, rel=0.2)
 
 
 def _tiny_config(tiny_pipeline: Path) -> TrainConfig:
@@ -368,6 +367,7 @@ def test_sizes_are_deepspeeds_own_where_the_run_sets_none(scaling: ScalingConfig
 def test_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch, cores: int | None, cpus: float) -> None:
     """Its cores, but two at least, as a local Ray gets; its memory as the kernel tells, or less in a container."""
     monkeypatch.setattr("ctrl_ray.cluster.resources.os.cpu_count", lambda: cores)
+    monkeypatch.setattr("ctrl_ray.cluster.resources.ray.is_initialized", lambda: False)  # another test's may be
     facts = cluster_facts()
     (node,) = facts.nodes
     assert (facts.where, node.cpus, node.gpus) == ("this machine", cpus, float(torch.cuda.device_count()))
