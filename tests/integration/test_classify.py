@@ -144,6 +144,7 @@ def test_an_error_on_a_worker_reaches_the_user_as_it_is(config: TrainConfig, tmp
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_fit_without_room_ends_and_leaves_nothing(config: TrainConfig, tmp_path: Path) -> None:
     """Ray Train would try for room for ever; afterwards it no longer does."""
     before, living = _reserved(), give_back_abandoned_groups()
@@ -164,6 +165,7 @@ def _reserved() -> set[str]:
     return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
 
 
+@pytest.mark.full
 def test_an_interrupted_fit_says_what_to_do_and_leaves_nothing(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

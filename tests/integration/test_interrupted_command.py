@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.full
 
 
 def test_labelling_ends_in_one_line_and_takes_its_ray_along(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 _BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
+@pytest.mark.full
 def test_the_wheel_holds_what_runs_and_no_picture_of_the_readme(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a build leaves its own files beside pyproject.toml
     source.mkdir()
