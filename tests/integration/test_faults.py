@@ -38,7 +38,7 @@ from tests.integration.elastic import read_rows
 from tests.integration.faulty import Faulty
 from tests.registered import registered_updates
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.usefixtures("ray_session")
 Rows = list[Row]
 
 
@@ -128,6 +128,7 @@ def _fill_once(disk: Path) -> Callable[[PendingRewards], PendingRewards]:
     return fault
 
 
+@pytest.mark.full
 def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, tmp_path: Path) -> None:
     """SIGKILL: the run goes on from the last checkpoint by itself, to the very adapter and moments it would have had."""
     rank, request = random.SystemRandom().randrange(2), random.SystemRandom().randrange(2 * config.num_updates)
@@ -155,6 +156,7 @@ def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, 
         assert torch.equal(value, after[key]), f"{key}: worker {rank} killed at its request {request}"
 
 
+@pytest.mark.full
 def test_a_nan_in_one_micro_batch_stops_all_workers_before_the_step(config: TrainConfig, tmp_path: Path) -> None:
     """The error names update, micro-batch and rank; nothing is tried again in vain; the last checkpoint is good."""
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=3))
@@ -191,6 +193,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.full
 def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_disk: Path) -> None:
     """A clear error, no half-written checkpoint; with room again the run goes on."""
     config = dataclasses.replace(_local(config), checkpoint_every_updates=1)
@@ -209,6 +212,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_
     assert trained.updates_done == 6
 
 
+@pytest.mark.full
 def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None:
     """SIGKILL of the command: the same command with --resume does the rest."""
     folder = tmp_path / "run"
@@ -232,6 +236,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
 
 
+@pytest.mark.slow
 def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConfig, tmp_path: Path) -> None:
     """Two workers, one, two again: in every update the same eight samples, and the losses of a fixed group."""
     config = dataclasses.replace(
@@ -267,6 +272,7 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
         assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)
 
 
+@pytest.mark.slow
 def test_a_spot_notice_leaves_a_checkpoint_before_the_node_goes(config: TrainConfig, tmp_path: Path) -> None:
     """No checkpoint was due; the smaller group goes on with the update after the one in which the notice came."""
     config = dataclasses.replace(
