@@ -41,12 +41,12 @@ pytestmark = pytest.mark.full
 _UPDATES = 40  # with one of a fraction of a second, a stop has time to arrive
 _WHICH_PACKAGE = "import ctrl_ray; print('the package is', ctrl_ray.__file__)"
 _WITHOUT_INIT = """
-import runpy, sys
+import sys
 import ray
+from ctrl_ray.train import main
 def init(*args, **kwargs): raise AssertionError("ray.init was asked")
 ray.init = init
-sys.argv[0] = "ctrl_ray.train"
-runpy.run_module("ctrl_ray.train", run_name="__main__")
+sys.exit(main())
 """
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -157,6 +157,7 @@ def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_
 def _stop_and_resume(cluster: Head, file: Path, uri: str) -> None:
     """The stop leaves a checkpoint and says how to go on; the head's own copy of the run is lost in between."""
     copy = RunFolder(uri).local
+    shutil.rmtree(copy, ignore_errors=True)  # of a test run that was killed: its rows would be taken for this job's
     _submit(cluster, file, uri, name="stopped", wait=False)
     _wait_for_update(cluster, copy, 2, "stopped")
     cluster.ray("job", "stop", "stopped")
