@@ -308,7 +308,7 @@ def test_a_pool_whose_actors_cannot_start_again_is_an_error(
     shutil.copytree(tiny_pipeline, folder)
     save_classifier(tmp_path / "classifier", "size", ControlConfig(classes=("low", "high")))
     spec = RewardModelSpec(base_model=str(folder), classifiers={"size": str(tmp_path / "classifier")})
-    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=10)
+    config = RewardPoolConfig(num_actors=1, cpus_per_actor=0.5, timeout_s=25)
     latents, prompts, labels, weights = request(3)
     with start_reward_pool(spec, config, placement_timeout_s=600) as pool:
         client = pool.client()
