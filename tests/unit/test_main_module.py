@@ -111,6 +111,7 @@ def test_the_console_script_is_the_same_function() -> None:
     assert script and getattr(importlib.import_module(script[1]), script[2]) is main
 
 
+@pytest.mark.full
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
     """A real signal to a real `sample`."""
     arguments = ["--base", "--base-model", "shapes", "--prompt", "a red circle", "--output-dir", str(tmp_path)]

@@ -87,7 +87,15 @@ def exported(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return folder, _export(tiny_pipeline, folder, SamplerConfig(num_steps=3))
 
 
-@pytest.mark.parametrize("scales", [(1.0, None, 0), (3.0, None, 1), (3.0, 2.0, 1), (1.0, 2.0, 0)])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        pytest.param((1.0, None, 0), marks=pytest.mark.full),
+        (3.0, None, 1),
+        (3.0, 2.0, 1),
+        pytest.param((1.0, 2.0, 0), marks=pytest.mark.full),
+    ],
+)
 def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tuple[float, float | None, int]) -> None:
     """Without guidance, with it, with a separate scale of the label direction; last steps by the reference."""
     guidance_scale, control_scale, steps = scales
@@ -103,7 +111,7 @@ def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tu
     assert float((latents - _latents(pipeline)).abs().max()) > 0.01  # the labels count
 
 
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path, steps: int) -> None:
     sampler = SamplerConfig(num_steps=2, reference_steps=steps)
     policy = _export(tiny_pipeline, tmp_path, sampler, lora=None)

@@ -42,6 +42,7 @@ def test_index_names_no_safety_checker_and_the_ddim_scheduler():
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
 
 
+@pytest.mark.full
 def test_recogniser_is_right_on_held_out_drawings():
     drawn = list(draw_dataset(480, HELD_OUT_SEED))
     right = Recogniser.from_pretrained().is_right(to_tensor(drawn), [prompt for _, prompt in drawn])
@@ -92,6 +93,7 @@ def test_no_prompt_is_truncated_and_no_two_are_the_same_to_the_text_encoder(pipe
     assert len({tuple(row) for row in ids}) == 24
 
 
+@pytest.mark.full
 def test_pipeline_draws_what_the_prompt_says(pipeline):
     """With the setting that everything uses: 10 steps, eta 1, no guidance. Each prompt once; 98 % right is the aim."""
     prompts = list(PROMPTS)

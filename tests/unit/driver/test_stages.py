@@ -13,6 +13,7 @@ from ctrl_ray.config.presets import preset
 from ctrl_ray.driver import stages
 from ctrl_ray.driver.classifier import FitResult
 from ctrl_ray.driver.stages import prepare_classifiers, train_job
+from ctrl_ray.planning.counts import PolicyCounter, StepBytes
 from ctrl_ray.planning.preflight import CheckedRun, preflight
 from ctrl_ray.runs.folder import RunFolder
 
@@ -26,7 +27,13 @@ def checked(tiny_pipeline: Path) -> CheckedRun:
         global_batch_size=8,
         micro_batch_size_per_worker=4,
     )
-    checked = preflight(config)
+    with pytest.MonkeyPatch.context() as patch:  # what memory decides is not tested here
+        patch.setattr(
+            PolicyCounter,
+            "step",
+            lambda counter, batch: StepBytes(policy_kept=1, reference_kept=1, backward_peak=1, rollout_peak=1),
+        )
+        checked = preflight(config)
     earlier = ControlConfig(classes=("sharp", "blurred"))
     return dataclasses.replace(checked, controls={**checked.controls, "blur": earlier})
 

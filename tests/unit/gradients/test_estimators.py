@@ -168,7 +168,7 @@ def test_random_suffix_draws_k_with_the_stated_probabilities() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.3, 0.7 / 3, 0.7 / 3, 0.7 / 3]), atol=0.025, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "adjoint_matching of 3"])
+@pytest.mark.parametrize("name", [pytest.param("reinforce", marks=pytest.mark.full), "adjoint_matching of 3"])
 def test_estimates_agree_with_what_they_estimate(name: str) -> None:
     """The score function against the full gradient; a choice of matched steps against all of them, on average."""
     num_steps = 4
@@ -189,6 +189,7 @@ def test_estimates_agree_with_what_they_estimate(name: str) -> None:
     torch.testing.assert_close(mean_weights, torch.ones(num_steps), atol=0.15, rtol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["full", "adjoint_matching"])
 def test_the_fixed_variance_optimum_is_at_rest(name: str) -> None:
     """At the exact optimum of T4 the mean gradient is small beside that at the start."""

@@ -74,14 +74,9 @@ def test_colourfulness_rises_with_its_level():
     assert rank_correlation(levels, measured) > 0.85
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    """What the example trains on, 2400 of it."""
-    return list(draw_dataset(2400, seed=0))
-
-
-def test_jpeg_class_is_spread_within_every_prompt(dataset):
-    drawn = [(jpeg_size(image), prompt) for image, prompt in dataset]
+@pytest.mark.full
+def test_jpeg_class_is_spread_within_every_prompt():
+    drawn = [(jpeg_size(image), prompt) for image, prompt in draw_dataset(2400, seed=0)]
     thresholds = np.percentile([size for size, _ in drawn], [25, 50, 75])
     for prompt in PROMPTS:
         classes = np.searchsorted(thresholds, [size for size, theirs in drawn if theirs == prompt])
@@ -92,8 +87,8 @@ def test_jpeg_class_is_spread_within_every_prompt(dataset):
         assert share.max() < 0.45, (prompt, share)
 
 
-def test_detail_and_colourfulness_are_drawn_independently_of_the_prompt_and_of_each_other(dataset):
-    drawn = dataset[:1200]
+def test_detail_and_colourfulness_are_drawn_independently_of_the_prompt_and_of_each_other():
+    drawn = list(draw_dataset(1200, seed=0))
     ground = np.stack([np.asarray(image)[0] for image, _ in drawn]).astype(float)  # the top row: nearly always ground
     busy = ground.std(axis=(1, 2))
     for index in range(2):

@@ -139,9 +139,18 @@ def test_live_bytes_follow_storages() -> None:
         assert live.peak >= 12_004
 
 
-@pytest.mark.parametrize("changes", [{}, {"full_finetune": True}, {"lora": LoraConfig(rank=3)}])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_counts_are_those_of_the_loaded_policy(tiny_pipeline: Path, changes: dict, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        ("fp32", {"full_finetune": True}),
+        ("bf16", {}),
+        pytest.param("fp32", {}, marks=pytest.mark.full),
+        pytest.param("bf16", {"full_finetune": True}, marks=pytest.mark.full),
+        pytest.param("fp32", {"lora": LoraConfig(rank=3)}, marks=pytest.mark.full),
+        pytest.param("bf16", {"lora": LoraConfig(rank=3)}, marks=pytest.mark.full),
+    ],
+)
+def test_counts_are_those_of_the_loaded_policy(tiny_pipeline: Path, precision: str, changes: dict) -> None:
     """Names, shapes and types of every parameter, without having read a weight."""
     config = _config(base_model=str(tiny_pipeline), scaling=ScalingConfig(precision=precision), **changes)  # type: ignore[arg-type]
     real, empty = build_policy(config, CONTROLS), build_policy(config, CONTROLS, empty=True)
@@ -186,6 +195,7 @@ def _stable_diffusion_config(folder: Path) -> TrainConfig:
     )
 
 
+@pytest.mark.full
 def test_stable_diffusion_is_counted_without_its_weights(stable_diffusion: Path) -> None:
     """Public counts of its denoiser and of rank-4 LoRA."""
     counts = PolicyCounter(_stable_diffusion_config(stable_diffusion), CONTROLS).counts()
@@ -318,6 +328,7 @@ def test_auto_is_recorded_as_asked_and_resumes(
     assert train_config_from_json(to_json(config)) == config
 
 
+@pytest.mark.full
 def test_a_backward_costs_the_same_whatever_the_estimator(tiny_pipeline: Path) -> None:
     """Operations of a forward and a backward are the network's; estimators differ in how many of them they make."""
     base = _tiny_config(tiny_pipeline)

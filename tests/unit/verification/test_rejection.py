@@ -65,6 +65,7 @@ def measure_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Oracle, np.ndarra
     return measured
 
 
+@pytest.mark.full
 def test_exact_samples_are_at_the_noise_floor_and_others_are_not(
     measure_once: Callable[[Oracle, np.ndarray], np.ndarray], tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
