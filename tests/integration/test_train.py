@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 import ctrl_ray
 from ctrl_ray.config import ControlConfig, EstimatorConfig, TrainConfig
 from ctrl_ray.distributed.launch import run_training
-from ctrl_ray.driver.stages import rewards_of, train_job
+from ctrl_ray.driver.stages import ADAPTER, fine_tune, prepare_classifiers, rewards_of, train_job
 from ctrl_ray.errors import InterruptedRunError
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.rewards.protocol import PendingRewards
+from ctrl_ray.runs.folder import RunFolder
 from tests.classifiers import save_classifier
 from tests.integration.faulty import Faulty
 
@@ -53,6 +54,17 @@ def _one_update(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _fine_tuned(config: TrainConfig, *, resume: bool = False) -> ctrl_ray.Run:
+    """`ctrl_ray.fit` as far as the adapter: the final evaluation and its report take as long again."""
+    folder, checked = RunFolder(config.output_dir), preflight(config)
+    folder.prepare(checked.asked, resume=resume)
+    checked = prepare_classifiers(checked, folder, None)
+    with rewards_of(checked.config) as rewards:
+        trained = fine_tune(checked, folder, rewards, resume=resume)
+    assert (trained.updates_done, trained.stopped) == (config.num_updates, None)
+    return ctrl_ray.Run(folder=folder.local, adapter=folder / ADAPTER, summary={})
+
+
 def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
     checkpoints = sorted(path for path in (run_folder / "checkpoints").glob("*/checkpoint_*") if path.is_dir())
     return load_file(checkpoints[-1] / "training_state.safetensors")
@@ -69,7 +81,7 @@ def finished(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 def one_update(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> ctrl_ray.Run:
     """`_one_update` of one worker."""
     folder = tmp_path_factory.mktemp("one_update") / "run"
-    return ctrl_ray.fit(dataclasses.replace(_one_update(base_config), output_dir=str(folder)))
+    return _fine_tuned(dataclasses.replace(_one_update(base_config), output_dir=str(folder)))
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
@@ -137,7 +149,7 @@ def test_six_updates_equal_some_a_stop_and_the_rest_bitwise(
             ctrl_ray.fit(parts)
     done = sorted(row["update"] for row in read_metrics(tmp_path / "parts") if row["kind"] == "update")
     assert 2 <= done[-1] < 6
-    resumed = ctrl_ray.fit(parts, resume=True)
+    resumed = _fine_tuned(parts, resume=True)
     first, second = _latest_state(finished.folder), _latest_state(resumed.folder)
     assert first.keys() == second.keys()
     for name in first:
@@ -197,7 +209,7 @@ def test_four_workers_have_the_gradient_of_one(
         micro_batch_size_per_worker=2,
         scaling=dataclasses.replace(short.scaling, num_workers=4),
     )
-    states = [_latest_state(one_update.folder), _latest_state(ctrl_ray.fit(config).folder)]
+    states = [_latest_state(one_update.folder), _latest_state(_fine_tuned(config).folder)]
     # after one update the first moment is (1 - beta1) times the gradient
     names = [name for name in states[0] if name.startswith("exp_avg/")]
     one, several = (torch.cat([state[name].flatten() for name in names]) for state in states)
@@ -269,7 +281,7 @@ def test_init_adapter_adds_a_second_control(one_update: ctrl_ray.Run, base_confi
     config = dataclasses.replace(
         config, controls={"colourfulness": dataclasses.replace(second_control, classifier=str(tmp_path / "colour"))}
     )
-    second = ctrl_ray.fit(config)
+    second = _fine_tuned(config)
     before, after = _adapter(one_update), _adapter(second)
     assert torch.equal(before["jpeg_size"], after["jpeg_size"])
     assert after["colourfulness"][:-1].abs().max() > 0
@@ -283,7 +295,7 @@ def test_init_adapter_adds_a_second_control(one_update: ctrl_ray.Run, base_confi
 def test_full_finetuning_exports_the_denoiser_that_was_trained(base_config: TrainConfig, tmp_path: Path) -> None:
     """AdamW's first step of every weight by hand, and the pipeline draws with the weights that it led to."""
     config = dataclasses.replace(_one_update(base_config), output_dir=str(tmp_path / "full"), full_finetune=True)
-    run = ctrl_ray.fit(config)
+    run = _fine_tuned(config)
     start = build_policy(config).trainable_parameters()
     exported = build_policy(dataclasses.replace(config, init_adapter=str(run.adapter))).trainable_parameters()
     state, optimizer = _latest_state(run.folder), config.optimizer

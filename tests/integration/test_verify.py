@@ -25,7 +25,7 @@ def test_command_reaches_the_optimum_and_says_so(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: dict[str, Figure]
 ) -> None:
     """A Gaussian problem of 10 steps: machine-readable numbers of coordinate 0, the picture, exit 0."""
-    arguments = ["--problem", "gaussian", "--num-steps", "10", "--num-updates", "200", "--batch-size", "1024"]
+    arguments = ["--problem", "gaussian", "--num-steps", "10", "--num-updates", "100", "--batch-size", "1024"]
     arguments += ["--learning-rate", "0.15"]
     status = verify.main([*arguments, "--json", "--output-dir", str(tmp_path)])
     answer = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
