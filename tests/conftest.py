@@ -41,6 +41,8 @@ def _prepare_environment() -> None:
     fixed = {
         "HOME": str(home),
         "AWS_EC2_METADATA_DISABLED": "true",
+        # DeepSpeed decides when it is imported, for good; GPU tests run their engines in processes of their own.
+        "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MPLBACKEND": "Agg",
@@ -65,8 +67,6 @@ def _has_cuda() -> bool:
 
 
 _prepare_environment()
-if not _has_cuda():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -98,8 +98,8 @@ class PolicyEngine:
     def _gradients_are_finite(self) -> bool:
         """Of every rank, before they are averaged; collective. For ZeRO-0, where DeepSpeed would take any step."""
         gradients = [p.grad for p in self.policy.trainable_parameters().values() if p.grad is not None]
-        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-        return float(all_reduce_sum(torch.tensor([float(not finite)], dtype=torch.float64))) == 0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return float(all_reduce_sum((~torch.isfinite(norm)).double(), norm.device)) == 0
 
     @property
     def learning_rate(self) -> float:
@@ -194,8 +194,10 @@ def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().clone().contiguous()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks of a float64 tensor (in place)."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+def all_reduce_sum(values: Tensor, device: torch.device) -> Tensor:
+    """Sum over ranks of a float64 tensor, where it lies; `device`: what the group reduces on (NCCL: CUDA tensors alone)."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    total = values.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)

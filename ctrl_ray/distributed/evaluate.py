@@ -43,20 +43,21 @@ def evaluate_policy(
         images = learner.rewards.decode(trajectory.clean_latents).numpy()
         if on_samples is not None:
             on_samples(batch, images)
-        believed = learner.submit(batch, trajectory.clean_latents).result().log_probs
+        believed = learner.rewards.class_log_probs(trajectory.clean_latents, batch.prompts)
         for column, (name, control) in enumerate(config.controls.items()):
-            totals[2 + column] += believed[:, column].double().sum()
+            asked = batch.labels[:, column : column + 1]
+            totals[2 + column] += believed[name].cpu().gather(1, asked).double().sum()
             if control.oracle:
                 measured = oracle_labels(name, control, images).classes
                 counts = confusion_matrix(batch.labels[:, column].numpy(), measured, control.num_classes)
                 confusions[column] += torch.from_numpy(counts)
-    totals = all_reduce_sum(totals)
+    totals = all_reduce_sum(totals, rank.device)
     metrics = {"kl": float(totals[1] / totals[0]), "num_samples": float(totals[0])}
     accuracies = []
     for column, (name, control) in enumerate(config.controls.items()):
         metrics[f"log_prob/{name}"] = float(totals[2 + column] / totals[0])
         if control.oracle:
-            confusion = all_reduce_sum(confusions[column]).numpy()
+            confusion = all_reduce_sum(confusions[column], rank.device).numpy()
             metrics[f"accuracy/{name}"] = accuracy_of(confusion)
             metrics[f"macro_f1/{name}"] = macro_f1_of(confusion)
             accuracies.append(metrics[f"accuracy/{name}"])

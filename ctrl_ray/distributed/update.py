@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +48,7 @@ class CTRL:
         is shared as evenly as it can be. Raises NonFiniteError where a reward, a loss or a cotangent is not finite.
         """
         config, rank = learner.config, learner.rank
-        clock = _Clock()
+        clock = _Clock(rank.device)
         batch = training_batch(
             config.seed,
             update,
@@ -73,7 +75,7 @@ class CTRL:
             waiting = _Scored(part, trajectory, pending, index, padding)
         assert waiting is not None
         totals += self._go_back(learner, waiting, update, clock)
-        totals = all_reduce_sum(totals)
+        totals = all_reduce_sum(totals, rank.device)
         with clock("backward_s"):
             gradient_norm = learner.engine.step(update)
         return _update_metrics(learner, totals, gradient_norm, clock)
@@ -155,7 +157,7 @@ def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPla
 
 
 def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, clock: _Clock) -> dict[str, float]:
-    config, columns = learner.config, learner.num_rewarded
+    config, columns, seconds = learner.config, learner.num_rewarded, clock.seconds()
     total = config.global_batch_size
     reward_sum, labelled, kl_labelled, kl_null = totals[:4].tolist()
     log_prob_sums, counts = totals[4 : 4 + columns].tolist(), totals[4 + columns :].tolist()
@@ -165,9 +167,8 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
         "loss": (-reward_sum + config.kl_coef * (kl_labelled + kl_null)) / total,
         "gradient_norm": gradient_norm,
         "learning_rate": learner.engine.learning_rate,
-        "update_s": clock.total_s(),
-        "samples_per_s": total / clock.total_s(),
-        **clock.seconds,
+        **seconds,
+        "samples_per_s": total / seconds["update_s"],
     }
     if total > labelled:
         metrics["kl_null"] = kl_null / (total - labelled)
@@ -178,25 +179,34 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds by phase of an update. On a GPU they are told by events in its stream: the host runs ahead of it, and would
+    see launches, not work; nothing waits for the GPU before the update has ended."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {"rollout_s": 0.0, "reward_wait_s": 0.0, "backward_s": 0.0}
+    def __init__(self, device: torch.device) -> None:
+        self._mark: Callable[[], Any] = time.perf_counter
+        if device.type == "cuda":
+            self._mark = lambda: torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+        self._start = self._mark()
+        self._phases: list[tuple[str, Any, Any]] = []
 
-    def __call__(self, phase: str) -> Any:
-        return _Phase(self.seconds, phase)
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._phases.append((phase, start, self._mark()))
 
-    def total_s(self) -> float:
-        return time.perf_counter() - self._start
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, and 'update_s' until now."""
+        end = self._mark()
+        found = {"update_s": _seconds(self._start, end), "rollout_s": 0.0, "reward_wait_s": 0.0, "backward_s": 0.0}
+        for phase, start, stop in self._phases:
+            found[phase] += _seconds(start, stop)
+        return found
 
 
-class _Phase:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] += time.perf_counter() - self._start
+def _seconds(start: Any, end: Any) -> float:
+    """Between two marks: of the host's clock, or events of a GPU."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000

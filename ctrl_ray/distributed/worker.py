@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,11 +138,16 @@ def _tell(job: TrainJob, rank: Rank, row: Row) -> Stop | None:
 
 
 def set_up_process(config: TrainConfig) -> Rank:
-    """Threads of this worker's process; who it is in the group."""
+    """Threads, and the current device, of this worker's process; who it is in the group."""
     context = ray.train.get_context()
-    if not config.scaling.use_gpu:
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of this worker's card among those that it sees
+        os.environ["LOCAL_RANK"] = str(device.index)
+    else:
         torch.set_num_threads(config.scaling.num_threads)
-    return Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return Rank(context.get_world_rank(), context.get_world_size(), device)
 
 
 def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:

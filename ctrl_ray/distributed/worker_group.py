@@ -22,7 +22,7 @@ from ray.train import (
     UserCallback,
     ValidationConfig,
 )
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrl_ray.cluster.abandoned_groups import give_back_abandoned_groups
@@ -132,9 +132,15 @@ def num_workers(scaling: OurScalingConfig) -> int | tuple[int, int]:
     return most if scaling.min_workers in (None, most) else (scaling.min_workers, most)
 
 
+def process_group_backend(*, use_gpu: bool) -> str:
+    """What the workers' process group is made of: objects (a stop, an error) go over the CPU, also between GPU workers."""
+    return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+
+
 def _trainer(group: WorkerGroup) -> TorchTrainer:
     return TorchTrainer(
         group.worker,
+        torch_config=TorchConfig(backend=process_group_backend(use_gpu=group.scaling.use_gpu)),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=group.num_workers,  # type: ignore[arg-type]
             use_gpu=group.scaling.use_gpu,

@@ -18,6 +18,7 @@ from ctrl_ray.classifiers.worker import FitJob, fit_worker
 from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.channel import Notifier
+from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.rows import Notice, Stopping
 from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.embedded import is_embedded
@@ -174,15 +175,16 @@ def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool) -> None:
             case Stopping():
                 raise KeyboardInterrupt  # a fit that is not finished leaves nothing
 
-    channel = new_channel()
+    channel, scaling = new_channel(), job.config.scaling
     group = WorkerGroup(
         worker=functools.partial(fit_worker, dataclasses.replace(job, say=Notifier(channel))),
         channel=channel,
-        scaling=job.config.scaling,
+        scaling=scaling,
         num_workers=job.config.classifier.num_workers,
         storage_path=storage_path,
         # a name of its own: Ray Train would go on with an earlier fit of the same name
         run_name=f"classifier-{job.control}-{uuid.uuid4().hex[:8]}",
+        environment=worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads),
     )
     try:
         result = run_workers(group, on_row)

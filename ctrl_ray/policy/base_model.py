@@ -9,6 +9,9 @@ from pathlib import Path
 from ctrl_ray.embedded import PIPELINE, is_embedded
 from ctrl_ray.errors import ModelError
 
+_ENDINGS = (".json", ".txt", ".safetensors", ".model")
+"""Of a pipeline's files, in the folders of its parts; single-file checkpoints lie at the top of a repository."""
+
 
 def resolve_base_model(base_model: str, revision: str | None = None) -> str:
     """Folder of a diffusers pipeline: the shipped one for 'shapes', a local folder, or the snapshot of a hub id.
@@ -34,7 +37,7 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
         return snapshot_download(
             base_model,
             revision=revision,
-            allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"],
+            allow_patterns=["model_index.json", *(f"*/*{ending}" for ending in _ENDINGS)],
             ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*", "*/diffusion_flax_model*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -11,15 +11,23 @@ import torch
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 
-_SAMPLES_PER_BATCH = 64
+_PIXELS_PER_BATCH = 1 << 21
+"""Eight images of 512 pixels a side; the built-in example's batch is the largest that there is."""
+_LARGEST_BATCH = 64
+_PIXELS_PER_CHUNK = 1 << 18
+"""Decoded at a time: one image of 512 pixels a side, a whole batch of the built-in example."""
 
 
 class PipelineSampler:
     """Samples of the pre-trained pipeline; the pipeline is loaded when first called, in the process that calls.
 
+    It runs on that process's current GPU where the config's workers have one, in the precision of their backbone; images
+    are decoded in float32. Batches get smaller with the image.
+
     Args:
-        config: Base model and sampler.
+        config: Base model, sampler, device and precision.
         prompts: Taken in turn.
     """
 
@@ -27,31 +35,40 @@ class PipelineSampler:
         if not prompts:
             raise ConfigError("there are no prompts to sample the pipeline with; give --prompts-file")
         self.config, self.prompts = config, tuple(prompts)
-        self._pipeline: Any = None
+        self._loaded: tuple[Any, LatentDecoder, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "prompts": self.prompts, "_pipeline": None}
+        return {"config": self.config, "prompts": self.prompts, "_loaded": None}
 
     def __call__(self, num: int, seed: int) -> Iterator[tuple[np.ndarray, Sequence[str]]]:
         """Batches of samples, uint8 (B, H, W, 3), and their prompts: `num` in all, the same for the same seed."""
-        if self._pipeline is None:
-            self._pipeline = self._load()
+        if self._loaded is None:
+            self._loaded = self._load()
+        pipeline, decoder, batch_size = self._loaded
         generator = torch.Generator().manual_seed(seed)
         sampler = self.config.sampler
-        for start in range(0, num, _SAMPLES_PER_BATCH):
-            count = min(_SAMPLES_PER_BATCH, num - start)
+        for start in range(0, num, batch_size):
+            count = min(batch_size, num - start)
             prompts = [self.prompts[(seed + start + i) % len(self.prompts)] for i in range(count)]
-            images = self._pipeline(
+            latents = pipeline(
                 prompts,
                 num_inference_steps=sampler.num_steps,
                 eta=sampler.eta,
                 guidance_scale=sampler.guidance_scale,
                 generator=generator,
-                output_type="np",
+                output_type="latent",
             ).images
-            yield (images * 255).round().astype(np.uint8), prompts
+            with torch.no_grad():
+                yield to_uint8(decoder.decode(latents)).cpu().numpy(), prompts
 
-    def _load(self) -> Any:
-        pipeline = load_backbone(self.config.base_model, self.config.base_revision).load_pipeline()
+    def _load(self) -> tuple[Any, LatentDecoder, int]:
+        """The pipeline, what decodes its latents, and how many it draws at a time."""
+        scaling = self.config.scaling
+        device = "cuda" if scaling.use_gpu else "cpu"
+        dtype = torch.bfloat16 if scaling.use_gpu and scaling.precision == "bf16" else torch.float32
+        backbone = load_backbone(self.config.base_model, self.config.base_revision)
+        pipeline = backbone.load_pipeline(dtype)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pixels = backbone.image_size() ** 2
+        decoder = backbone.load_decoder(max(1, _PIXELS_PER_CHUNK // pixels), device)
+        return pipeline.to(device), decoder, max(1, min(_LARGEST_BATCH, _PIXELS_PER_BATCH // pixels))

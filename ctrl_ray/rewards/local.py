@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -12,18 +12,22 @@ from ctrl_ray.rewards.model import RewardModel
 from ctrl_ray.rewards.protocol import RewardAnswer
 
 
-class LocalPendingRewards(NamedTuple):
-    """An answer that is already there."""
+class LocalPendingRewards:
+    """A request that is worked on when somebody waits for it, so that whoever measures the wait sees the work."""
 
-    rewarded: RewardAnswer
+    def __init__(self, evaluate: Callable[[], RewardAnswer]) -> None:
+        self._evaluate = evaluate
+        self._answer: RewardAnswer | None = None
 
     def result(self, timeout_s: float | None = None) -> RewardAnswer:
-        """The answer, at once."""
-        return self.rewarded
+        """The answer, computed by the first call; errors as in `RewardModel.evaluate`."""
+        if self._answer is None:
+            self._answer = self._evaluate()
+        return self._answer
 
 
 class LocalRewards:
-    """The reward protocol around a model in this process; `submit` computes before it returns."""
+    """The reward protocol around a model in this process."""
 
     differentiable = True
 
@@ -36,8 +40,8 @@ class LocalRewards:
         return self.model.controls
 
     def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> LocalPendingRewards:
-        """See `RewardModel.evaluate` for shapes and errors; they are raised here."""
-        return LocalPendingRewards(self.model.evaluate(latents, prompts, labels, weights))
+        """See `RewardModel.evaluate` for shapes and errors, which `result` raises."""
+        return LocalPendingRewards(functools.partial(self.model.evaluate, latents, prompts, labels, weights))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, H, W, 3) uint8."""

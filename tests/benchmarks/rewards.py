@@ -51,7 +51,8 @@ class NotOverlapped:
         self.pooled, self.controls = pooled, pooled.controls
 
     def submit(self, latents: Tensor, prompts: tuple[str, ...], labels: Tensor, weights: Tensor) -> LocalPendingRewards:
-        return LocalPendingRewards(self.pooled.submit(latents, prompts, labels, weights).result())
+        answer = self.pooled.submit(latents, prompts, labels, weights).result()
+        return LocalPendingRewards(lambda: answer)
 
 
 def benchmark_config(samples: int, micro_batch: int) -> TrainConfig:

@@ -138,7 +138,7 @@ def _refuses_a_nan(learner: Learner, engine: PolicyEngine, state: Mapping[str, t
         make_method(learner.config).update(learner, learner.config.num_updates)
     except NonFiniteError as error:
         raised = float("the update was not made" in str(error))
-    everywhere = float(all_reduce_sum(torch.tensor([raised], dtype=torch.float64))) == rank.size
+    everywhere = float(all_reduce_sum(torch.tensor([raised], dtype=torch.float64), rank.device)) == rank.size
     return everywhere and all(torch.equal(value, state[name]) for name, value in engine.state().items())
 
 

@@ -108,7 +108,7 @@ def _poison(folder: Path, registered: int) -> Callable[[PendingRewards], Pending
         rewarded = pending.result()
         assert rewarded.cotangent is not None
         rewarded.cotangent[0, 0, 0, 0] = float("nan")
-        return LocalPendingRewards(rewarded)
+        return LocalPendingRewards(lambda: rewarded)
 
     return fault
 

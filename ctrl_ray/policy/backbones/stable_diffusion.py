@@ -5,6 +5,7 @@ diffusers' and transformers' classes are imported where they are used: a reward 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from ctrl_ray.policy.protocol import Condition
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+CACHED_PROMPTS = 2048
+"""Half a GiB of Stable Diffusion 1.5's features."""
 
 
 class StableDiffusion(DiffusersBackbone):
@@ -113,13 +117,17 @@ class StableDiffusion(DiffusersBackbone):
 
 
 class TextEncoder:
-    """Text features of prompts, computed once per prompt; the text encoder is frozen and float32."""
+    """Text features of prompts; the text encoder is frozen and float32.
+
+    Features are kept on the CPU, those of the `CACHED_PROMPTS` prompts that were asked for last, so that prompts by the
+    million fill neither a GPU nor the host.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, device: torch.device | str) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder.eval().requires_grad_(False)
         self._device = torch.device(device)
-        self._cache: dict[str, Tensor] = {}
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def _features(self, prompt: str) -> Tensor:
@@ -131,11 +139,13 @@ class TextEncoder:
                 truncation=True,
                 return_tensors="pt",
             )
-            device = next(self._text_encoder.parameters()).device
-            self._cache[prompt] = self._text_encoder(tokens.input_ids.to(device))[0][0].to(self._device)
+            self._cache[prompt] = self._text_encoder(tokens.input_ids.to(self._device))[0][0].cpu()
+            if len(self._cache) > CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(prompt)
         return self._cache[prompt]
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Condition with 'text' (B, L, D); the null branch has the features of the empty prompt."""
-        text = torch.stack([self._features(prompt) for prompt in prompts])
-        return Condition(tuple(prompts), {"text": text}, {"text": self._features("").expand_as(text)})
+        text = torch.stack([self._features(prompt) for prompt in prompts]).to(self._device)
+        return Condition(tuple(prompts), {"text": text}, {"text": self._features("").to(self._device).expand_as(text)})

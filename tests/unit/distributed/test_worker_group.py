@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import ray
+import torch.distributed as dist
 
 from ctrl_ray.config import ScalingConfig
 from ctrl_ray.distributed import worker_group
 from ctrl_ray.distributed.channel import MetricsChannel
 from ctrl_ray.distributed.rows import Notice, Started, Stop, Stopping, UpdateDone
-from ctrl_ray.distributed.worker_group import WorkerGroup, run_workers
+from ctrl_ray.distributed.worker_group import WorkerGroup, process_group_backend, run_workers
 from ctrl_ray.errors import DataError, NonFiniteError, ResourceError
 
 _SLEEP_S = 600.0
@@ -213,6 +214,23 @@ def test_other_errors_stay_as_they_are(trainer: Trainer) -> None:
     trainer.work = work
     with pytest.raises(RuntimeError, match="Ray's"):
         _run(trainer)
+
+
+def test_objects_between_gpu_workers_go_over_the_cpu() -> None:
+    """NCCL serves CUDA tensors alone; torch itself reads the name."""
+    backends = dist.distributed_c10d.BackendConfig(process_group_backend(use_gpu=True)).get_device_backend_map()
+    assert backends == {"cpu": "gloo", "cuda": "nccl"}
+    assert process_group_backend(use_gpu=False) == "gloo"
+    channel = MetricsChannel()
+    group = WorkerGroup(
+        worker=lambda: None,
+        channel=channel,
+        scaling=ScalingConfig(use_gpu=True),
+        num_workers=2,
+        storage_path="/tmp",
+        run_name="run",
+    )
+    assert worker_group._trainer(group).backend_config.backend == process_group_backend(use_gpu=True)
 
 
 def test_what_a_wait_says_is_asked_for() -> None:

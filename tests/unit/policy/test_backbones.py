@@ -6,15 +6,19 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
 from ctrl_ray.config import LoraConfig, SamplerConfig
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones import load_backbone, stable_diffusion
+from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.protocol import Inputs
 from tests.policies import make_policy
+from tests.pretend_device import pretend_device
 
 
 def test_a_backbone_knows_its_sizes_before_anything_is_loaded(tiny_pipeline: Path) -> None:
@@ -28,6 +32,48 @@ def test_a_backbone_knows_its_sizes_before_anything_is_loaded(tiny_pipeline: Pat
     assert torch.equal(condition.null_tensors["text"], backbone.load_encoder().encode(["", ""]).tensors["text"])
     images = backbone.load_decoder().decode(torch.zeros(1, *backbone.latent_shape))
     assert tuple(images.shape[2:]) == (32, 32)
+
+
+def test_features_of_the_last_prompts_are_kept_on_the_cpu(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bounded number of them; what left the cache is computed again, to the same bits."""
+    monkeypatch.setattr(stable_diffusion, "CACHED_PROMPTS", 2)
+    with pretend_device() as device:
+        encoder = load_backbone(str(tiny_pipeline)).load_encoder(device)
+        text = encoder.encode(["one", "two", "three"]).tensors["text"]
+        assert text.device == device
+        assert list(encoder._cache) == ["three", ""]
+        assert {features.device.type for features in encoder._cache.values()} == {"cpu"}
+        assert torch.equal(encoder.encode(["three", "one", "two"]).tensors["text"].cpu(), text.cpu()[[2, 0, 1]])
+
+
+def test_a_hub_pipelines_parts_are_fetched_and_single_file_checkpoints_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a repository that has both."""
+    files = [
+        *("model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.safetensors", "README.md"),
+        *(
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+        ),
+        *(
+            "tokenizer/merges.txt",
+            "tokenizer/spiece.model",
+            "safety_checker/model.safetensors",
+            "scheduler/scheduler_config.json",
+        ),
+    ]
+    fetched: list[str] = []
+
+    def snapshot(repo: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return "/snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve_base_model("someone/pipeline") == "/snapshot"
+    assert fetched == [
+        *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        *("tokenizer/merges.txt", "tokenizer/spiece.model", "scheduler/scheduler_config.json"),
+    ]
 
 
 def test_an_empty_denoiser_has_the_shapes_of_the_real_one(tiny_pipeline: Path) -> None:

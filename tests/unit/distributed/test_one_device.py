@@ -1,0 +1,245 @@
+"""Updates and evaluations where the worker's tensors are on a device: none meets a tensor of the CPU (see
+`tests.pretend_device`), and the numbers are those of the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrl_ray.config import (
+    ControlConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    LoraConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.distributed import engine
+from ctrl_ray.distributed import update as update_module
+from ctrl_ray.distributed import worker as worker_module
+from ctrl_ray.distributed.batches import evaluation_batch
+from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
+from ctrl_ray.distributed.learner import Learner, Rank
+from ctrl_ray.distributed.method import make_method
+from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
+from ctrl_ray.rewards.protocol import RewardAnswer
+from tests.classifiers import save_classifier
+from tests.pretend_device import pretend_device
+
+CPU = torch.device("cpu")
+
+
+class _Engine:
+    """SGD around a policy, in the place of DeepSpeed's engine, which builds for one kind of device in a process."""
+
+    learning_rate = 0.1
+
+    def __init__(self, policy: ControlledPolicy) -> None:
+        self.policy, self.latent_shape = policy, policy.latent_shape
+
+    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
+        return self.policy(latents, time, inputs, reference=reference)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, update: int) -> float:
+        for parameter in self.policy.trainable_parameters().values():
+            assert parameter.grad is not None
+            parameter.data.add_(parameter.grad, alpha=-self.learning_rate)
+            parameter.grad = None
+        return 0.0
+
+
+class _Pool:
+    """What a pool on the CPU is to a worker: answers come back on the latents' device, everything else on the CPU."""
+
+    differentiable = True
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model, self.controls = model, model.controls
+
+    def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> _Pool:
+        answer = self.model.evaluate(latents.cpu(), prompts, labels, weights)
+        assert answer.cotangent is not None
+        self.answer = RewardAnswer(answer.log_probs.to(latents.device), answer.cotangent.to(latents.device))
+        return self
+
+    def result(self, timeout_s: float | None = None) -> RewardAnswer:
+        return self.answer
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents.cpu())
+
+    def class_log_probs(self, inputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        answers = self.model.class_log_probs(inputs.cpu(), prompts)
+        return {name: answer.to(inputs.device) for name, answer in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    spec = ControlConfig(oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0)
+    folder = tmp_path_factory.mktemp("one_device") / "classifier"
+    save_classifier(folder, "jpeg_size", spec)
+    return TrainConfig(
+        base_model=str(tiny_pipeline),
+        controls={"jpeg_size": dataclasses.replace(spec, classifier=str(folder))},
+        global_batch_size=6,
+        micro_batch_size_per_worker=3,
+        sampler=SamplerConfig(num_steps=2, guidance_scale=2.0),
+        lora=LoraConfig(rank=2, alpha=2.0),
+        evaluation=EvaluationConfig(num_samples=5, batch_size=3),
+    )
+
+
+def _learner(config: TrainConfig, device: torch.device, *, pool: bool) -> Learner:
+    spec = RewardModelSpec(
+        base_model=config.base_model,
+        classifiers={name: str(control.classifier) for name, control in config.controls.items()},
+    )
+    job = TrainJob(
+        config=config,
+        controls=config.controls,
+        prompts=("a red circle", "a blue square"),
+        rewards=spec,
+        info=None,  # type: ignore[arg-type]
+        channel=None,
+    )
+    policy = build_policy(config).to(device)
+    learner = make_learner(job, Rank(0, 1, device), _Engine(policy))
+    return dataclasses.replace(learner, rewards=_Pool(load_reward_model(spec))) if pool else learner
+
+
+@pytest.fixture(autouse=True)
+def _nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of two whose other rank adds nothing, and which reduces tensors of one kind of device alone."""
+
+    def all_reduce(tensor: Tensor) -> None:
+        assert tensor.device.type == _nccl_device.type, f"no backend of the group serves {tensor.device.type} tensors"
+
+    monkeypatch.setattr(engine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(engine.dist, "all_reduce", all_reduce)
+
+
+_nccl_device = CPU
+
+
+def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, float]]:
+    """An update, then an evaluation and the KL's noise floor."""
+    global _nccl_device
+    with pretend_device() if pretend else nullcontext(CPU) as device:
+        _nccl_device = device
+        learner = _learner(config, device, pool=pool)
+        rows: list[dict[str, Any]] = [
+            make_method(learner.config).update(learner, 0),
+            evaluate_policy(learner, config.evaluation.num_samples),
+            {"kl_noise_floor": kl_noise_floor(learner)},
+        ]
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "pool"),
+    [
+        ("full", True),
+        pytest.param("full", False, marks=pytest.mark.full),
+        pytest.param("adjoint_matching", True, marks=pytest.mark.full),
+        pytest.param("reinforce", True, marks=pytest.mark.full),
+    ],
+)
+def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
+    config: TrainConfig, estimator: str, pool: bool
+) -> None:
+    """Rollouts, rewards, adjoint pass, sums over ranks, evaluation."""
+    estimators: dict[str, Any] = {"estimator": EstimatorConfig(name=estimator), "group_size": 3}  # type: ignore[arg-type]
+    config = dataclasses.replace(config, **estimators)
+    for there, here in zip(_on(config, pool=pool, pretend=True), _on(config, pool=pool, pretend=False), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_an_evaluation_asks_for_no_gradient(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities come in chunks, without the backward that a request for a cotangent takes."""
+    learner = _learner(config, CPU, pool=False)
+    believed = evaluate_policy(learner, 5)["log_prob/jpeg_size"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "evaluate", lambda *_: pytest.fail("a gradient was asked for"))
+        assert evaluate_policy(learner, 5)["log_prob/jpeg_size"] == believed
+    samples = learner.roll_out(
+        evaluation_batch(range(3), learner.prompts, learner.controls, ("jpeg_size",)), 1_000_003, 0
+    )
+    more = learner.roll_out(evaluation_batch((3, 4), learner.prompts, learner.controls, ("jpeg_size",)), 1_000_003, 0)
+    by_request = 0.0
+    for part, ids in ((samples, range(3)), (more, (3, 4))):
+        batch = evaluation_batch(ids, learner.prompts, learner.controls, ("jpeg_size",))
+        by_request += float(learner.submit(batch, part.clean_latents).result().log_probs.sum())
+    assert believed == pytest.approx(by_request / 5, rel=1e-6)
+
+
+def test_local_scoring_is_no_part_of_the_rollout(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the worker waits for."""
+    evaluate = RewardModel.evaluate
+
+    def slow(*arguments: Any) -> RewardAnswer:
+        time.sleep(0.5)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(RewardModel, "evaluate", slow)
+    learner = _learner(config, CPU, pool=False)
+    row = make_method(config).update(learner, 0)
+    assert row["reward_wait_s"] > 1.0 and row["rollout_s"] < row["update_s"] - 1.0
+
+
+def test_seconds_on_a_gpu_are_those_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks are events; the host's clock, which is ahead, counts for nothing."""
+    now_ms = iter((0.0, 10.0, 30.0, 40.0, 45.0, 100.0))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at_ms, self.waited = next(now_ms), False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.waited
+            return end.at_ms - self.at_ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=lambda event: event))
+    clock = update_module._Clock(torch.device("cuda"))
+    for phase in ("rollout_s", "backward_s"):
+        with clock(phase):
+            pass
+    found = clock.seconds()
+    assert found == pytest.approx({"update_s": 0.1, "rollout_s": 0.02, "reward_wait_s": 0.0, "backward_s": 0.005})
+
+
+def test_a_workers_process_is_set_to_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for DeepSpeed, which takes LOCAL_RANK for it."""
+    chosen: list[torch.device] = []
+    context = SimpleNamespace(get_world_rank=lambda: 5, get_world_size=lambda: 8)
+    monkeypatch.setattr(worker_module.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(worker_module.ray.train.torch, "get_device", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    rank = worker_module.set_up_process(TrainConfig(controls={}, scaling=ScalingConfig(use_gpu=True)))
+    assert (rank.index, rank.size, rank.device) == (5, 8, torch.device("cuda:3"))
+    assert chosen == [torch.device("cuda:3")] and os.environ["LOCAL_RANK"] == "3"
