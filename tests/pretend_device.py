@@ -60,6 +60,22 @@ class _MadeFromValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Waits:
+    """Names of the operations that made the host wait for the device, in order."""
+
+    names: list[str] | None = None
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Collects what makes the host wait for the device: copies between the two, and values that the host asks for."""
+    _Waits.names = found = []
+    try:
+        yield found
+    finally:
+        _Waits.names = None
+
+
 @contextmanager
 def pretend_device() -> Iterator[torch.device]:
     """Within it, tensors that are made on this device or moved there are on it."""
@@ -81,6 +97,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if not (on_device or put_there):
         return func(*args, **kwargs)
+    if _Waits.names is not None and (name == "aten::_local_scalar_dense" or _crosses(name, args, put_there)):
+        _Waits.names.append(name)
     if on_device and name not in _COPIES:
         _refuse_mixed(name, args, plain, func._schema.is_mutable)
     output = func(*_map(_values, args), **_map(_values, kwargs))
@@ -89,6 +107,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if output is args[0]:  # a copy that copied nothing
         output = output.clone()
     return _map(_OnDevice, output) if put_there else output
+
+
+def _crosses(name: str, args: Any, put_there: bool) -> bool:
+    """Whether a copy goes from the host to the device or back."""
+    if name not in _COPIES:
+        return False
+    source = args[1] if name == "aten::copy_" else args[0]
+    target_there = isinstance(args[0], _OnDevice) if name == "aten::copy_" else put_there
+    return isinstance(source, _OnDevice) != target_there
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -67,15 +67,16 @@ class DDIMKernel:
         ]
         self._noisy = [std > 0 for std in ancestral]
         self._stds = [eta * std for std in ancestral]
+        self._tables: dict[tuple[str, torch.dtype, str], Tensor] = {}
 
     @property
     def num_steps(self) -> int:
         """Number of denoising steps."""
         return len(self._timesteps)
 
-    def time(self, step_index: int) -> Tensor:
+    def time(self, step_index: int, device: torch.device | str = "cpu") -> Tensor:
         """Timestep (int64 scalar) of the step."""
-        return torch.tensor(self._timesteps[step_index])
+        return self._table("time", self._timesteps, torch.int64, device)[step_index]
 
     def std(self, step_index: int) -> float:
         """std_dev_t of the step; exactly 0 where the step is deterministic."""
@@ -100,7 +101,14 @@ class DDIMKernel:
         )
         direction = max(0.0, 1 - alpha_prod_next - std**2) ** 0.5
         mean = alpha_prod_next**0.5 * x_0 + direction * noise
-        std_tensor = torch.tensor(std, dtype=latents.dtype, device=latents.device)
+        std_tensor = self._table("std", self._stds, latents.dtype, latents.device)[step_index]
         if output.log_std_ratio is not None:
             std_tensor = std_tensor * output.log_std_ratio.to(latents.dtype).exp()
         return GaussianStep(mean, std_tensor)
+
+    def _table(self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A number of every step, made once for each device: making one at every step would wait for the GPU."""
+        key = name, dtype, str(device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(values, dtype=dtype, device=device)
+        return self._tables[key]

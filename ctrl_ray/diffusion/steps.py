@@ -65,7 +65,7 @@ class StepKernel(Protocol):
         """Number of denoising steps."""
         ...
 
-    def time(self, step_index: int) -> Tensor:
+    def time(self, step_index: int, device: torch.device | str = "cpu") -> Tensor:
         """The scheduler's timestep (a scalar tensor) that the denoiser is called with."""
         ...
 
@@ -107,9 +107,10 @@ def step_kl(policy: GaussianStep, ref: GaussianStep, latent_reduction: LatentRed
 
     With the fixed, shared variance of CTRL this is ‖mean − ref_mean‖² / (2 std²) (method of CTRL, eq. for KL_k).
     'mean' divides by the number of latent dimensions (parity with the public reference code only).
-    Raises ValueError where std is 0: such a step has no density.
+    Raises ValueError where std is 0: such a step has no density. On a GPU, where looking would wait for it, the answer is
+    then not finite.
     """
-    if bool((ref.std == 0).any()) or bool((policy.std == 0).any()):
+    if ref.std.device.type == "cpu" and bool((ref.std == 0).any() or (policy.std == 0).any()):
         raise ValueError("a step with std 0 (eta 0, or a last step that ends at ᾱ = 1) has no density, so no KL")
     squared = (policy.mean - ref.mean) ** 2 / (2 * ref.std**2)
     if policy.std is not ref.std:

@@ -115,5 +115,5 @@ def policy_step(
     policy: Policy, kernel: StepKernel, step_index: int, latents: Tensor, inputs: Inputs, *, reference: bool
 ) -> GaussianStep:
     """Law of the next latents under the policy or the reference."""
-    output = policy(latents, kernel.time(step_index), inputs, reference=reference)
+    output = policy(latents, kernel.time(step_index, latents.device), inputs, reference=reference)
     return kernel.step(step_index, latents, output)

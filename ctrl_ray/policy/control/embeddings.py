@@ -25,6 +25,7 @@ class ControlEmbeddings(nn.Module):
             if not name.isidentifier():
                 raise ConfigError(f"control name {name!r} is not an identifier (letters, digits, underscores)")
         self.num_classes = dict(num_classes)
+        self._null: dict[str, Tensor] = {}
         self.tables = nn.ModuleDict(
             {name: nn.Embedding(n + 1, embedding_dim, padding_idx=n) for name, n in num_classes.items()}
         )
@@ -49,7 +50,10 @@ class ControlEmbeddings(nn.Module):
 
     def null(self, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
         """Labels (B, C) that are all null."""
-        return torch.tensor(self.null_labels, dtype=torch.long, device=device).expand(batch_size, -1)
+        key = str(device)
+        if key not in self._null:  # made once for each device: making it at every step would wait for the GPU
+            self._null[key] = torch.tensor(self.null_labels, dtype=torch.long, device=device)
+        return self._null[key].expand(batch_size, -1)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Sum of the controls' rows, (B, embedding_dim), for labels (B, C)."""

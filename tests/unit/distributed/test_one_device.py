@@ -34,13 +34,14 @@ from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
 from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.classifiers import save_classifier
-from tests.pretend_device import pretend_device
+from tests.pretend_device import pretend_device, waits
 
 CPU = torch.device("cpu")
 
@@ -172,6 +173,21 @@ def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
     config = dataclasses.replace(config, **estimators)
     for there, here in zip(_on(config, pool=pool, pretend=True), _on(config, pool=pool, pretend=False), strict=True):
         assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_rollout_steps_do_not_wait_for_the_device(config: TrainConfig) -> None:
+    """Neither copies nor values that the host looks at, with guidance and KL, from the second rollout on."""
+    with pretend_device() as device:
+        learner = _learner(config, device, pool=False)
+        batch = evaluation_batch(range(2), learner.prompts, learner.controls, ("jpeg_size",))
+        inputs = Inputs(learner.encoder.encode(batch.prompts), batch.labels.to(device), learner.guidance)
+        noise = keyed_noise(0, 0, batch.sample_ids, learner.engine.latent_shape, learner.kernel.num_steps, device)
+        rollout(learner.engine, learner.kernel, inputs, noise, with_kl=True)
+        with waits() as found:
+            trajectory = rollout(learner.engine, learner.kernel, inputs, noise, with_kl=True)
+            assert found == []
+            trajectory.clean_latents.cpu()
+            assert found == ["aten::_to_copy"]
 
 
 def test_an_evaluation_asks_for_no_gradient(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
