@@ -38,8 +38,8 @@ class EvaluateOptions:
     """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
     seed: int = 1_000_003
     """Seed of the noise. Training never uses this one."""
-    batch_size: int = 128
-    """Samples drawn at a time."""
+    batch_size: int | None = None
+    """Samples drawn at a time. None: as many as in the evaluations of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
     """NAME=FOLDER for each control: the classifier whose belief is compared with the truth. Empty:
     RUN/classifier/NAME."""
@@ -55,8 +55,9 @@ class EvaluateOptions:
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
         for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1")
 
 
 def evaluate_images(
@@ -86,7 +87,7 @@ def evaluate_adapter(
     num_samples: int = 512,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     clip_model: str | None = None,
     classifiers: Mapping[str, str] | None = None,
 ) -> Path:
@@ -113,13 +114,14 @@ def sample_before_and_after(
     num_samples: int,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     classifiers: Mapping[str, str] | None = None,
 ) -> tuple[EvaluationSamples, EvaluationSamples]:
     """Samples of the pre-trained model and of the adapter: the same prompts, labels and noise, row by row.
 
     Prompts and classifiers (whose belief is compared with the truth) default to those of the run around the adapter.
-    Runs on the connected Ray, else on a local one, with a GPU where there is one.
+    Runs on the connected Ray, else on a local one, with a GPU where there is one; in the precision that the adapter was
+    trained for, with that run's batches where `batch_size` is None.
     """
     import os
 
@@ -141,13 +143,15 @@ def sample_before_and_after(
         prompts=tuple(prompts) if prompts else run_prompts(adapter, info.base_model),
         sample_ids=tuple(evaluation_ids(num_samples)),
         seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size or info.training.get("evaluation_batch_size", 128),
         reference=True,
+        precision=info.training.get("precision", "fp32"),
     )
     rewards = RewardModelSpec(
         base_model=info.base_model,
         revision=info.base_revision,
         classifiers=run_classifiers(adapter, list(info.controls), classifiers or {}),
+        decode_chunk_size=info.training.get("decode_chunk_size", 32),
     )
     scaling = ScalingConfig(use_gpu=torch.cuda.is_available(), threads_per_worker=os.cpu_count() or 1)
     try:

@@ -95,7 +95,14 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         controls=controls,
         sampler=config.sampler,
         lora=None if config.full_finetune else config.lora,
-        training={"kl_coef": config.kl_coef, "seed": config.seed, "num_updates": config.num_updates},
+        training={
+            "kl_coef": config.kl_coef,
+            "seed": config.seed,
+            "num_updates": config.num_updates,
+            "precision": config.scaling.precision,
+            "evaluation_batch_size": config.evaluation.batch_size,
+            "decode_chunk_size": config.rewards.decode_chunk_size,
+        },
     )
     return CheckedRun(
         config=config,
