@@ -25,6 +25,7 @@ from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.precision import set_float32_precision
 
 
 def validation_config(job: TrainJob) -> ValidationConfig:
@@ -49,6 +50,7 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     Returns 'score', by which Ray Train chooses the best checkpoint, with the figures behind it. The run is asked to stop
     where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it.
     """
+    set_float32_precision(job.config.scaling.precision)
     with checkpoint.as_directory() as folder:
         update = int(json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))["updates_done"])
         try:

@@ -24,6 +24,7 @@ from ctrl_ray.errors import HOPELESS
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.precision import set_float32_precision
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
@@ -137,7 +138,8 @@ def _tell(job: TrainJob, rank: Rank, row: Row) -> Stop | None:
 
 
 def set_up_process(config: TrainConfig) -> Rank:
-    """Threads of this worker's process; who it is in the group."""
+    """Threads and TF32 of this worker's process; who it is in the group."""
+    set_float32_precision(config.scaling.precision)
     context = ray.train.get_context()
     if not config.scaling.use_gpu:
         torch.set_num_threads(config.scaling.num_threads)

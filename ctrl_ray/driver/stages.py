@@ -88,6 +88,7 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         revision=config.base_revision,
         classifiers=classifiers,
         decode_chunk_size=config.rewards.decode_chunk_size,
+        precision=config.scaling.precision,
         copies=copies_of(list(classifiers.values())),
     )
     if config.rewards.num_actors == 0:
