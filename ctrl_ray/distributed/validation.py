@@ -17,7 +17,7 @@ from ray.train import Checkpoint, ValidationConfig
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.environment import worker_environment
-from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
@@ -57,8 +57,6 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
             learner = _learner(job, Path(folder) / ADAPTER_FOLDER)
             samples = _Samples(job)
             metrics = evaluate_policy(learner, job.config.evaluation.num_samples, samples)
-            if update == 0:
-                metrics["kl_noise_floor"] = kl_noise_floor(learner)
         except Exception as error:
             text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
             _tell(job, Notice(text))

@@ -58,8 +58,16 @@ def _gradients(
     return gradients
 
 
-@pytest.mark.parametrize("lora", [RANK_2, None])
-@pytest.mark.parametrize(("num_steps", "checkpointed"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("num_steps", "checkpointed", "lora"),
+    [
+        (1, False, RANK_2),
+        (2, False, None),
+        (2, True, RANK_2),
+        pytest.param(2, False, RANK_2, marks=pytest.mark.full),
+        pytest.param(2, True, None, marks=pytest.mark.full),
+    ],
+)
 def test_float32_gradients_are_the_same_to_the_bit(
     tiny_pipeline: Path, num_steps: int, checkpointed: bool, lora: LoraConfig | None
 ) -> None:
@@ -79,7 +87,7 @@ def _error(gradients: list[Tensor], expected: list[Tensor]) -> float:
     return float((whole - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("lora", [RANK_2, None])
+@pytest.mark.parametrize("lora", [RANK_2, pytest.param(None, marks=pytest.mark.full)])
 def test_small_cotangents_survive_in_fp16(
     tiny_pipeline: Path, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +127,7 @@ def test_a_scale_is_chosen_once_until_it_is_forgotten() -> None:
 
 def test_zero_and_infinite_cotangents_go_through(tiny_pipeline: Path) -> None:
     """Zeros stay zeros; what is not finite is still there for the adjoint pass to find."""
-    assert all(not g.any() for g in _gradients(_policy(tiny_pipeline, "fp16"), tiny_pipeline, magnitude=0.0))
-    endless = _gradients(_policy(tiny_pipeline, "fp16"), tiny_pipeline, magnitude=float("inf"))
-    assert not torch.isfinite(endless[-1]).any()
+    policy = _policy(tiny_pipeline)
+    policy.enable_cotangent_scaling()
+    assert all(not gradient.any() for gradient in _gradients(policy, tiny_pipeline, magnitude=0.0))
+    assert not torch.isfinite(_gradients(policy, tiny_pipeline, magnitude=float("inf"))[-1]).any()
