@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ctrl_ray.cluster import connection
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
@@ -45,6 +46,7 @@ def test_precision_and_sizes_are_those_of_the_run(
     (tmp_path / ADAPTER_FILE).write_text(info.to_json())
     asked: list[tuple[str, int, int]] = []
     monkeypatch.setattr(connection, "connected", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         sampling,
         "sample_policy",
