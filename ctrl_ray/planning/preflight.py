@@ -252,7 +252,7 @@ def _summary(
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
         f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
-        "KL floor   measured when the run starts: what rounding reads as KL, which target_kl must exceed twice",
+        "KL floor   measured when the run starts: what rounding reads as KL; target_kl must be at least twice that",
         *plan,
         f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",
