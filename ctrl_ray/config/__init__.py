@@ -438,7 +438,7 @@ class TrainConfig:
     num_updates: int = 60
     """Optimizer updates."""
     global_batch_size: int = 64
-    """Trajectories per update, over all workers."""
+    """Trajectories per update, over all workers. Where it does not divide, some workers have one group more."""
     micro_batch_size_per_worker: int = 32
     """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled."""
     group_size: int = 1
@@ -490,19 +490,24 @@ class TrainConfig:
             self.micro_batch_size_per_worker >= 1,
             f"micro_batch_size_per_worker is {self.micro_batch_size_per_worker}; expected at least 1",
         )
-        if self.scaling.num_workers != "auto":
-            per_pass = self.scaling.fixed_num_workers * self.micro_batch_size_per_worker
-            _require(
-                self.global_batch_size % per_pass == 0,
-                f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
-                f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
-                f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
-            )
         _require(
             self.group_size >= 1 and self.micro_batch_size_per_worker % self.group_size == 0,
             f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker "
             f"({self.micro_batch_size_per_worker})",
         )
+        _require(
+            self.global_batch_size % self.group_size == 0,
+            f"global_batch_size ({self.global_batch_size}) must be divisible by group_size ({self.group_size}), so that "
+            f"every group is whole; try {-(-self.global_batch_size // self.group_size) * self.group_size}",
+        )
+        if self.scaling.num_workers != "auto":
+            groups = self.global_batch_size // self.group_size
+            _require(
+                groups >= self.scaling.fixed_num_workers,
+                f"global_batch_size ({self.global_batch_size}) has {groups} groups of group_size ({self.group_size}), which is "
+                f"not one for each of the {self.scaling.num_workers} workers; take a global_batch_size of at least "
+                f"{self.scaling.fixed_num_workers * self.group_size}, or fewer workers",
+            )
         _require(
             self.estimator.name != "reinforce" or self.group_size >= 2,
             "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
@@ -526,6 +531,12 @@ class TrainConfig:
         )
 
     @property
+    def worker_shares(self) -> tuple[int, int]:
+        """(fewest, most) trajectories that a worker has of an update: groups are shared as evenly as they divide."""
+        groups, workers = self.global_batch_size // self.group_size, self.scaling.fixed_num_workers
+        return groups // workers * self.group_size, -(-groups // workers) * self.group_size
+
+    @property
     def num_micro_batches(self) -> int:
-        """Micro-batches per worker and update."""
-        return self.global_batch_size // (self.scaling.fixed_num_workers * self.micro_batch_size_per_worker)
+        """Micro-batches that every worker runs in an update; the last ones of a smaller share hold fewer trajectories."""
+        return -(-self.worker_shares[1] // self.micro_batch_size_per_worker)

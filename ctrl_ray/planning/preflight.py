@@ -215,6 +215,18 @@ def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
         )
 
 
+def _shares(config: TrainConfig) -> str:
+    """'4 workers × 2 micro-batches × 8', or what the workers have where it does not divide."""
+    workers, size = config.scaling.fixed_num_workers, config.micro_batch_size_per_worker
+    fewest, most = config.worker_shares
+    if fewest == most and most % size == 0:
+        return f"{workers} workers × {config.num_micro_batches} micro-batches × {size}"
+    shares = f"{most}" if fewest == most else f"{fewest} or {most}"
+    text = f"{workers} workers × {shares}, in {config.num_micro_batches} micro-batches of at most {size}"
+    idle = 1 - config.global_batch_size / (workers * most)
+    return text + (f" ({idle:.0%} of their time is waiting for those with {most})" if idle else "")
+
+
 def _summary(
     config: TrainConfig,
     controls: dict[str, ControlConfig],
@@ -232,8 +244,7 @@ def _summary(
     lines = [
         to_json(config),
         "",
-        f"batch      {config.global_batch_size} trajectories per update = {workers} workers × {config.num_micro_batches} "
-        f"micro-batches × {config.micro_batch_size_per_worker}; {len(prompts)} prompts",
+        f"batch      {config.global_batch_size} trajectories per update = {_shares(config)}; {len(prompts)} prompts",
         *([f"workers    {why}"] if why else []),
         "controls   "
         + ", ".join(
