@@ -87,7 +87,7 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         base_model=config.base_model,
         revision=config.base_revision,
         classifiers=classifiers,
-        decode_chunk_size=config.rewards.decode_chunk_size,
+        decode_chunk_size=config.rewards.fixed_decode_chunk_size,
         copies=copies_of(list(classifiers.values())),
     )
     if config.rewards.num_actors == 0:
@@ -149,7 +149,7 @@ def reference_job(checked: CheckedRun) -> SamplingJob:
         prompts=checked.evaluation_prompts,
         sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
         seed=config.evaluation.seed,
-        batch_size=config.evaluation.batch_size,
+        batch_size=config.evaluation.fixed_batch_size,
         reference=True,
         precision=config.scaling.precision,
     )
