@@ -20,7 +20,7 @@ from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
-from ctrl_ray.errors import HOPELESS
+from ctrl_ray.errors import HOPELESS, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -58,7 +58,8 @@ def train_worker(job: TrainJob) -> None:
     if ray.get(job.channel.failure.remote()) is not None:
         return
     try:
-        _train(job)
+        with naming_memory("before the first update"):
+            _train(job)
     except HOPELESS as error:
         ray.get(job.channel.fail.remote(error))
         raise
@@ -78,7 +79,8 @@ def _train(job: TrainJob) -> None:
             _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
     leaving: set[str] = set()
     for update in range(first_update, config.num_updates):
-        metrics = method.update(learner, update)
+        with naming_memory(f"update {update}"):
+            metrics = method.update(learner, update)
         progress["updates_done"] = update + 1
         stop = _tell(job, rank, UpdateDone(update + 1, metrics))
         announced = _announced_losses(leaving)
@@ -122,7 +124,8 @@ def _finish_update(
 def _evaluate(
     job: TrainJob, learner: Learner, progress: dict[str, Any], more: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
+    with naming_memory(f"the evaluation after update {progress['updates_done']}"):
+        metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
     progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
     _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics

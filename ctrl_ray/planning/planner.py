@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from ctrl_ray.cluster.resources import cluster_facts
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops
+from ctrl_ray.planning.fits import memory_fit, remedies
 from ctrl_ray.planning.plan import PERSISTENCE_THRESHOLD, RunPlan, make_plan
+from ctrl_ray.policy.backbones import load_backbone
 
 _COUNTED_SIZES = (2, 4)
 """Batch sizes that `Planner.estimate` counts; live bytes are nearly affine in the batch."""
@@ -72,6 +75,17 @@ class Planner:
         scaling = config.scaling
         threshold = scaling.zero3_persistence_threshold if scaling.zero_stage == 3 else PERSISTENCE_THRESHOLD
         return scaling.precision, scaling.fixed_gradient_checkpointing, threshold
+
+
+def memory_advice(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> str:
+    """What to change where a GPU's memory did not suffice, for people; seconds of counting on the CPU."""
+    kernel = load_backbone(config.base_model, config.base_revision).make_kernel(config.sampler)
+    planner, facts = Planner(controls, kernel), cluster_facts()
+    planned = memory_fit(planner.plan(config), config, facts).reason
+    fixes = remedies(config, planner.plan, facts)
+    if not fixes:
+        return f"The planner counts {planned}, and knows no single setting that lowers it; take larger cards"
+    return f"The planner counts {planned}; lower it by one of: {'; '.join(fixes)}"
 
 
 def _affine(low: int, high: int, size: int) -> int:
