@@ -288,7 +288,8 @@ class RewardPoolConfig:
     """An actor that works on one request for longer than this is replaced, and another actor gets the request.
     Without another actor the request fails with an error; the workers do not hang."""
     decode_chunk_size: int | Auto = 32
-    """Images decoded at a time. It limits the memory of scoring and changes no result. 'auto': up to 8, as they fit."""
+    """Images decoded at a time. It limits the memory of scoring and changes no result. 'auto': up to 8, as many as fit
+    beside what training takes."""
 
     def __post_init__(self) -> None:
         _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")

@@ -65,9 +65,8 @@ def _decide_workers(config: TrainConfig, facts: ClusterFacts | None) -> tuple[Tr
         )
     groups = config.global_batch_size // config.group_size
     workers = min(room, groups)
-    line = f"{workers} workers: {facts.where} ({facts.described}) has room for {room} of {_per_worker(config)}"
-    if rewards.num_actors:
-        line += " beside the reward pool"
+    line = f"{workers} worker{'s' * (workers != 1)}: room for {room} of {_per_worker(config)}"
+    line += f"{' beside the reward pool' if rewards.num_actors else ''} on {facts.where} ({facts.described})"
     if workers < room:
         line += f"; {workers} is one for each group of the global batch ({config.global_batch_size})"
     cards = math.floor(sum(node.gpus for node in facts.nodes))
@@ -106,7 +105,7 @@ def _decide_sizes(
     decided = open_values(chosen)
     lines = [", ".join(f"{name} {decided[name]}" for name in names)]
     if missed is not None:
-        lines.append(f"faster, but it does not fit: {missed}")
+        lines.append(missed)
     return chosen, lines
 
 
@@ -169,7 +168,8 @@ def _time(config: TrainConfig) -> float:
 def _grow(
     config: TrainConfig, asked: TrainConfig, facts: ClusterFacts | None, plan_of: PlanOf, estimate: PlanOf
 ) -> TrainConfig:
-    """The largest evaluation batch, then the largest decode chunk, that fit beside what was decided."""
+    """The largest evaluation batch, then the largest decode chunk, that fit beside what was decided; where a worker decodes
+    itself, the largest chunk that takes no more than training does."""
     samples = max(config.evaluation.num_samples, config.evaluation.final_num_samples)
     most = -(-samples // config.scaling.fixed_num_workers)
     if asked.evaluation.batch_size == "auto":
@@ -178,9 +178,10 @@ def _grow(
         config, _ = _first_that_fits(larger, config, facts, plan_of, estimate)
     if asked.rewards.decode_chunk_size == "auto":
         batch = config.evaluation.fixed_batch_size
-        larger = [
-            _sized(config, batch, size) for size in _halves(min(LARGEST_DECODE_CHUNK, config.fixed_micro_batch_size))
-        ]
+        peak = plan_of(config).memory.peak
+        sizes = _halves(min(LARGEST_DECODE_CHUNK, config.fixed_micro_batch_size))
+        larger = [_sized(config, batch, size) for size in sizes]
+        larger = [changed for changed in larger if plan_of(changed).memory.peak <= peak] or [config]
         config, _ = _first_that_fits(larger, config, facts, plan_of, estimate)
     return config
 
@@ -209,7 +210,10 @@ def _first_that_fits(
         else:
             return candidate, missed
         text = "with" if candidate.scaling.gradient_checkpointing else "without"
-        missed = f"micro-batch {candidate.micro_batch_size_per_worker} {text} gradient checkpointing ({fit.reason})"
+        missed = (
+            f"micro-batch {candidate.micro_batch_size_per_worker} {text} gradient checkpointing would be faster, but does not "
+            f"fit: {fit.reason}"
+        )
     return smallest, missed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,10 @@ from ctrl_ray.gradients.adjoint import Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
-from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu, operation_counter
+from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs
-
-_FLOPS_BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ class PolicyCounter:
         self._persistence_threshold = persistence_threshold
         self._steps: dict[int, StepBytes] = {}
         self._evaluations: dict[int, int] = {}
-        self._flops: list[float] | None = None
+        self._operations: tuple[float, float] | None = None
         self._counts: PolicyCounts | None = None
 
     def counts(self) -> PolicyCounts:
@@ -145,7 +143,9 @@ class PolicyCounter:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
             with self._fake, LiveBytes() as live:
-                self._steps[batch_size] = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+                counted, *operations = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+            self._steps[batch_size] = counted
+            self._operations = (operations[0] / batch_size, operations[1] / batch_size)
         return self._steps[batch_size]
 
     def evaluation(self, batch_size: int) -> int:
@@ -158,20 +158,14 @@ class PolicyCounter:
         return self._evaluations[batch_size]
 
     def flops(self, batch_size: int) -> StepFlops:
-        """Operations of one step of a micro-batch, counted at two samples; all of them are proportional to the batch."""
-        if self._flops is None:
-            counter = operation_counter()
-            totals: list[float] = []
-            with self._fake, counter, LiveBytes() as live:
-                _count_step(
-                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, live),
-                    mark=lambda: totals.append(counter.get_total_flops()),
-                )
-            self._flops = [total / _FLOPS_BATCH for total in totals]
-        forward, whole = (total * batch_size for total in self._flops)
+        """Operations of one step of a micro-batch, from a size that was counted; all of them are proportional to it."""
+        if self._operations is None:
+            self.step(batch_size)
+        assert self._operations is not None
+        forward, adjoint = (operations * batch_size for operations in self._operations)
         estimator = make_estimator(self._config.estimator, self._kernel.num_steps)
         calls = estimator.step_calls(controlled=True, weighted=True)
-        return StepFlops(forward=forward, backward=(whole - (1 + calls.forwards) * forward) / calls.backwards)
+        return StepFlops(forward=forward, backward=(adjoint - calls.forwards * forward) / calls.backwards)
 
 
 class _WatchedMicroBatch(MicroBatch):
@@ -190,8 +184,7 @@ class _WatchedMicroBatch(MicroBatch):
         return step
 
     def through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
-        """By `backward`, for torch's counter of operations cannot follow `autograd.grad`; the reference has no parameter
-        gradients, so it is the same."""
+        """By `backward`: the reference has no parameter gradients, so it is the same as `autograd.grad`."""
         latents = self.leaf(step_index)
         with torch.enable_grad():
             ref = self.step(step_index, latents, reference=True)
@@ -209,10 +202,9 @@ def _count_step(
     config: TrainConfig,
     batch_size: int,
     live: LiveBytes,
-    mark: Callable[[], None] = lambda: None,
-) -> StepBytes:
-    """One step of the rollout, and one of the adjoint pass by the run's own estimator, on fake tensors; `mark` is called
-    after each."""
+) -> tuple[StepBytes, float, float]:
+    """One step of the rollout, and one of the adjoint pass by the run's own estimator, on fake tensors; with the operations
+    of each."""
     estimator = make_estimator(config.estimator, kernel.num_steps)
     step_index, weight = _trained_step(estimator, kernel, config.seed)
     for parameter in policy.trainable_parameters().values():
@@ -227,20 +219,19 @@ def _count_step(
         latent_reduction=config.latent_reduction,
     )
     carried = estimator.start(batch, TerminalReward(torch.zeros(batch_size), torch.zeros_like(latents)))
-    start = live.restart_peak()
+    start, live.operations = live.restart_peak(), 0.0
     with torch.no_grad():
         policy_step(policy, kernel, step_index, latents, inputs, reference=False)
-    mark()
-    rollout_peak = live.peak - start
-    start = live.restart_peak()
+    rollout_peak, forward = live.peak - start, live.operations
+    start, live.operations = live.restart_peak(), 0.0
     estimator.pull_back(batch, step_index, carried, weight)
-    mark()
-    peak = live.peak - start
+    peak, adjoint = live.peak - start, live.operations
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
-    return StepBytes(
+    counted = StepBytes(
         policy_kept=batch.kept[False], reference_kept=batch.kept[True], backward_peak=peak, rollout_peak=rollout_peak
     )
+    return counted, forward, adjoint
 
 
 def _count_evaluation(

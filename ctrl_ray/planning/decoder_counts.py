@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu, operation_counter
+from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
 from ctrl_ray.policy.backbones import Backbone
 
 
@@ -37,14 +37,12 @@ def count_decoder(backbone: Backbone) -> DecoderCounts:
             decoder.decode(latents)
         without = live.peak - start
         latents.requires_grad_()
-        start = live.restart_peak()
+        start, live.operations = live.restart_peak(), 0.0
         decoder.decode(latents).sum().backward()
         peak = live.peak - start
-        with operation_counter() as counter:  # on its own: it keeps tensors alive
-            decoder.decode(latents).sum().backward()
     return DecoderCounts(
         weights=sum(p.numel() * p.element_size() for p in decoder.parameters()),
         with_gradient=peak,
         without_gradient=without,
-        operations=float(counter.get_total_flops()),
+        operations=live.operations,
     )

@@ -19,13 +19,14 @@ _CPU_ATTENTION = {  # torch's counter knows the GPU's kernels only
 }
 
 
-def operation_counter() -> FlopCounterMode:
-    """Counts two operations for each multiply-add of convolutions, matrix products and attention, also the CPU's."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+_OPERATIONS = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION).flop_registry
+"""torch's formulas by operator."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations under this mode have made and that are still alive; views count once.
+    """Bytes of the storages that operations under this mode have made and that are still alive; views count once. And the
+    operations: two for each multiply-add of convolutions, matrix products and attention, as torch's own counter (which
+    keeps tensors alive).
 
     Works on real and on fake tensors; what an operation allocates and frees inside itself is not seen.
     """
@@ -33,10 +34,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes, self.peak = 0, 0
+        self.operations = 0.0
         self._alive: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func._overloadpacket in _OPERATIONS:
+            self.operations += _OPERATIONS[func._overloadpacket](*args, **(kwargs or {}), out_val=output)
         for tensor in _tensors(output):
             self.add(tensor)
         return output
