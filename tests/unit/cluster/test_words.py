@@ -137,7 +137,7 @@ def test_a_price_is_time_on_whole_machines_and_the_head() -> None:
         rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0),
     )
     work = Work(update_flops=36e12, evaluation_flops=340e12)
-    small, _, eight = AWS_MACHINES
+    small, eight = (next(m for m in AWS_MACHINES if m.gpu == gpu) for gpu in ("A10G", "A100"))
     three = estimate(config, work, 1e12, small)
     assert (three.update_s, three.run_s, three.num_machines) == (36, 4000, 3)
     assert three.dollars == pytest.approx(4000 / 3600 * (3 * small.dollars_per_hour + HEAD_DOLLARS_PER_HOUR))

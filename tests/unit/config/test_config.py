@@ -102,27 +102,41 @@ def test_a_value_that_cannot_run_is_refused_by_name_and_value(
         cls(**settings)
 
 
-def test_batch_arithmetic_that_does_not_divide_names_all_numbers_and_a_way_out() -> None:
+def test_a_batch_that_cannot_be_shared_names_all_numbers_and_a_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(global_batch_size=96, micro_batch_size_per_worker=5, scaling=ScalingConfig(num_workers=8))
+        TrainConfig(
+            global_batch_size=12, micro_batch_size_per_worker=4, group_size=2, scaling=ScalingConfig(num_workers=8)
+        )
     text = str(caught.value)
-    assert "global_batch_size (96) must be divisible by num_workers (8) × micro_batch_size_per_worker (5) = 40" in text
-    suggested = int(text.rsplit(" ", 1)[-1])
-    assert suggested == 80  # the multiple of 40 next to 96
-    assert TrainConfig(global_batch_size=suggested, micro_batch_size_per_worker=5, scaling=ScalingConfig(num_workers=8))
+    assert "global_batch_size (12) has 6 groups of group_size (2)" in text and "each of the 8 workers" in text
+    assert "at least 16" in text
+    scaling = ScalingConfig(num_workers=8)
+    assert TrainConfig(global_batch_size=16, micro_batch_size_per_worker=4, group_size=2, scaling=scaling)
+    with pytest.raises(ConfigError, match=r"global_batch_size \(18\) must be divisible by group_size \(4\).*try 20"):
+        TrainConfig(global_batch_size=18, micro_batch_size_per_worker=4, group_size=4)
 
 
 @pytest.mark.parametrize(
-    ("global_batch_size", "micro", "workers", "expected"), [(64, 32, 1, 2), (64, 32, 2, 1), (48, 4, 3, 4)]
+    ("global_batch_size", "group_size", "micro", "workers", "shares", "expected"),
+    [
+        (64, 1, 32, 1, (64, 64), 2),
+        (64, 1, 32, 2, (32, 32), 1),
+        (48, 1, 4, 3, (16, 16), 4),
+        (256, 1, 5, 28, (9, 10), 2),
+        (96, 1, 5, 8, (12, 12), 3),
+        (24, 4, 4, 4, (4, 8), 2),  # six groups of four
+    ],
 )
 def test_num_micro_batches_is_what_a_worker_runs_for_one_update(
-    global_batch_size: int, micro: int, workers: int, expected: int
+    global_batch_size: int, group_size: int, micro: int, workers: int, shares: tuple[int, int], expected: int
 ) -> None:
     settings = TrainConfig(
         global_batch_size=global_batch_size,
+        group_size=group_size,
         micro_batch_size_per_worker=micro,
         scaling=ScalingConfig(num_workers=workers),
     )
+    assert settings.worker_shares == shares
     assert settings.num_micro_batches == expected
 
 
