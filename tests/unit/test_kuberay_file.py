@@ -227,8 +227,9 @@ def test_both_documents_make_the_same_pods(clusters: list[dict[str, Any]]) -> No
         assert run[same] == stays[same]
     (one,), (other,) = run["workerGroupSpecs"], stays["workerGroupSpecs"]
     assert one | {"maxReplicas": 0} == other | {"maxReplicas": 0}
-    assert one["minReplicas"] == one["replicas"] == one["maxReplicas"]  # a run counts the GPUs that are there
-    assert 0 < other["minReplicas"] <= other["replicas"] <= other["maxReplicas"] > 1
+    for group in (one, other):
+        assert 1 <= group["minReplicas"] <= group["replicas"] < 4 <= group["maxReplicas"]
+    # A run counts the GPUs that are there: an autoscaler would take nodes away from it, or come too late.
     assert stays["enableInTreeAutoscaling"] and "enableInTreeAutoscaling" not in run
 
 
