@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_ray import command
-from ctrl_ray.config import ControlConfig, ScalingConfig
+from ctrl_ray.config import ControlConfig, Precision, ScalingConfig
 from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
+from ctrl_ray.wording import floor_text
 
 if TYPE_CHECKING:
     from ctrl_ray.evaluation.samples import EvaluationSamples
+    from ctrl_ray.policy.adapter import AdapterInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,16 @@ class EvaluateOptions:
     """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
     seed: int = 1_000_003
     """Seed of the noise. Training never uses this one."""
-    batch_size: int = 128
-    """Samples drawn at a time."""
+    batch_size: int | None = None
+    """Samples drawn at a time. None: as many as in the evaluations of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
     """NAME=FOLDER for each control: the classifier whose belief is compared with the truth. Empty:
     RUN/classifier/NAME."""
     clip_model: str | None = None
     """Judge prompts by this CLIP model (folder or hub id). None: by the shapes recogniser, if the prompts are of its
     kind."""
+    precision: Precision | None = None
+    """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
     output_dir: str | None = None
     """Folder of the report. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
 
@@ -55,8 +59,9 @@ class EvaluateOptions:
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
         for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1")
 
 
 def evaluate_images(
@@ -86,15 +91,20 @@ def evaluate_adapter(
     num_samples: int = 512,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     clip_model: str | None = None,
     classifiers: Mapping[str, str] | None = None,
+    precision: Precision | None = None,
 ) -> Path:
     """Sample the adapter and its pre-trained model with the same prompts, labels and noise, judge both, and write the
     report; returns the page's path. ModelError when the adapter or its base model cannot be loaded.
+
+    precision: None, as for `sample_before_and_after`. The KL's noise floor of the run is told where it is the run's.
     """
     from ctrl_ray.policy.adapter import read_adapter_info
 
+    info = read_adapter_info(adapter)
+    precision = precision or _precision(info)
     before, after = sample_before_and_after(
         adapter,
         num_samples=num_samples,
@@ -102,9 +112,18 @@ def evaluate_adapter(
         seed=seed,
         batch_size=batch_size,
         classifiers=classifiers,
+        precision=precision,
     )
-    controls = read_adapter_info(adapter).controls
-    return report_on(after, controls, output_dir, before=before, clip_model=clip_model, adapter=str(adapter))
+    floor = info.training.get("kl_noise_floor") if precision == info.training.get("precision") else None
+    return report_on(
+        after,
+        info.controls,
+        output_dir,
+        before=before,
+        clip_model=clip_model,
+        adapter=str(adapter),
+        kl_noise_floor=floor,
+    )
 
 
 def sample_before_and_after(
@@ -113,13 +132,15 @@ def sample_before_and_after(
     num_samples: int,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     classifiers: Mapping[str, str] | None = None,
+    precision: Precision | None = None,
 ) -> tuple[EvaluationSamples, EvaluationSamples]:
     """Samples of the pre-trained model and of the adapter: the same prompts, labels and noise, row by row.
 
-    Prompts and classifiers (whose belief is compared with the truth) default to those of the run around the adapter.
-    Runs on the connected Ray, else on a local one, with a GPU where there is one.
+    Prompts and classifiers (whose belief is compared with the truth) default to those of the run around the adapter, the
+    batch size to that of its evaluations, and on a GPU the precision to its own. Runs on the connected Ray, else on a local
+    one, with a GPU where there is one.
     """
     import os
 
@@ -141,13 +162,16 @@ def sample_before_and_after(
         prompts=tuple(prompts) if prompts else run_prompts(adapter, info.base_model),
         sample_ids=tuple(evaluation_ids(num_samples)),
         seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size or info.training.get("evaluation_batch_size", 128),
         reference=True,
+        precision=precision or _precision(info),
     )
     rewards = RewardModelSpec(
         base_model=info.base_model,
         revision=info.base_revision,
+        precision=job.precision,
         classifiers=run_classifiers(adapter, list(info.controls), classifiers or {}),
+        decode_chunk_size=info.training.get("decode_chunk_size", 32),
     )
     scaling = ScalingConfig(use_gpu=torch.cuda.is_available(), threads_per_worker=os.cpu_count() or 1)
     try:
@@ -160,6 +184,15 @@ def sample_before_and_after(
             raise
         raise own from error
     return before, after
+
+
+def _precision(info: AdapterInfo) -> Precision:
+    """The one that an adapter is evaluated in here, where none is asked for."""
+    import torch
+
+    from ctrl_ray.policy.precision import sampling_precision
+
+    return sampling_precision(None, info.training, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def report_on(
@@ -218,6 +251,7 @@ def run(options: EvaluateOptions) -> Path:
         batch_size=options.batch_size,
         clip_model=options.clip_model,
         classifiers=dict(_pair(text) for text in options.classifier),
+        precision=options.precision,
     )
 
 
@@ -239,6 +273,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             texts = ["-" if v is None else str(v) if name == "num_samples" else f"{v:.3f}" for v in values]
             lines.append(f"{name:<16}" + "".join(f"{text:>10}" for text in texts))
+            if name == "kl" and "kl_noise_floor" in summary:
+                lines[-1] += f"   (floor {floor_text(summary['kl_noise_floor'])}: less cannot be told from rounding)"
     return "\n".join(lines)
 
 

@@ -14,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ctrl_ray.config import ControlConfig, SamplerConfig
+from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.build import load_policy_on
 from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
 from ctrl_ray.policy.protocol import Condition, Encoder, Inputs
 
 
@@ -47,13 +49,19 @@ class ControlledPipeline:
     """
 
     def __init__(
-        self, policy: ControlledPolicy, info: AdapterInfo | None, *, scheduler: Mapping[str, Any] | None
+        self,
+        policy: ControlledPolicy,
+        info: AdapterInfo | None,
+        *,
+        scheduler: Mapping[str, Any] | None,
+        precision: Precision = "fp32",
     ) -> None:
         """info: of the policy's adapter; None: the pre-trained model alone. scheduler: the noise schedule's config; None:
-        the base model's."""
+        the base model's. precision: the one that the policy was loaded in."""
         self.policy = policy.eval()
         self.info = info
         self._scheduler = scheduler
+        self._precision: Precision = precision
         self._device = torch.device("cpu")
         self._encoder: Encoder | None = None
         self._decoder: LatentDecoder | None = None
@@ -67,25 +75,23 @@ class ControlledPipeline:
         *,
         base_model: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        precision: Precision | None = None,
     ) -> ControlledPipeline:
         """Load an adapter folder on its base model, or on `base_model` where that has moved.
 
-        dtype: of the denoiser; everything else is float32. Raises ModelError for an incomplete folder, a base model that
-        cannot be found, or another one than the adapter was trained on (by hash).
+        precision: of the denoiser; None: on a GPU that of the training, else 'fp32'. On a GPU it also decides about TF32 in
+        this whole process (`set_float32_precision`). Raises ModelError for an incomplete folder, a base model that cannot be
+        found, or another one than the adapter was trained on (by hash).
         """
         info = read_adapter_info(adapter)
         backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
         check_base_model(info, backbone)
-        policy = ControlledPolicy(
-            backbone,
-            backbone.load_denoiser(dtype),
-            info.num_classes,
-            lora=info.lora,
-            full_finetune=info.lora is None,
+        chosen = sampling_precision(precision, info.training, device)
+        policy = load_policy_on(
+            backbone, info.num_classes, lora=info.lora, full_finetune=info.lora is None, precision=chosen
         )
         load_into_policy(adapter, policy)
-        return cls(policy.requires_grad_(False), info, scheduler=info.scheduler).to(device)
+        return cls(policy.requires_grad_(False), info, scheduler=info.scheduler, precision=chosen).to(device)
 
     @classmethod
     def from_base_model(
@@ -95,15 +101,15 @@ class ControlledPipeline:
         *,
         scheduler: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = "fp32",
     ) -> ControlledPipeline:
         """The pre-trained model alone, for comparison: the same sampler and noise, no controls.
 
         scheduler: another noise schedule than the base model's own, such as `info.scheduler` of an adapter.
         """
         backbone = load_backbone(base_model, revision)
-        policy = ControlledPolicy(backbone, backbone.load_denoiser(dtype), {}, lora=None)
-        return cls(policy.requires_grad_(False), None, scheduler=scheduler).to(device)
+        policy = load_policy_on(backbone, {}, lora=None, precision=precision)
+        return cls(policy.requires_grad_(False), None, scheduler=scheduler, precision=precision).to(device)
 
     @property
     def controls(self) -> dict[str, tuple[str, ...]]:
@@ -122,6 +128,8 @@ class ControlledPipeline:
     def to(self, device: str | torch.device) -> ControlledPipeline:
         """Move all parts to a device."""
         self._device = torch.device(device)
+        if self._device.type == "cuda":
+            set_float32_precision(self._precision)
         self.policy.to(self._device)
         self._encoder = self._decoder = None  # loaded where they are needed
         return self

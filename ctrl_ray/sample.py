@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_ray import command, embedded
-from ctrl_ray.config import SamplerConfig
+from ctrl_ray.config import Precision, SamplerConfig
 from ctrl_ray.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class SampleConfig:
     """Scale of LoRA and control embeddings. 1: as trained."""
     device: str | None = None
     """torch device. None: a GPU if there is one."""
+    precision: Precision | None = None
+    """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
     overwrite: bool = False
     """Replace the images of an earlier run in output_dir."""
 
@@ -144,7 +146,7 @@ def _adapter_generator(config: SampleConfig, controls: Mapping[str, int]) -> Gen
     from ctrl_ray.pipeline import ControlledPipeline
 
     pipeline = ControlledPipeline.from_pretrained(
-        config.adapter or "", base_model=config.base_model, device=_device(config)
+        config.adapter or "", base_model=config.base_model, device=_device(config), precision=config.precision
     )
     pipeline.set_progress_bar_config(disable=True)
 
@@ -166,14 +168,20 @@ def _base_generator(config: SampleConfig, info: AdapterInfo | None) -> Generate:
     from ctrl_ray.pipeline import ControlledPipeline
     from ctrl_ray.policy.adapter import check_base_model
     from ctrl_ray.policy.backbones import load_backbone
+    from ctrl_ray.policy.precision import sampling_precision
 
     sampler = SamplerConfig() if info is None else info.sampler
     base = config.base_model or (embedded.NAME if info is None else info.base_model)
     revision = None if config.base_model or info is None else info.base_revision
     if info is not None:
         check_base_model(info, load_backbone(base, revision))
+    device = _device(config)
     pipeline = ControlledPipeline.from_base_model(
-        base, revision, scheduler=None if info is None else info.scheduler, device=_device(config)
+        base,
+        revision,
+        scheduler=None if info is None else info.scheduler,
+        device=device,
+        precision=sampling_precision(config.precision, {} if info is None else info.training, device),
     )
     pipeline.set_progress_bar_config(disable=True)
 

@@ -17,6 +17,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
+from ctrl_ray.wording import duration, floor_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,6 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
     from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
-    from ctrl_ray.wording import duration
 
     started, job = time.monotonic(), ray_job()
     folder = RunFolder(config.output_dir)
@@ -81,7 +81,12 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
             final = evaluate_and_report(checked, folder, rewards, trained, facts)
-    summary = {"before": final.before, "after": final.after, "report": str(final.report)}
+    summary = {
+        "before": final.before,
+        "after": final.after,
+        "kl_noise_floor": final.kl_noise_floor,
+        "report": str(final.report),
+    }
     _print_end(folder.local, summary, time.monotonic() - started)
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
 
@@ -90,7 +95,11 @@ def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
     print(f"\n{'':18}{'before':>10}{'after':>10}")
     for name in ("accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity"):
         cells = [summary[when][name] for when in ("before", "after")]
-        print(f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells))
+        floor = summary["kl_noise_floor"] if name == "kl" else None
+        beside = "" if floor is None else f"   (floor {floor_text(floor)}: less cannot be told from rounding)"
+        print(
+            f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells) + beside
+        )
     print(f"\nreport   {summary['report']}\nadapter  {folder / 'adapter'}\ntime     {seconds / 60:.1f} minutes")
 
 

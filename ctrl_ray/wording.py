@@ -1,4 +1,4 @@
-"""Numbers as people read them: durations and sizes."""
+"""Numbers as people read them: durations, sizes, KLs."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def size_text(size: float) -> str:
     if size >= 2**30:
         return f"{size / 2**30:.1f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 0.1 * 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def kl_text(kl: float, noise_floor: float | None) -> str:
+    """'KL n.nn nats', with '(floor n.nnnn)' where it is known what cannot be told from rounding."""
+    return f"KL {kl:.2f} nats" + ("" if noise_floor is None else f" (floor {floor_text(noise_floor)})")
+
+
+def floor_text(noise_floor: float) -> str:
+    """Two digits of a noise floor, in nats."""
+    return f"{noise_floor:.0f}" if noise_floor >= 10 else f"{noise_floor:.2g}"

@@ -6,22 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ctrl_ray.config import LoraConfig
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.build import load_policy_on
 from ctrl_ray.policy.controlled import ControlledPolicy
 
 
 def make_policy(
-    folder: str | Path,
-    num_classes: Mapping[str, int],
-    *,
-    lora: LoraConfig | None,
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
+    folder: str | Path, num_classes: Mapping[str, int], *, lora: LoraConfig | None, **kwargs: Any
 ) -> ControlledPolicy:
     """A policy on the pipeline in `folder`; lora=None: full fine-tuning."""
     backbone = load_backbone(str(folder))
-    denoiser = backbone.load_denoiser(dtype)
-    return ControlledPolicy(backbone, denoiser, num_classes, lora=lora, full_finetune=lora is None, **kwargs)
+    return load_policy_on(backbone, num_classes, lora=lora, full_finetune=lora is None, **kwargs)

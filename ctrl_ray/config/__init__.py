@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ctrl_ray import embedded
 from ctrl_ray.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Of a denoiser's weights and products; see `ScalingConfig.precision`."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -317,8 +320,11 @@ class ScalingConfig:
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
     """What DeepSpeed keeps in CPU memory. 'optimizer': the moments, and the update runs there too (ZeRO 1 to 3).
     'optimizer_and_parameters': the parameter shards as well (ZeRO-3). Slower, but frees GPU memory."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32."""
+    precision: Precision = "fp32"
+    """Precision of the frozen backbone. Latents, KL, cotangents and trainable parameters are always float32.
+    'fp32' is exact float32; 'tf32' is float32 with a GPU's faster, coarser products. 'bf16' and 'fp16' take half the
+    memory, and the denoiser's last norm and convolution stay float32. Rounding counts as KL: each run measures how much
+    (kl_noise_floor) and prints it. fp16 rounds 8 times finer than bf16, and its cotangents are scaled."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more forward per step."""
     max_failures: int = 3
@@ -337,6 +343,10 @@ class ScalingConfig:
         _require(
             self.num_workers == "auto" or (isinstance(self.num_workers, int) and self.num_workers >= 1),
             f"scaling.num_workers is {self.num_workers}; expected at least 1, or auto",
+        )
+        _require(
+            self.precision in get_args(Precision),
+            f"scaling.precision is {self.precision!r}; expected one of {', '.join(get_args(Precision))}",
         )
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
         most = math.inf if self.num_workers == "auto" else self.num_workers
@@ -451,7 +461,8 @@ class TrainConfig:
     control_dropout: float = 0.1
     """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference."""
     target_kl: float | None = None
-    """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported."""
+    """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported. It must
+    be at least twice the kl_noise_floor, which the run measures when it starts."""
     full_finetune: bool = False
     """Train every weight of the denoiser instead of LoRA. A frozen copy stays in memory as the reference."""
     init_adapter: str | None = None

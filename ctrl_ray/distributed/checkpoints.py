@@ -2,7 +2,7 @@
 
     adapter/                      the exported form (see ctrl_ray.policy.adapter)
     training_state*.safetensors   float32 parameters, moments and step count, whole tensors
-    progress.json                 updates done, stop-early facts
+    progress.json                 updates done, the KL's noise floor and the precision it was measured in, stop-early facts
 
 With LoRA rank 0 writes the state as one file. With full fine-tuning every rank owns some of the parameters, about as
 many bytes as any other, and writes those (training_state-00001-of-00002.safetensors, and the denoiser likewise): one
@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,25 @@ def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     return owners
 
 
-def restore_engine(policy: TrainablePolicy, config: TrainConfig) -> tuple[PolicyEngine, int]:
-    """The engine around a policy, as Ray Train's latest checkpoint of this run has it, and the updates done; collective."""
+def restore_engine(
+    policy: TrainablePolicy, config: TrainConfig, prepare: Callable[[dict[str, Any]], None]
+) -> tuple[PolicyEngine, dict[str, Any]]:
+    """The engine around a policy, as Ray Train's latest checkpoint of this run has it, and its progress; collective.
+
+    prepare: told the progress (that of a new run: no updates done) while the policy is still bare; it may add to it.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return PolicyEngine(policy, config), 0
+        progress: dict[str, Any] = {"updates_done": 0}
+        prepare(progress)
+        return PolicyEngine(policy, config), progress
     with checkpoint.as_directory() as folder:
         state, progress = read_checkpoint(folder)
+        prepare(progress)
         load_parameters(policy, state)
         engine = PolicyEngine(policy, config)
         engine.load_state(state)
-    return engine, int(progress["updates_done"])
+    return engine, progress
 
 
 def read_checkpoint(folder: str | Path) -> tuple[StateFiles, dict[str, Any]]:

@@ -8,13 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ctrl_ray.diffusion.steps import GaussianStep, step_kl
 from ctrl_ray.distributed.batches import Batch, evaluation_batch, num_rounds
 from ctrl_ray.distributed.engine import all_reduce_sum
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.metrics import accuracy_of, confusion_matrix, macro_f1_of
-from ctrl_ray.gradients.rollout import Trajectory, policy_step
 
 
 def evaluate_policy(
@@ -65,25 +63,3 @@ def evaluate_policy(
         metrics["accuracy"] = float(np.mean(accuracies))
         metrics["macro_f1"] = float(np.mean([metrics[f"macro_f1/{n}"] for n, c in config.controls.items() if c.oracle]))
     return metrics
-
-
-def kl_noise_floor(learner: Learner) -> float:
-    """KL in nats per trajectory that precision alone makes: the reference against itself in batches of another size."""
-    batch = evaluation_batch(range(8), learner.prompts, learner.controls, tuple(learner.config.controls))
-    trajectory = learner.roll_out(batch, learner.config.evaluation.seed, 0)
-    total = 0.0
-    for step_index in range(learner.kernel.num_steps):
-        if not learner.kernel.controlled(step_index):
-            continue
-        whole = _reference_step(learner, trajectory, step_index, slice(0, 8))
-        for half in (slice(0, 3), slice(3, 8)):
-            part = _reference_step(learner, trajectory, step_index, half)
-            total += float(step_kl(GaussianStep(whole.mean[half], whole.std), part).sum())
-    return total / 8
-
-
-@torch.no_grad()
-def _reference_step(learner: Learner, trajectory: Trajectory, step_index: int, rows: slice) -> GaussianStep:
-    inputs = trajectory.inputs.select(range(len(trajectory.inputs))[rows])
-    latents = trajectory.latents[step_index][rows]
-    return policy_step(learner.engine, learner.kernel, step_index, latents, inputs, reference=True)

@@ -14,7 +14,7 @@ from ray.train import Checkpoint, CheckpointConfig, Result, UserCallback
 from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
 from ctrl_ray.distributed.environment import worker_environment
-from ctrl_ray.distributed.rows import Row, Stop, Stopped, UpdateDone
+from ctrl_ray.distributed.rows import Row, Started, Stop, Stopped, UpdateDone
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.distributed.worker_group import WorkerGroup, num_workers, run_workers
@@ -34,6 +34,8 @@ class TrainingResult:
     updates_done: int
     stopped: Stop | None
     """Why it ended before num_updates; None when it did not."""
+    kl_noise_floor: float | None = None
+    """Nats (`ctrl_ray.evaluation.metric_names`)."""
 
 
 def run_training(
@@ -81,7 +83,7 @@ def _trained(result: Result, follower: _Follower) -> TrainingResult:
         raise RunFolderError("the run left no checkpoint: it was stopped before its first update ended; run it again")
     best, metrics = max(candidates, key=lambda pair: (pair[1]["score"], pair[1]["updates_done"]))
     latest = max(pair[1]["updates_done"] for pair in candidates)
-    return TrainingResult(best, metrics, max(latest, follower.updates_done), follower.stopped)
+    return TrainingResult(best, metrics, max(latest, follower.updates_done), follower.stopped, follower.kl_noise_floor)
 
 
 class _Follower:
@@ -91,8 +93,11 @@ class _Follower:
         self._on_row = on_row
         self.updates_done = 0
         self.stopped: Stop | None = None
+        self.kl_noise_floor: float | None = None
 
     def __call__(self, row: Row) -> None:
+        if isinstance(row, Started):
+            self.kl_noise_floor = row.kl_noise_floor
         if isinstance(row, Stopped):
             self.stopped = row.stop
         if isinstance(row, UpdateDone):

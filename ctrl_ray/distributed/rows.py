@@ -26,6 +26,8 @@ class Started:
 
     update: int
     """Updates that were done before: 0, or those of the checkpoint that the workers go on from."""
+    kl_noise_floor: float | None = None
+    """Nats (`ctrl_ray.evaluation.metric_names`); None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from ctrl_ray.cluster.shared_storage import copies_of
-from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
+from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
@@ -21,7 +21,9 @@ from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import Sampler, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.build import load_policy_on
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.precision import set_float32_precision
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
@@ -49,7 +51,7 @@ class SamplingJob:
     with_kl: bool = True
     draw: Sampler = rollout
     """How trajectories are drawn; a module's function, which travels by name."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     adapter_scale: float = 1.0
     """Scales LoRA and control embeddings, as `python -m ctrl_ray.sample --adapter-scale` does."""
     copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
@@ -88,6 +90,7 @@ def sample_policy(
 
 
 def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> EvaluationSamples:
+    set_float32_precision(job.precision)
     if isinstance(rewards, RewardModelSpec):
         scorer: Any = LocalRewards(load_reward_model(dataclasses.replace(rewards, device=device)))
     else:
@@ -133,15 +136,11 @@ def _judged(
 def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], StepKernel]:
     """(policy, its controls in column order, kernel): from the adapter, or untouched when there is none."""
     backbone = load_backbone(job.base_model, job.revision)
-    denoiser = backbone.load_denoiser(torch.bfloat16 if job.precision == "bf16" else torch.float32)
     controls = dict(job.controls)
     if job.adapter is None:
         counts = {name: control.num_classes for name, control in controls.items()}
-        return (
-            ControlledPolicy(backbone, denoiser, counts, lora=None).eval(),
-            controls,
-            backbone.make_kernel(job.sampler),
-        )
+        policy = load_policy_on(backbone, counts, lora=None, precision=job.precision)
+        return policy.eval(), controls, backbone.make_kernel(job.sampler)
     adapter = folder_here(job.adapter, job.copies)
     info = read_adapter_info(adapter)
     check_base_model(info, backbone)
@@ -149,7 +148,7 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
         controls.setdefault(name, control)
     controls = {name: info.controls.get(name, control) for name, control in controls.items()}
     counts = {name: control.num_classes for name, control in controls.items()}
-    policy = ControlledPolicy(backbone, denoiser, counts, lora=info.lora, full_finetune=info.lora is None)
+    policy = load_policy_on(backbone, counts, lora=info.lora, full_finetune=info.lora is None, precision=job.precision)
     load_into_policy(adapter, policy)
     policy.scale_adapter(job.adapter_scale)
     return policy.eval(), controls, backbone.make_kernel(job.sampler, info.scheduler)

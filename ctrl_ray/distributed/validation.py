@@ -17,7 +17,7 @@ from ray.train import Checkpoint, ValidationConfig
 from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.environment import worker_environment
-from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
@@ -25,6 +25,7 @@ from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.precision import set_float32_precision
 
 
 def validation_config(job: TrainJob) -> ValidationConfig:
@@ -49,14 +50,13 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     Returns 'score', by which Ray Train chooses the best checkpoint, with the figures behind it. The run is asked to stop
     where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it.
     """
+    set_float32_precision(job.config.scaling.precision)
     with checkpoint.as_directory() as folder:
         update = int(json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))["updates_done"])
         try:
             learner = _learner(job, Path(folder) / ADAPTER_FOLDER)
             samples = _Samples(job)
             metrics = evaluate_policy(learner, job.config.evaluation.num_samples, samples)
-            if update == 0:
-                metrics["kl_noise_floor"] = kl_noise_floor(learner)
         except Exception as error:
             text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
             _tell(job, Notice(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,15 +17,17 @@ import torch.distributed as dist
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.checkpoints import report_checkpoint, restore_engine
-from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
+from ctrl_ray.distributed.noise_floor import add_noise_floor
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.errors import HOPELESS
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.precision import set_float32_precision
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
@@ -69,14 +72,14 @@ def _train(job: TrainJob) -> None:
     config = job.config
     rank = set_up_process(config)
     method = job.make_method(config)
-    learner, first_update = _build_learner(job, rank)
+    learner, progress = _build_learner(job, rank)
     require_gradient(learner.rewards, config.estimator.name, method.needs_cotangent)
-    progress: dict[str, Any] = {"updates_done": first_update}
+    first_update = progress["updates_done"]
     if first_update == 0 and config.evaluation.every_updates:
         if config.evaluation.asynchronous:
-            report_checkpoint(learner.engine, job.info, progress, UNSCORED, validate=True)
+            report_checkpoint(learner.engine, _info(job, progress), progress, UNSCORED, validate=True)
         else:
-            _evaluate(job, learner, progress, {"kl_noise_floor": kl_noise_floor(learner)})
+            _evaluate(job, learner, progress)
     leaving: set[str] = set()
     for update in range(first_update, config.num_updates):
         metrics = method.update(learner, update)
@@ -114,16 +117,18 @@ def _finish_update(
         score = evaluation_score(metrics, config)
         stop = exceeds_target_kl(config, metrics)
     if evaluate or stop is not None or save or done % config.checkpoint_every_updates == 0:
-        info = dataclasses.replace(job.info, training={**job.info.training, **progress})
         validate = evaluate and config.evaluation.asynchronous
-        report_checkpoint(learner.engine, info, progress, score, validate=validate)
+        report_checkpoint(learner.engine, _info(job, progress), progress, score, validate=validate)
     return stop
 
 
-def _evaluate(
-    job: TrainJob, learner: Learner, progress: dict[str, Any], more: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    metrics = {**evaluate_policy(learner, job.config.evaluation.num_samples), **(more or {})}
+def _info(job: TrainJob, progress: Mapping[str, Any]) -> AdapterInfo:
+    """The adapter's facts, with how far the training is."""
+    return dataclasses.replace(job.info, training={**job.info.training, **progress})
+
+
+def _evaluate(job: TrainJob, learner: Learner, progress: dict[str, Any]) -> dict[str, float]:
+    metrics = evaluate_policy(learner, job.config.evaluation.num_samples)
     progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
     _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics
@@ -138,7 +143,8 @@ def _tell(job: TrainJob, rank: Rank, row: Row) -> Stop | None:
 
 
 def set_up_process(config: TrainConfig) -> Rank:
-    """Threads, and the current device, of this worker's process; who it is in the group."""
+    """Threads, TF32 and the current device of this worker's process; who it is in the group."""
+    set_float32_precision(config.scaling.precision)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cuda":
@@ -150,13 +156,15 @@ def set_up_process(config: TrainConfig) -> Rank:
     return Rank(context.get_world_rank(), context.get_world_size(), device)
 
 
-def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, int]:
+def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, dict[str, Any]]:
+    """The learner and the run's progress so far."""
     config = job.config
     start = config.init_adapter and folder_here(config.init_adapter, job.copies)
     policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
-    engine, first_update = restore_engine(policy, config)
-    _tell(job, rank, Started(first_update))
-    return make_learner(job, rank, engine), first_update
+    bare = make_learner(job, rank, policy)
+    engine, progress = restore_engine(policy, config, functools.partial(add_noise_floor, bare))
+    _tell(job, rank, Started(progress["updates_done"], progress["kl_noise_floor"]))
+    return dataclasses.replace(bare, engine=engine), progress
 
 
 def make_learner(job: TrainJob, rank: Rank, engine: Any) -> Learner:

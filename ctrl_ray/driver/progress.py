@@ -8,16 +8,19 @@ from collections.abc import Mapping
 
 from tqdm.auto import tqdm
 
-from ctrl_ray.wording import duration
+from ctrl_ray.wording import duration, kl_text
 
 
 class RunProgress:
     """Shows updates as they come; `note` prints a line without breaking the bar."""
 
-    def __init__(self, total: int, done: int = 0, *, line_every_s: float = 10.0) -> None:
+    def __init__(
+        self, total: int, done: int = 0, *, kl_noise_floor: float | None = None, line_every_s: float = 10.0
+    ) -> None:
+        """total, done: updates. kl_noise_floor: in nats, shown beside the KL."""
         self._interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._total, self._first, self._done = total, done, done
-        self._line_every_s = line_every_s
+        self._line_every_s, self._kl_noise_floor = line_every_s, kl_noise_floor
         self._started = self._last_line = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=done, desc="fine-tuning", unit="update", dynamic_ncols=True)
@@ -27,9 +30,8 @@ class RunProgress:
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` updates are finished; shows reward, KL, samples/s and the time left."""
-        facts = (
-            f"reward {metrics['reward']:.3f} · KL {metrics['kl']:.2f} nats · {metrics['samples_per_s']:.1f} samples/s"
-        )
+        kl = kl_text(metrics["kl"], self._kl_noise_floor)
+        facts = f"reward {metrics['reward']:.3f} · {kl} · {metrics['samples_per_s']:.1f} samples/s"
         if self._bar is not None:
             self._bar.update(done - self._done)
             self._bar.set_postfix_str(facts)

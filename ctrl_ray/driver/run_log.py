@@ -16,6 +16,7 @@ from ctrl_ray.distributed.rows import (
 from ctrl_ray.driver.progress import RunProgress
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
 from ctrl_ray.runs.folder import RunFolder
+from ctrl_ray.wording import floor_text, kl_text
 
 
 class RunLog:
@@ -26,12 +27,13 @@ class RunLog:
         self._tracker: RunTracker | None = None
         self._progress: RunProgress | None = None
         self._early: list[Row] = []
+        self._kl_noise_floor: float | None = None
 
     def __call__(self, row: Row) -> None:
         """Show and record a row."""
         match row:
             case Started():
-                self._start(row.update)
+                self._start(row)
             case UpdateDone():
                 self._log_update(row)
             case EvaluationDone() | SamplesDrawn() if self._tracker is None:
@@ -47,7 +49,9 @@ class RunLog:
             case Stopping():
                 self._note(f"{row.signal}: leaving a checkpoint after this update (once more to stop at once)")
             case Stopped():
-                self._note(f"stopped after update {row.update}: {row.stop.text}")
+                floor = self._kl_noise_floor if row.stop.kind == "target_kl" else None
+                text = row.stop.text + ("" if floor is None else f" (floor {floor_text(floor)})")
+                self._note(f"stopped after update {row.update}: {text}")
 
     def close(self) -> None:
         """End the display and the tracker."""
@@ -56,8 +60,9 @@ class RunLog:
         if self._tracker is not None:
             self._tracker.close()
 
-    def _start(self, update: int) -> None:
+    def _start(self, row: Started) -> None:
         """Also after a lost worker: rows of updates that will be done again are dropped."""
+        update, self._kl_noise_floor = row.update, row.kl_noise_floor
         again = self._tracker is not None or self._resume
         self.close()
         self._tracker = RunTracker(
@@ -68,7 +73,7 @@ class RunLog:
             aim_repo=self._config.aim_repo,
             resume_from_update=update if again else None,
         )
-        self._progress = RunProgress(self._config.num_updates, update)
+        self._progress = RunProgress(self._config.num_updates, update, kl_noise_floor=row.kl_noise_floor)
         if again:
             self._progress.note(f"resumed after update {update}")
         early, self._early = self._early, []
@@ -84,11 +89,13 @@ class RunLog:
 
     def _log_evaluation(self, row: EvaluationDone) -> None:
         assert self._tracker is not None
-        self._tracker.log("evaluation", row.update, row.metrics)
+        floor = self._kl_noise_floor
+        known = {} if floor is None else {"kl_noise_floor": floor}
+        self._tracker.log("evaluation", row.update, {**row.metrics, **known})
         self._folder.upload(METRICS_FILE)
         accuracy = row.metrics.get("accuracy")
         text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        self._note(f"evaluation after update {row.update}: {text}KL {row.metrics['kl']:.2f} nats")
+        self._note(f"evaluation after update {row.update}: {text}{kl_text(row.metrics['kl'], floor)}")
 
     def _note(self, text: str) -> None:
         if self._progress is not None:

@@ -50,6 +50,8 @@ class FinalEvaluation:
     """The policy's."""
     report: Path
     """The page."""
+    kl_noise_floor: float | None
+    """Of the training, in nats (`ctrl_ray.evaluation.metric_names`)."""
 
 
 def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
@@ -88,6 +90,7 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         revision=config.base_revision,
         classifiers=classifiers,
         decode_chunk_size=config.rewards.decode_chunk_size,
+        precision=config.scaling.precision,
         copies=copies_of(list(classifiers.values())),
     )
     if config.rewards.num_actors == 0:
@@ -169,7 +172,7 @@ def evaluate_and_report(
     facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
     (`reference_job` of the same config).
     """
-    updates_done = trained.updates_done
+    updates_done, floor = trained.updates_done, trained.kl_noise_floor
     config = checked.config
     job = reference_job(checked)
     evaluations = {}
@@ -191,7 +194,8 @@ def evaluate_and_report(
         aim_repo=config.aim_repo,
         resume_from_update=updates_done,
     ) as tracker:
-        tracker.log("evaluation", updates_done, evaluation_row(evaluations["after"].judged))
+        known = {} if floor is None else {"kl_noise_floor": floor}
+        tracker.log("evaluation", updates_done, {**evaluation_row(evaluations["after"].judged), **known})
         _log_images(tracker, updates_done, config, evaluations)
         page = write_report(
             folder / REPORT,
@@ -204,6 +208,7 @@ def evaluate_and_report(
             facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
             adapter=str(folder / ADAPTER),
             images_per_class=config.export_images,
+            kl_noise_floor=floor,
         )
         for name, picture in report_pictures(folder / REPORT).items():
             tracker.log_images(updates_done, name, [picture], [name])
@@ -213,6 +218,7 @@ def evaluate_and_report(
         after=evaluations["after"].judged,
         samples=evaluations["after"].samples,
         report=page,
+        kl_noise_floor=floor,
     )
 
 

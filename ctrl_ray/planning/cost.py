@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from ctrl_ray.config import TrainConfig
+from ctrl_ray.config import Precision, TrainConfig
 from ctrl_ray.planning.counts import StepFlops
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, USABLE
 from ctrl_ray.planning.plan import RunPlan
@@ -24,18 +24,22 @@ class Machine:
     gpu: str
     num_gpus: int
     gpu_bytes: int
-    bf16_flops: float
-    """Dense peak of one GPU, operations a second (the vendor's data sheet)."""
+    half_flops: float
+    """Dense peak of one GPU in bf16 and fp16, operations a second (the vendor's data sheet)."""
+    tf32_flops: float
     fp32_flops: float
-    """The same in float32 (TF32 where PyTorch's convolutions use it)."""
     dollars_per_hour: float
     """Of the whole machine, see PRICES_OF. Spot is usually 30 to 70 % cheaper."""
 
+    def flops(self, precision: Precision) -> float:
+        """Peak of one GPU in a run's precision."""
+        return {"fp32": self.fp32_flops, "tf32": self.tf32_flops}.get(precision, self.half_flops)
+
 
 AWS_MACHINES = (
-    Machine("g5.2xlarge", "A10G", 1, 24 * 2**30, 70e12, 31e12, 1.21),
-    Machine("g6e.2xlarge", "L40S", 1, 48 * 2**30, 362e12, 91e12, 2.24),
-    Machine("p4d.24xlarge", "A100", 8, 40 * 2**30, 312e12, 156e12, 21.96),
+    Machine("g5.2xlarge", "A10G", 1, 24 * 2**30, 70e12, 35e12, 31e12, 1.21),
+    Machine("g6e.2xlarge", "L40S", 1, 48 * 2**30, 362e12, 183e12, 91e12, 2.24),
+    Machine("p4d.24xlarge", "A100", 8, 40 * 2**30, 312e12, 156e12, 19.5e12, 21.96),
 )
 HEAD_DOLLARS_PER_HOUR = 0.38
 """m6i.2xlarge."""
@@ -127,9 +131,8 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work) -> list[str]:
         f"estimate   {counted} at {GPU_UTILISATION:.0%} of a GPU's peak (stated), {updates} with evaluation; prices "
         f"{PRICES_OF}, spot is cheaper:"
     ]
-    bf16 = config.scaling.precision == "bf16"
     for machine in AWS_MACHINES:
-        found = estimate(config, work, GPU_UTILISATION * (machine.bf16_flops if bf16 else machine.fp32_flops), machine)
+        found = estimate(config, work, GPU_UTILISATION * machine.flops(config.scaling.precision), machine)
         text = (
             f"             {found.num_machines} × {machine.name:<13}({machine.num_gpus} × {machine.gpu}, "
             f"{machine.gpu_bytes >> 30} GiB)  {duration(found.update_s):>10} an update {duration(found.run_s):>12} in all"

@@ -97,7 +97,7 @@ def _changes(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
         changes.append(
             ("scaling.gradient_checkpointing true", dataclasses.replace(scaling, gradient_checkpointing=True))
         )
-    if scaling.precision == "fp32":
+    if scaling.precision in ("fp32", "tf32"):
         changes.append(("scaling.precision bf16", dataclasses.replace(scaling, precision="bf16")))
     if scaling.fixed_num_workers > 1 and scaling.zero_stage < 3:
         changes.append(("scaling.zero_stage 3", dataclasses.replace(scaling, zero_stage=3)))

@@ -95,7 +95,14 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         controls=controls,
         sampler=config.sampler,
         lora=None if config.full_finetune else config.lora,
-        training={"kl_coef": config.kl_coef, "seed": config.seed, "num_updates": config.num_updates},
+        training={
+            "kl_coef": config.kl_coef,
+            "seed": config.seed,
+            "num_updates": config.num_updates,
+            "precision": config.scaling.precision,
+            "evaluation_batch_size": config.evaluation.batch_size,
+            "decode_chunk_size": config.rewards.decode_chunk_size,
+        },
     )
     return CheckedRun(
         config=config,
@@ -245,6 +252,7 @@ def _summary(
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
         f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
+        "KL floor   measured when the run starts: what rounding reads as KL, which target_kl must exceed twice",
         *plan,
         f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",

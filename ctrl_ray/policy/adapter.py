@@ -46,7 +46,8 @@ class AdapterInfo:
     lora: LoraConfig | None
     """None: the whole denoiser was trained and lies in its sub-folder (unet/)."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Facts for people: kl_coef, updates, evaluation."""
+    """Facts of the run: kl_coef, updates, evaluation, and the precision and sizes that fitted its machines, which
+    `python -m ctrl_ray.evaluate` takes up."""
 
     @property
     def num_classes(self) -> dict[str, int]:

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 
 import torch
 
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, LoraConfig, Precision, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.precision import frozen_dtype
 
 
 def policy_controls(config: TrainConfig) -> dict[str, ControlConfig]:
@@ -34,28 +36,45 @@ def build_policy(
     """The policy of a run before its first update; equal to the reference unless `init_adapter` is set.
 
     empty: all of it on torch's meta device, for counting; no weights are read.
-
-    bf16 keeps a frozen backbone in bfloat16 under float32 LoRA and tables; with full fine-tuning the denoiser's weights
-    stay float32 and run under bfloat16 autocast.
     """
-    bf16 = config.scaling.precision == "bf16"
-    frozen = not config.full_finetune
-    dtype = torch.bfloat16 if bf16 and frozen else torch.float32
     backbone = load_backbone(config.base_model, config.base_revision)
-    denoiser = backbone.load_denoiser(dtype, empty=empty)
-    with torch.device("meta") if empty else nullcontext():
-        policy = ControlledPolicy(
-            backbone,
-            denoiser,
-            {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
-            lora=config.lora if frozen else None,
-            full_finetune=config.full_finetune,
-            autocast_dtype=torch.bfloat16 if bf16 and not frozen else None,
-            seed=config.seed,
-        )
+    policy = load_policy_on(
+        backbone,
+        {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
+        lora=None if config.full_finetune else config.lora,
+        full_finetune=config.full_finetune,
+        precision=config.scaling.precision,
+        seed=config.seed,
+        empty=empty,
+    )
     if config.init_adapter and not empty:
         check_base_model(read_adapter_info(config.init_adapter), backbone)
         load_into_policy(config.init_adapter, policy)
     if config.scaling.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
+
+
+def load_policy_on(
+    backbone: Backbone,
+    num_classes: Mapping[str, int],
+    *,
+    lora: LoraConfig | None,
+    full_finetune: bool = False,
+    precision: Precision = "fp32",
+    seed: int = 0,
+    empty: bool = False,
+) -> ControlledPolicy:
+    """A policy around the backbone's pre-trained denoiser (see `ControlledPolicy`), its weights in the types that the
+    precision asks for: 16 bits for a frozen denoiser in bf16 and fp16; float32, under autocast, for one that is trained."""
+    denoiser = backbone.load_denoiser(torch.float32 if full_finetune else frozen_dtype(precision), empty=empty)
+    with torch.device("meta") if empty else nullcontext():
+        return ControlledPolicy(
+            backbone,
+            denoiser,
+            num_classes,
+            lora=lora,
+            full_finetune=full_finetune,
+            precision=precision,
+            seed=seed,
+        )

@@ -13,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctrl_ray.config import LoraConfig
+from ctrl_ray.config import LoraConfig, Precision
 from ctrl_ray.diffusion.steps import ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
+from ctrl_ray.policy.cotangent_scale import CotangentScale
 from ctrl_ray.policy.peft_internals import switch_adapters
+from ctrl_ray.policy.precision import half_dtype, keep_in_float32
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 
 _BRANCHES: dict[int, tuple[tuple[Literal["null", "prompt"], bool], ...]] = {
@@ -46,16 +48,20 @@ class ControlledPolicy(TrainablePolicy):
         *,
         lora: LoraConfig | None,
         full_finetune: bool = False,
-        autocast_dtype: torch.dtype | None = None,
+        precision: Precision = "fp32",
         seed: int = 0,
     ) -> None:
         """num_classes: classes of each control, in label-column order. lora: None with `full_finetune` (all weights are
         trained, and a frozen copy of them is the reference), else the pre-trained model alone, with nothing to train but
-        the control embeddings. autocast_dtype: run a float32 denoiser in that precision."""
+        the control embeddings. precision: a frozen denoiser comes in its type (`frozen_dtype`); one that is trained comes
+        in float32, and runs under autocast in bf16 and fp16."""
         super().__init__()
         self.backbone = backbone
         self.latent_shape = backbone.latent_shape
-        self._autocast_dtype = autocast_dtype
+        half = half_dtype(precision)
+        self._autocast_dtype = half if full_finetune else None
+        if half is not None:
+            keep_in_float32(backbone.output_layers(denoiser))
         # under the family's own name, which its parameters have in checkpoints
         self.add_module(backbone.denoiser, denoiser.eval())
         self.reference_denoiser: nn.Module | None = None
@@ -73,6 +79,9 @@ class ControlledPolicy(TrainablePolicy):
         self._reference = False
         self._labels: Tensor | None = None
         point.register_forward_hook(self._add_control_embedding)
+        self._cotangent_scale: CotangentScale | None = None
+        if precision == "fp16":
+            self.enable_cotangent_scaling()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -103,7 +112,9 @@ class ControlledPolicy(TrainablePolicy):
             denoiser = self.reference_denoiser
         with self._mode(reference, labels), self._autocast(latents.device):
             prediction = self.backbone.predict(denoiser, rows, time, stacked)
-        parts = prediction.to(latents.dtype).chunk(len(branches))
+        prediction = prediction.to(latents.dtype)
+        self._scale_cotangents(rows, prediction, reference)
+        parts = prediction.chunk(len(branches))
         return ModelOutput(combine_guidance(parts, guidance))
 
     def enable_gradient_checkpointing(self) -> None:
@@ -121,6 +132,12 @@ class ControlledPolicy(TrainablePolicy):
         for denoiser in (self.denoiser, self.reference_denoiser):
             if denoiser is not None:
                 denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
+
+    def enable_cotangent_scaling(self) -> None:
+        """Scale what is back-propagated through the denoiser, and nothing that is seen outside of it, as fp16 needs."""
+        self._cotangent_scale = scale = CotangentScale()
+        for parameter in self.trainable_parameters().values():
+            parameter.register_hook(scale.leave)
 
     def scale_adapter(self, scale: float) -> None:
         """Scale LoRA's updates and the control embeddings: 1 as trained (also after another scale), 0 the pre-trained model.
@@ -158,6 +175,19 @@ class ControlledPolicy(TrainablePolicy):
     def _set_mode(self, reference: bool, labels: Tensor | None) -> None:
         self._reference, self._labels = reference, labels
         switch_adapters(self._lora_layers, on=not reference)
+
+    def _scale_cotangents(self, rows: Tensor, prediction: Tensor, reference: bool) -> None:
+        """The policy's forwards share the scale that its parameters divide by; each of the reference has its own."""
+        scale = self._cotangent_scale
+        if scale is None or not prediction.requires_grad:
+            return
+        if reference:
+            scale = CotangentScale()
+        else:
+            scale.forget()
+        prediction.register_hook(scale.enter)
+        if rows.requires_grad:
+            rows.register_hook(scale.leave)
 
     def _add_control_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._reference or self._labels is None:

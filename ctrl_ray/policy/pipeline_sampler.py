@@ -12,6 +12,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.policy.precision import frozen_dtype
 
 _PIXELS_PER_BATCH = 1 << 21
 """Eight images of 512 pixels a side; the built-in example's batch is the largest that there is."""
@@ -65,7 +66,7 @@ class PipelineSampler:
         """The pipeline, what decodes its latents, and how many it draws at a time."""
         scaling = self.config.scaling
         device = "cuda" if scaling.use_gpu else "cpu"
-        dtype = torch.bfloat16 if scaling.use_gpu and scaling.precision == "bf16" else torch.float32
+        dtype = frozen_dtype(scaling.precision) if scaling.use_gpu else torch.float32
         backbone = load_backbone(self.config.base_model, self.config.base_revision)
         pipeline = backbone.load_pipeline(dtype)
         pipeline.set_progress_bar_config(disable=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, definition
+from ctrl_ray.wording import floor_text
 
 
 class ReportFigure(NamedTuple):
@@ -101,7 +102,9 @@ def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig])
         was = "" if before is None or before["accuracy"] is None else f", {before['accuracy']:.1%} before training"
         sentence = f"Of {after['num_samples']} samples, {after['accuracy']:.1%} are truly of the class that was asked for{was}."
         if after["kl"] is not None:
-            sentence += f" The policy is {after['kl']:.2f} nats from the pre-trained model."
+            sentence += (
+                f" The policy is {after['kl']:.2f} nats from the pre-trained model{_floor(summary, ' (floor {})')}."
+            )
     return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>"
 
 
@@ -116,18 +119,29 @@ def _metrics_table(summary: Mapping[str, Any]) -> str:
             continue
         if name == "joint_accuracy" and len(summary["after"]["controls"]) == 1:
             continue
-        cells = [f"<td>{text(_label(name))}</td>"]
+        label = _label(name) + (_floor(summary, " (floor {})") if name == "kl" else "")
+        cells = [f"<td>{text(label)}</td>"]
         cells += [_cell(name, summary[side][name], summary[side]["standard_errors"][name]) for side in sides]
         if "changes" in summary:
             cells.append(_change(name, summary))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>" + (
-        "<p class='note'>± is one standard error. The truth is measured on the decoded samples, never by the classifier "
-        "that was the reward. Before and after share prompts and noise; where a change has a ±, it comes from the "
-        "paired differences.</p>"
-        if "before" in summary
-        else "<p class='note'>± is one standard error. The truth is measured on the images themselves.</p>"
+    return (
+        f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>"
+        + (
+            "<p class='note'>± is one standard error. The truth is measured on the decoded samples, never by the classifier "
+            "that was the reward. Before and after share prompts and noise; where a change has a ±, it comes from the "
+            "paired differences.</p>"
+            if "before" in summary
+            else "<p class='note'>± is one standard error. The truth is measured on the images themselves.</p>"
+        )
+        + _floor(summary, "<p class='note'>A KL below its floor, {} nats, cannot be told from rounding.</p>")
     )
+
+
+def _floor(summary: Mapping[str, Any], sentence: str) -> str:
+    """The sentence with the KL's noise floor in it; '' where that is not known."""
+    floor = summary.get("kl_noise_floor")
+    return "" if floor is None else sentence.format(floor_text(floor))
 
 
 def _label(name: str) -> str:

@@ -46,6 +46,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     adapter: str = "RUN/adapter",
     images_per_class: int = _COLUMNS,
+    kl_noise_floor: float | None = None,
 ) -> Path:
     """Write `summary.json`, the PNGs and `report.html` into `folder`, and return the page's path.
 
@@ -60,10 +61,11 @@ def write_report(
         facts: What else to tell, such as wall-clock times; added to `environment_facts`.
         adapter: Where the adapter lies, for the command that samples from it.
         images_per_class: Samples shown of each class.
+        kl_noise_floor: Below which a KL cannot be told from rounding, in nats; shown beside the KL.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    summary = make_summary(before, after)
+    summary = make_summary(before, after, kl_noise_floor)
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class)
     pictures += [
@@ -89,8 +91,9 @@ def report_pictures(folder: str | Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(folder).glob("*.png"))}
 
 
-def make_summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
-    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ...} of finite numbers or null.
+def make_summary(before: Evaluation | None, after: Evaluation, kl_noise_floor: float | None = None) -> dict[str, Any]:
+    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ...} of finite numbers
+    or null; the first, the third and the last where they are known.
 
     `changes` holds, for the same samples before and after, the paired difference of accuracy and prompt_fidelity
     ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
@@ -99,6 +102,8 @@ def make_summary(before: Evaluation | None, after: Evaluation) -> dict[str, Any]
     summary["after"] = summary_of(after.judged)
     if before is not None:
         summary["changes"] = _changes(before, after)
+    if kl_noise_floor is not None:
+        summary["kl_noise_floor"] = kl_noise_floor
     return _finite(summary)
 
 

@@ -30,9 +30,12 @@ class RewardActor:
         pool's dispatcher can pass it on unread."""
         import torch
 
+        from ctrl_ray.policy.precision import set_float32_precision
+
         self._spec: RewardModelSpec
         self._model: RewardModel | AnalyticRewardModel | None
         self._spec, self._model = cloudpickle.loads(given)
+        set_float32_precision(self._spec.precision)
         if self._spec.threads is not None:
             torch.set_num_threads(self._spec.threads)
         if self._model is not None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError, ModelError, RewardError
-from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -179,6 +178,7 @@ def load_reward_model(spec: RewardModelSpec) -> RewardModel:
     control than the one it is given for.
     """
     from ctrl_ray.classifiers.classifier import ImageClassifier
+    from ctrl_ray.policy.backbones import load_backbone
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)

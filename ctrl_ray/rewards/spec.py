@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ctrl_ray.config import Precision
 from ctrl_ray.runs.copies import FolderCopy
 
 
@@ -22,6 +23,8 @@ class RewardModelSpec:
     """Classifier folders by value, for hosts that do not have them."""
     device: str = "cpu"
     """torch device of decoder and classifiers."""
+    precision: Precision = "fp32"
+    """The run's. Decoder and classifiers are float32; on a GPU a reward actor multiplies with TF32 unless it is 'fp32'."""
     threads: int | None = None
     """torch threads of the process that loads the model; None: left as they are."""
     decode_chunk_size: int = 32

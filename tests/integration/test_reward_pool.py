@@ -34,7 +34,7 @@ from ctrl_ray.rewards.pool import RewardPool, start_reward_pool
 from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.analytic import make_learner
 from tests.classifiers import save_classifier
-from tests.unit.rewards.small import request, small_model
+from tests.unit.rewards.small import light_model, request
 
 pytestmark = pytest.mark.integration
 
@@ -42,8 +42,8 @@ SPEC = RewardModelSpec(base_model="unused: the model is given", classifiers={})
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pipeline: Path) -> RewardModel:
-    return small_model(tiny_pipeline)
+def model() -> RewardModel:
+    return light_model()
 
 
 @pytest.fixture(scope="module")

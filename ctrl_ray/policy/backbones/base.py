@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -87,6 +87,10 @@ class Backbone(Protocol):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The denoiser's prediction for latents (R, ...) and a condition's tensors, each (R, ...), in its own precision."""
+        ...
+
+    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The last norm and the last convolution or projection, which stay float32 in a denoiser of 16 bits."""
         ...
 
     def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:

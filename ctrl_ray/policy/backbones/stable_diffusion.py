@@ -102,6 +102,11 @@ class StableDiffusion(DiffusersBackbone):
         ).sample
         return output
 
+    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """conv_norm_out and conv_out."""
+        unet: Any = denoiser
+        return [layer for layer in (unet.conv_norm_out, unet.conv_out) if layer is not None]
+
     def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
         """The time embedding."""
         module: Any = denoiser.get_submodule("time_embedding")

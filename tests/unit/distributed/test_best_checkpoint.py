@@ -49,6 +49,12 @@ def test_updates_count_where_no_checkpoint_was_due() -> None:
     assert (trained.updates_done, trained.stopped) == (6, None)
 
 
+def test_the_noise_floor_is_the_workers() -> None:
+    """Also of a run that goes on: they have it from the checkpoint."""
+    assert _result(("a", -1.0, 6), rows=(Started(0, 0.5), Started(6, 0.25))).kl_noise_floor == 0.25
+    assert _result(("a", -1.0, 6)).kl_noise_floor is None
+
+
 def test_the_follower_hides_no_row() -> None:
     seen: list[Row] = []
     follower = _Follower(seen.append)

@@ -20,7 +20,7 @@ from ctrl_ray.distributed import engine
 from ctrl_ray.distributed import update as update_module
 from ctrl_ray.distributed import worker as worker_module
 from ctrl_ray.distributed.batches import evaluation_batch
-from ctrl_ray.distributed.evaluate import evaluate_policy, kl_noise_floor
+from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.policy.protocol import Inputs
@@ -53,7 +53,7 @@ _nccl_device = CPU
 
 
 def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, float]]:
-    """An update, then an evaluation and the KL's noise floor."""
+    """An update, then an evaluation."""
     global _nccl_device
     with pretend_device() if pretend else nullcontext(CPU) as device:
         _nccl_device = device
@@ -61,7 +61,6 @@ def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, flo
         rows: list[dict[str, Any]] = [
             make_method(learner.config).update(learner, 0),
             evaluate_policy(learner, config.evaluation.num_samples),
-            {"kl_noise_floor": kl_noise_floor(learner)},
         ]
     return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
 

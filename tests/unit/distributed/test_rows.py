@@ -24,7 +24,7 @@ from ctrl_ray.distributed.rows import (
 @pytest.mark.parametrize(
     "row",
     [
-        Started(3),
+        Started(3, 0.006),
         UpdateDone(4, {"kl": 0.5}),
         EvaluationDone(4, {"accuracy": 1.0}),
         SamplesDrawn(4, [], ["size: small"]),

@@ -85,6 +85,26 @@ def test_rows_become_metrics_and_lines(
     ]
 
 
+def test_every_kl_has_its_floor_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the workers have measured it; in every row of an evaluation."""
+    log = _log(tmp_path)
+    for row in (
+        Started(0, 0.00616),
+        EvaluationDone(0, {"kl": 0.0}),
+        *map(_updated, (1, 2, 3, 4)),
+        EvaluationDone(4, {"kl": 3.0}),
+        Stopped(4, Stop("target_kl", "KL 3.00 nats exceeds target_kl 2")),
+    ):
+        log(row)
+    log.close()
+    rows = read_metrics(tmp_path)
+    assert [row["kl_noise_floor"] for row in rows if row["kind"] == "evaluation"] == [0.00616, 0.00616]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "evaluation after update 0: KL 0.00 nats (floor 0.0062)"
+    assert lines[1].startswith("update 4/4 · reward -1.000 · KL 0.50 nats (floor 0.0062) · 8.0 samples/s")
+    assert lines[3] == "stopped after update 4: KL 3.00 nats exceeds target_kl 2 (floor 0.0062)"
+
+
 def test_a_restart_drops_the_updates_that_are_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = _log(tmp_path)
     for row in (Started(0), _updated(1), _updated(2), _updated(3, reward=-3.0), Started(2), _updated(3, reward=-2.0)):

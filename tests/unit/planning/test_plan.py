@@ -144,6 +144,7 @@ def test_live_bytes_follow_storages() -> None:
     [
         ("fp32", {"full_finetune": True}),
         ("bf16", {}),
+        ("fp16", {}),
         pytest.param("fp32", {}, marks=pytest.mark.full),
         pytest.param("bf16", {"full_finetune": True}, marks=pytest.mark.full),
         pytest.param("fp32", {"lora": LoraConfig(rank=3)}, marks=pytest.mark.full),

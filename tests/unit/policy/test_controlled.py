@@ -89,7 +89,7 @@ def test_labels_act_only_through_their_tables(tiny_pipeline: str) -> None:
 
 def test_bfloat16_backbone_keeps_trainables_in_float32(tiny_pipeline: str) -> None:
     """Policy = reference at initialisation in bf16 too, with float32 LoRA, tables and outputs."""
-    policy = make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(rank=2), dtype=torch.bfloat16)
+    policy = make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(rank=2), precision="bf16")
     latents, time, condition, labels = _inputs(tiny_pipeline)
     with torch.no_grad():
         outputs = [_predict(policy, (latents, time, condition, labels[:, :1]), reference=r) for r in (False, True)]

@@ -47,6 +47,7 @@ def written(tmp_path_factory):
             metrics_rows=rows,
             classifier_figures={"Reliability of <light>": reliability},
             facts={"wall-clock time": "7 min"},
+            kl_noise_floor=0.00617,
         )
     return page, figures
 
@@ -70,6 +71,14 @@ def test_summary_has_the_keys_that_others_read(report):
     assert summary["after"]["accuracy"] == 1.0
     assert summary["changes"]["prompt_fidelity"]["mean"] == -1 / 8
     assert summary["changes"]["accuracy"]["mean"] == 6 / 8
+
+
+def test_the_floor_of_the_kl_is_beside_it(report):
+    """In the headline, in the table, and as a number; nowhere when it is not known."""
+    page = report.read_text(encoding="utf-8")
+    assert re.search(r"The policy is [\d.]+ nats from the pre-trained model \(floor 0\.0062\)\.", page)
+    assert "<td>KL / nats (floor 0.0062)</td>" in page and "below its floor, 0.0062 nats, cannot" in page
+    assert json.loads((report.parent / "summary.json").read_text())["kl_noise_floor"] == 0.00617
 
 
 def test_page_needs_nothing_from_outside_and_escapes_text(report):

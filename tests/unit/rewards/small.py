@@ -1,15 +1,15 @@
-"""A small random reward model: the tiny pipeline's VAE and one random network per control."""
+"""Small random reward models: the tiny pipeline's VAE, or a lighter one, and one random network per control."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, clamp_straight_through
 from ctrl_ray.rewards.model import RewardModel
 
@@ -52,7 +52,31 @@ def small_classifiers() -> list[SmallClassifier]:
 
 
 def small_model(pipeline: Path, chunk_size: int = 32) -> RewardModel:
+    from ctrl_ray.policy.backbones import load_backbone
+
     return RewardModel(load_backbone(str(pipeline)).load_decoder(chunk_size), small_classifiers())
+
+
+class LightVAE(nn.Module):
+    """Decodes latents (B, 4, h, w) to images eight times as large; torch alone, so that an actor has it at once."""
+
+    config = SimpleNamespace(scaling_factor=0.5, block_out_channels=(1, 1, 1, 1))
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.decoder = nn.Sequential(
+                nn.ConvTranspose2d(4, 8, 8, stride=8), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1), nn.Tanh()
+            )
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.decoder(latents))
+
+
+def light_model() -> RewardModel:
+    return RewardModel(LatentDecoder(LightVAE()), small_classifiers())
 
 
 def request(batch: int, seed: int = 0) -> tuple[Tensor, tuple[str, ...], Tensor, Tensor]:
