@@ -67,7 +67,7 @@ class DDIMKernel:
         ]
         self._noisy = [std > 0 for std in ancestral]
         self._stds = [eta * std for std in ancestral]
-        self._tables: dict[tuple[str, torch.dtype, str], Tensor] = {}
+        self._tables: dict[tuple[str, torch.dtype, str], tuple[Tensor, ...]] = {}
 
     @property
     def num_steps(self) -> int:
@@ -106,9 +106,14 @@ class DDIMKernel:
             std_tensor = std_tensor * output.log_std_ratio.to(latents.dtype).exp()
         return GaussianStep(mean, std_tensor)
 
-    def _table(self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A number of every step, made once for each device: making one at every step would wait for the GPU."""
+    def _table(
+        self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[Tensor, ...]:
+        """A scalar for every step, made once for each device: making one at every step would wait for the GPU.
+
+        Each is made by itself, because the planner's fake tensors know the value of such a scalar, but not that of a part.
+        """
         key = name, dtype, str(device)
         if key not in self._tables:
-            self._tables[key] = torch.tensor(values, dtype=dtype, device=device)
+            self._tables[key] = tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
         return self._tables[key]
