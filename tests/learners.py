@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,13 @@ def small_config(pipeline: Path, folder: Path) -> TrainConfig:
     )
 
 
-def learner_on(config: TrainConfig, device: torch.device, *, pool: bool) -> Learner:
+def learner_on(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    pool: bool,
+    make_engine: Callable[[ControlledPolicy], Any] = SGDEngine,
+) -> Learner:
     """A worker's learner on the device, with rewards there or (`pool`) on the CPU."""
     spec = RewardModelSpec(
         base_model=config.base_model,
@@ -100,5 +107,5 @@ def learner_on(config: TrainConfig, device: torch.device, *, pool: bool) -> Lear
         channel=None,
     )
     policy = build_policy(config).to(device)
-    learner = make_learner(job, Rank(0, 1, device), SGDEngine(policy))
+    learner = make_learner(job, Rank(0, 1, device), make_engine(policy))
     return dataclasses.replace(learner, rewards=CPUPool(load_reward_model(spec))) if pool else learner

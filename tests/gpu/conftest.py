@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.support import device_under_test, record, set_tf32
+from tests.gpu.reporter import record
+from tests.gpu.support import device_under_test, set_tf32
 
 
 @pytest.fixture

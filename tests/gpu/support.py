@@ -1,4 +1,4 @@
-"""What GPU tests and the benchmark share: the device, figures for the session's JSON, processes of engines."""
+"""What GPU tests and the benchmark share: the device, comparisons, processes of engines."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ from ctrl_ray.policy.controlled import ControlledPolicy
 CPU = torch.device("cpu")
 ON = "CTRL_RAY_GPU_TESTS_ON"
 """Environment: 'cpu' runs these tests there, to know that their own code works."""
-MEASURED = "CTRL_RAY_GPU_MEASURED"
-"""Environment: the file to which figures are appended, a JSON object a line."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 def device_under_test() -> torch.device:
     """The first card, or what the environment says."""
     return torch.device(os.environ.get(ON, "cuda:0"))
-
-
-def record(test: str, **figures: Any) -> None:
-    """Hand figures of a test, or of a part of the benchmark, to the session (none where nobody asked for them)."""
-    if path := os.environ.get(MEASURED):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"test": test, **figures}) + "\n")
 
 
 def set_tf32(allowed: bool) -> None:
