@@ -60,10 +60,11 @@ def _prepare_environment() -> None:
     os.environ.pop("RAY_ADDRESS", None)
 
 
-def _has_cuda() -> bool:
+def _runs_gpu_tests() -> bool:
+    """Whether there is a card, or whoever works on the tests of one wants to see their code run on the CPU."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() or os.environ.get("CTRL_RAY_GPU_TESTS_ON") == "cpu"
 
 
 _prepare_environment()
@@ -78,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test's folder is its mark, it has one tier, and GPU tests are skipped where there is none."""
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
-    has_cuda = _has_cuda()
+    runs_gpu_tests = _runs_gpu_tests()
     for item in items:
         if not item.path.is_relative_to(_TESTS):
             continue
@@ -89,7 +90,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             tier_of(mark.name for mark in item.iter_markers())
         except ValueError as error:
             raise pytest.UsageError(f"{item.nodeid}: {error}") from None
-        if item.get_closest_marker("gpu") and not has_cuda:
+        if item.get_closest_marker("gpu") and not runs_gpu_tests:
             item.add_marker(skip_gpu)
 
 

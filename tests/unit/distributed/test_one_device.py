@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,115 +15,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import (
-    ControlConfig,
-    EstimatorConfig,
-    EvaluationConfig,
-    LoraConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
-from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.config import EstimatorConfig, ScalingConfig, TrainConfig
 from ctrl_ray.distributed import engine
 from ctrl_ray.distributed import update as update_module
 from ctrl_ray.distributed import worker as worker_module
 from ctrl_ray.distributed.batches import evaluation_batch
 from ctrl_ray.distributed.evaluate import evaluate_policy
-from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
-from ctrl_ray.policy.build import build_policy
-from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
-from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
+from ctrl_ray.rewards.model import RewardModel
 from ctrl_ray.rewards.protocol import RewardAnswer
-from tests.classifiers import save_classifier
+from tests.learners import learner_on, small_config
 from tests.pretend_device import pretend_device, waits
 
 CPU = torch.device("cpu")
 
 
-class _Engine:
-    """SGD around a policy, in the place of DeepSpeed's engine, which builds for one kind of device in a process."""
-
-    learning_rate = 0.1
-
-    def __init__(self, policy: ControlledPolicy) -> None:
-        self.policy, self.latent_shape = policy, policy.latent_shape
-
-    def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
-        return self.policy(latents, time, inputs, reference=reference)  # type: ignore[no-any-return]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, update: int) -> float:
-        for parameter in self.policy.trainable_parameters().values():
-            assert parameter.grad is not None
-            parameter.data.add_(parameter.grad, alpha=-self.learning_rate)
-            parameter.grad = None
-        return 0.0
-
-
-class _Pool:
-    """What a pool on the CPU is to a worker: answers come back on the latents' device, everything else on the CPU."""
-
-    differentiable = True
-
-    def __init__(self, model: RewardModel) -> None:
-        self.model, self.controls = model, model.controls
-
-    def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> _Pool:
-        answer = self.model.evaluate(latents.cpu(), prompts, labels, weights)
-        assert answer.cotangent is not None
-        self.answer = RewardAnswer(answer.log_probs.to(latents.device), answer.cotangent.to(latents.device))
-        return self
-
-    def result(self, timeout_s: float | None = None) -> RewardAnswer:
-        return self.answer
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents.cpu())
-
-    def class_log_probs(self, inputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        answers = self.model.class_log_probs(inputs.cpu(), prompts)
-        return {name: answer.to(inputs.device) for name, answer in answers.items()}
-
-
 @pytest.fixture(scope="module")
 def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    spec = ControlConfig(oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0)
-    folder = tmp_path_factory.mktemp("one_device") / "classifier"
-    save_classifier(folder, "jpeg_size", spec)
-    return TrainConfig(
-        base_model=str(tiny_pipeline),
-        controls={"jpeg_size": dataclasses.replace(spec, classifier=str(folder))},
-        global_batch_size=6,
-        micro_batch_size_per_worker=3,
-        sampler=SamplerConfig(num_steps=2, guidance_scale=2.0),
-        lora=LoraConfig(rank=2, alpha=2.0),
-        evaluation=EvaluationConfig(num_samples=5, batch_size=3),
-    )
-
-
-def _learner(config: TrainConfig, device: torch.device, *, pool: bool) -> Learner:
-    spec = RewardModelSpec(
-        base_model=config.base_model,
-        classifiers={name: str(control.classifier) for name, control in config.controls.items()},
-    )
-    job = TrainJob(
-        config=config,
-        controls=config.controls,
-        prompts=("a red circle", "a blue square"),
-        rewards=spec,
-        info=None,  # type: ignore[arg-type]
-        channel=None,
-    )
-    policy = build_policy(config).to(device)
-    learner = make_learner(job, Rank(0, 1, device), _Engine(policy))
-    return dataclasses.replace(learner, rewards=_Pool(load_reward_model(spec))) if pool else learner
+    return small_config(tiny_pipeline, tmp_path_factory.mktemp("one_device") / "classifier")
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +57,7 @@ def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, flo
     global _nccl_device
     with pretend_device() if pretend else nullcontext(CPU) as device:
         _nccl_device = device
-        learner = _learner(config, device, pool=pool)
+        learner = learner_on(config, device, pool=pool)
         rows: list[dict[str, Any]] = [
             make_method(learner.config).update(learner, 0),
             evaluate_policy(learner, config.evaluation.num_samples),
@@ -177,7 +87,7 @@ def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
 def test_rollout_steps_do_not_wait_for_the_device(config: TrainConfig) -> None:
     """Neither copies nor values that the host looks at, with guidance and KL, from the second rollout on."""
     with pretend_device() as device:
-        learner = _learner(config, device, pool=False)
+        learner = learner_on(config, device, pool=False)
         batch = evaluation_batch(range(2), learner.prompts, learner.controls, ("jpeg_size",))
         inputs = Inputs(learner.encoder.encode(batch.prompts), batch.labels.to(device), learner.guidance)
         noise = keyed_noise(0, 0, batch.sample_ids, learner.engine.latent_shape, learner.kernel.num_steps, device)
@@ -191,7 +101,7 @@ def test_rollout_steps_do_not_wait_for_the_device(config: TrainConfig) -> None:
 
 def test_an_evaluation_asks_for_no_gradient(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities come in chunks, without the backward that a request for a cotangent takes."""
-    learner = _learner(config, CPU, pool=False)
+    learner = learner_on(config, CPU, pool=False)
     believed = evaluate_policy(learner, 5)["log_prob/jpeg_size"]
     with monkeypatch.context() as patch:
         patch.setattr(RewardModel, "evaluate", lambda *_: pytest.fail("a gradient was asked for"))
@@ -216,7 +126,7 @@ def test_local_scoring_is_no_part_of_the_rollout(config: TrainConfig, monkeypatc
         return evaluate(*arguments)
 
     monkeypatch.setattr(RewardModel, "evaluate", slow)
-    learner = _learner(config, CPU, pool=False)
+    learner = learner_on(config, CPU, pool=False)
     row = make_method(config).update(learner, 0)
     assert row["reward_wait_s"] > 1.0 and row["rollout_s"] < row["update_s"] - 1.0
 

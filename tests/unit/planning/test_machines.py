@@ -68,6 +68,7 @@ def _config(base_model: Path, **changes: object) -> TrainConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path) -> None:
     """Too few cards for the workers asked for, by the stated machines' number."""
     checked = preflight(_config(tiny_pipeline), stated=stated_machines("1x4x24GB"))
