@@ -19,6 +19,7 @@ CHECKPOINTING_SLOWDOWN = 1.3
 """Time of an update with gradient checkpointing over that without, at the same micro-batch (counted operations)."""
 OVERHEAD_ROWS = 2.0
 """What a denoiser call costs beside its rows, in rows: a call of r rows takes as long as r + so many. Stated, not measured."""
+_SEARCHES = 4
 LARGEST_EVALUATION_BATCH = 16
 LARGEST_DECODE_CHUNK = 8
 """Larger ones gain nothing."""
@@ -38,9 +39,9 @@ def decide(config: TrainConfig, facts: ClusterFacts | None, plan_of: PlanOf, est
 
     First the shares of cards and the number of workers: as many as the cluster places beside the reward pool, and as the
     global batch has groups. Then the fastest micro-batch and gradient checkpointing by `_time`, of those that fit; then the
-    largest batch of the evaluation and chunk of images that still fit. `estimate` is a fast `plan_of` for the search; what
-    is chosen is checked by `plan_of`. Raises ResourceError where not even one worker has room, or where memory is to decide
-    and the cluster does not say what it has.
+    largest batch of the evaluation and chunk of images that still fit. `estimate` is a fast `plan_of` for the search, which
+    may get better by what `plan_of` counts; what is chosen is checked by `plan_of`. Raises ResourceError where not even one
+    worker has room, or where memory is to decide and the cluster does not say what it has.
     """
     config, workers = _decide_workers(share_cards(config), facts)
     config, sizes = _decide_sizes(config, facts, plan_of, estimate or plan_of)
@@ -101,6 +102,11 @@ def _decide_sizes(
             "--machines 4x8x80GB says which ones suit machines that you state"
         )
     trains, missed = _first_that_fits(candidates, smallest, facts, plan_of, estimate)
+    for _ in range(_SEARCHES):  # what was counted for the choice makes the estimate better
+        before = trains
+        trains, missed = _first_that_fits(candidates, smallest, facts, plan_of, estimate)
+        if trains == before:
+            break
     chosen = _grow(trains, asked, facts, plan_of, estimate)
     decided = open_values(chosen)
     lines = [", ".join(f"{name} {decided[name]}" for name in names)]

@@ -148,6 +148,11 @@ class PolicyCounter:
             self._operations = (operations[0] / batch_size, operations[1] / batch_size)
         return self._steps[batch_size]
 
+    @property
+    def counted_sizes(self) -> list[int]:
+        """Micro-batch sizes whose step has been counted, ascending."""
+        return sorted(self._steps)
+
     def evaluation(self, batch_size: int) -> int:
         """The most bytes that are alive in a step of an evaluation, beyond weights and latents; counted once for each size."""
         if batch_size not in self._evaluations:

@@ -13,8 +13,8 @@ from ctrl_ray.planning.fits import memory_fit, remedies
 from ctrl_ray.planning.plan import PERSISTENCE_THRESHOLD, RunPlan, make_plan
 from ctrl_ray.policy.backbones import load_backbone
 
-_COUNTED_SIZES = (2, 4)
-"""Batch sizes that `Planner.estimate` counts; live bytes are nearly affine in the batch."""
+_FIRST_SIZE = 2
+"""Micro-batch that `Planner.estimate` counts where none has been; live bytes are nearly affine in it."""
 
 
 class Planner:
@@ -22,7 +22,7 @@ class Planner:
 
     planner = Planner(controls, kernel)
     planner.plan(config).memory.peak  # a few seconds for each new combination of sizes, for Stable Diffusion
-    planner.estimate(config)  # fast at any batch size, after two counts
+    planner.estimate(config)  # at once, after the first count
     """
 
     def __init__(self, controls: Mapping[str, ControlConfig], kernel: DDIMKernel) -> None:
@@ -38,17 +38,22 @@ class Planner:
         return make_plan(config, counter.counts(), step, evaluation, self._kernel)
 
     def estimate(self, config: TrainConfig) -> RunPlan:
-        """The same from counts at two sizes."""
-        counter, evaluations = self._counter(config), self._evaluations(config)
-        low, high = (counter.step(size) for size in _COUNTED_SIZES)
+        """The same for any micro-batch size from those that were counted: proportional to the first one, which is too much
+        rather than too little, and affine between two."""
+        counter = self._counter(config)
+        sizes = counter.counted_sizes or [_FIRST_SIZE]
+        first, last = counter.step(sizes[0]), counter.step(sizes[-1])
         step = StepBytes(
             **{
-                field.name: _affine(getattr(low, field.name), getattr(high, field.name), config.fixed_micro_batch_size)
+                field.name: _between(
+                    (sizes[0], getattr(first, field.name)),
+                    (sizes[-1], getattr(last, field.name)),
+                    config.fixed_micro_batch_size,
+                )
                 for field in dataclasses.fields(StepBytes)
             }
         )
-        low_evaluation, high_evaluation = (evaluations.evaluation(size) for size in _COUNTED_SIZES)
-        evaluation = _affine(low_evaluation, high_evaluation, config.evaluation.fixed_batch_size)
+        evaluation = self._evaluations(config).evaluation(config.evaluation.fixed_batch_size)
         return make_plan(config, counter.counts(), step, evaluation, self._kernel)
 
     def flops(self, config: TrainConfig) -> StepFlops:
@@ -88,7 +93,7 @@ def memory_advice(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
     return f"The planner counts {planned}; lower it by one of: {'; '.join(fixes)}"
 
 
-def _affine(low: int, high: int, size: int) -> int:
-    """Bytes at `size`, from those at the counted sizes."""
-    first, second = _COUNTED_SIZES
-    return round(low + (high - low) * (size - first) / (second - first))
+def _between(first: tuple[int, int], last: tuple[int, int], size: int) -> int:
+    """Bytes at `size` on the line through two points (size, bytes), or through the origin where they are one."""
+    (low, low_bytes), (high, high_bytes) = (0, 0) if first == last else first, last
+    return round(low_bytes + (high_bytes - low_bytes) * (size - low) / (high - low))

@@ -28,6 +28,7 @@ from ctrl_ray.planning.cost import Work, estimate_lines, work_of
 from ctrl_ray.planning.counts import PolicyCounts
 from ctrl_ray.planning.fits import memory_fit, remedies
 from ctrl_ray.planning.machines import describe
+from ctrl_ray.planning.placement import cards_needed, shares_cards
 from ctrl_ray.planning.plan import mean_calls, num_branches
 from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.table import decided_flags, plan_lines
@@ -267,7 +268,9 @@ def _summary(
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
         "KL floor   measured when the run starts: what rounding reads as KL; target_kl must be at least twice that",
         *plan,
-        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
+        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs"
+        + (f" (shares of {cards_needed(config)} cards)" if shares_cards(config) else "")
+        + f": {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",
     ]
     return "\n".join(lines)

@@ -43,6 +43,11 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
             ResourceError,
             r"needs 64 GPUs .*has \d+",
         ),
+        (
+            {"evaluation": EvaluationConfig(asynchronous=True), "scaling": ScalingConfig(use_gpu=True)},
+            ConfigError,
+            r"evaluation\.num_gpus is 0: the evaluations would run on the CPU.*set evaluation\.num_gpus \(0\.2",
+        ),
         ({"controls": {"x": ControlConfig(oracle="jpeg_sise", thresholds=(1.0,))}}, CtrlRayError, "jpeg_size"),
         ({"controls": {"x": ControlConfig(classifier="/nowhere")}}, ModelError, "nowhere"),
         ({"controls": {"x": ControlConfig(oracle="jpeg_size")}}, ConfigError, "0 classes"),

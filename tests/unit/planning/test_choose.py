@@ -193,3 +193,24 @@ def test_a_choice_is_counted_before_it_is_made() -> None:
     facts = ClusterFacts("it", tuple(_card(64.0)))  # 16 need 65 GiB, and are estimated at 63
     assert decide(config, facts, low).config.micro_batch_size_per_worker == 16
     assert decide(config, facts, _plan, low).config.micro_batch_size_per_worker == 13
+
+
+def test_a_better_estimate_is_searched_again() -> None:
+    """Half as much again as it takes, until something has been counted: the choice is not too small in the end."""
+    counted = []
+
+    def exact(config: TrainConfig) -> RunPlan:
+        counted.append(config)
+        return _plan(config)
+
+    def high(config: TrainConfig) -> RunPlan:
+        plan = _plan(config)
+        peak = plan.memory.update_peak * (1 if counted else 3 / 2)
+        return dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, update_peak=round(peak)))
+
+    decided = _decide(_card(66.0), global_batch_size=64, rewards=RewardPoolConfig(num_actors=0, decode_chunk_size=1))
+    config = dataclasses.replace(decided.config, micro_batch_size_per_worker="auto")
+    assert decided.config.micro_batch_size_per_worker == 16
+    again = decide(config, ClusterFacts("it", tuple(_card(66.0))), exact, high).config
+    assert again.micro_batch_size_per_worker == 16
+    assert [config.micro_batch_size_per_worker for config in counted] == [10, 16, 16]

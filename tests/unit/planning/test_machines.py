@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_ray.config import ControlConfig, RewardPoolConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError, ResourceError
+from ctrl_ray.planning.choose import decide
+from ctrl_ray.planning.fits import memory_fit
 from ctrl_ray.planning.machines import CARDS, describe, stated_machines
-from ctrl_ray.planning.preflight import CheckedRun, preflight
+from ctrl_ray.planning.planner import Planner
+from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.train import fit, parse
 
 GB = 10**9
+CARDS_OF = {"1x1x24GB": 1, "1x1x80GB": 1, "1x8x80GB": 8, "4x8x80GB": 32, "3x8x80GB,1x4x80GB": 28}
 
 
 @pytest.mark.parametrize(
@@ -81,31 +86,32 @@ def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path) -> N
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("num_actors", [0, 1])
-def test_stable_diffusion_has_a_plan_for_every_machine(stable_diffusion: Path, num_actors: int) -> None:
-    """One card of 24 GB to four machines of eight of 80 GB: it fits, every card has a worker, sizes are chosen."""
-    pool = dataclasses.replace(preset("stable-diffusion").rewards, num_actors=num_actors)
-    config = _config(stable_diffusion, rewards=pool)
-    sizes = {}
-    for machines, cards in (
-        ("1x1x24GB", 1),
-        ("1x1x80GB", 1),
-        ("1x8x80GB", 8),
-        ("4x8x80GB", 32),
-        ("3x8x80GB,1x4x80GB", 28),
-    ):
-        checked = preflight(config, stated=stated_machines(machines))
-        assert re.search(r"^fits       yes: ", checked.summary, re.MULTILINE), checked.summary
-        assert checked.config.scaling.num_workers == cards
-        sizes[machines] = _sizes(checked)
-    assert sizes["1x1x24GB"] < sizes["1x1x80GB"]
-    assert sizes["1x8x80GB"] >= 16 or num_actors
-    if num_actors:
-        assert "a worker and 1 reward actor on one card" in checked.summary
-    assert "9 or 10" in checked.summary
+def test_stable_diffusion_has_a_plan_for_every_machine(stable_diffusion: Path) -> None:
+    """One card of 24 GB to four machines of eight of 80 GB, with local rewards and with a pool on the workers' cards: it
+    fits, every card has a worker, sizes are chosen, and what is chosen is what was counted."""
+    config = _config(stable_diffusion)
+    planner = Planner(config.controls, load_backbone(str(stable_diffusion)).make_kernel(config.sampler))
+    sizes: dict[tuple[str, int], int] = {}
+    for num_actors in (0, 1):
+        rewards = dataclasses.replace(config.rewards, num_actors=num_actors)
+        for machines, cards in CARDS_OF.items():
+            facts = stated_machines(machines)
+            decided = decide(dataclasses.replace(config, rewards=rewards), facts, planner.plan, planner.estimate).config
+            assert decided.scaling.num_workers == cards
+            assert memory_fit(planner.plan(decided), decided, facts).answer == "yes"
+            sizes[machines, num_actors] = decided.fixed_micro_batch_size
+    assert sizes["1x1x24GB", 0] < sizes["1x1x80GB", 0] and sizes["1x1x24GB", 1] <= sizes["1x1x24GB", 0]
+    assert (sizes["1x8x80GB", 0], sizes["4x8x80GB", 0], sizes["3x8x80GB,1x4x80GB", 0]) == (16, 8, 10)
+    assert (sizes["4x8x80GB", 1], sizes["3x8x80GB,1x4x80GB", 1]) == (4, 5)  # two rounds, of which one is scored
 
 
-def _sizes(checked: CheckedRun) -> int:
-    assert isinstance(checked.config.rewards, RewardPoolConfig)
-    assert checked.config.evaluation.batch_size == 16
-    return checked.config.fixed_micro_batch_size
+@pytest.mark.full
+def test_the_plan_of_stated_machines_is_told(stable_diffusion: Path) -> None:
+    checked = preflight(_config(stable_diffusion), stated=stated_machines("3x8x80GB,1x4x80GB"), with_estimate=True)
+    assert (
+        "256 trajectories per update = 28 workers × 9 or 10, in 1 micro-batches of at most 10 (9% of" in checked.summary
+    )
+    assert re.search(r"^fits       yes: a worker: ", checked.summary, re.MULTILINE)
+    assert "each worker scores its own samples" in checked.summary
+    for card in ("A10G", "L40S", "A100", "H100", "H200"):
+        assert f" × {card}, " in checked.summary
