@@ -84,10 +84,11 @@ export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.3 RAY_TRAIN_WORKER_GROUP_START_TIMEOU
 # -- Ray on the nodes
 
 # Becomes a command on one node, beside what else runs there, with all that the job has of it; call it in a subshell.
+# limit_s: after which it is ended.
 on() {
     local node=$1
     shift
-    exec srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpu-bind=none --nodelist="$node" "$@" </dev/null
+    exec ${limit_s:+timeout "$limit_s"} srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpu-bind=none --nodelist="$node" "$@" </dev/null
 }
 
 # On a node: `ray start` with these options until a signal comes or Ray ends; then nothing of it is left. A task gets it
@@ -179,7 +180,7 @@ clean_up() {
         ((${#tasks[@]})) || break
         sleep 0.2
     done
-    for node in "${!tasks[@]}"; do kill -KILL "${tasks[$node]}" 2>/dev/null; done
+    for node in "${!tasks[@]}"; do kill -KILL "${tasks[$node]}" && wait "${tasks[$node]}"; done 2>/dev/null
     [[ -z $home_file ]] || rm -f "$home_file"
     rm -rf "$logs"
     exit "$status"
@@ -191,10 +192,10 @@ address=${CTRL_RAY_HEAD_ADDRESS:-}
 if [[ -z $address ]]; then
     name=$(scontrol show node --oneliner "$head" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     # On the node itself its name may mean a loopback address.
-    address=$(on "${nodes[-1]}" getent ahostsv4 "${name:-$head}" | sed -n '/^127\./!s/[[:space:]].*//p' | head -n 1)
+    address=$(limit_s=$join_timeout_s on "${nodes[-1]}" getent ahostsv4 "${name:-$head}" | sed -n '/^127\./!s/[[:space:]].*//p' | head -n 1)
     ((${#nodes[@]} > 1)) || address=${address:-127.0.0.1}
 fi
-[[ -n $address ]] || fail $FAILED "${nodes[-1]} does not know an IPv4 address of $head, the job's first node; give it:" \
+[[ -n $address ]] || fail $FAILED "${nodes[-1]} does not say an IPv4 address of $head, the job's first node; give it:" \
     "CTRL_RAY_HEAD_ADDRESS=10.1.2.3 sbatch ..."
 export RAY_ADDRESS=$address:$port
 

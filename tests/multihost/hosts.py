@@ -99,6 +99,11 @@ class Host:
                 self.command("setsid", *words, env=env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
             )
 
+    def signal(self, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """A signal for what `start` started, and for none of its children."""
+        (pid,) = _children(process.pid)
+        os.kill(pid, number)
+
     def interrupt(self, process: subprocess.Popen[bytes]) -> None:
         """Ctrl-C for what `start` started; waits for its end."""
         for pid in _children(process.pid):  # nsenter waits for the program, which leads its session

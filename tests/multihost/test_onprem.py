@@ -4,37 +4,23 @@ the middle, down, nothing left. See `hosts` for how they are made."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from ctrl_ray.config import (
-    ClassifierConfig,
-    ControlConfig,
-    EvaluationConfig,
-    LoraConfig,
-    RewardPoolConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json
-from ctrl_ray.reporting.tracking import read_metrics
-from tests.multihost.hosts import REPOSITORY, Host, Hosts, why_not
-from tests.tiny import make_tiny_pipeline
+from tests.multihost.conftest import Say
+from tests.multihost.hosts import REPOSITORY, Hosts
+from tests.multihost.tiny_run import NUM_UPDATES, Command, eventually, tiny_config, updates_of, with_compiled_op
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM_UPDATES = 12
 DASHBOARD = "http://127.0.0.1:8265"
 LAPTOP_ENV = {"RAY_AUTH_MODE": "token", "RAY_UP_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 COUNT_NODES = f"""\
@@ -46,25 +32,6 @@ with urllib.request.urlopen(request, timeout=10) as answer:
 print(sum(row["state"] == "ALIVE" for row in rows))
 """
 SEND_ABROAD = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'hello', ('192.0.2.99', 9))"
-Say = Callable[[str], None]
-
-
-@pytest.fixture(autouse=True)
-def _can_be_made() -> None:
-    if reason := why_not():
-        pytest.skip(reason)
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Print a line, with the seconds since the start, although pytest captures output."""
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n  {time.monotonic() - start:4.0f} s  {text}", end="", flush=True)
-
-    return say
 
 
 def test_an_attempt_to_leave_the_network_is_noticed(tmp_path: Path) -> None:
@@ -78,7 +45,7 @@ def test_an_attempt_to_leave_the_network_is_noticed(tmp_path: Path) -> None:
         assert hosts.foreign() == []
         assert stranger.run("python", "-c", SEND_ABROAD).returncode == 0
         assert stranger.run("getent", "hosts", "example.org").returncode != 0
-        first, *asked = _eventually(hosts.foreign, lambda attempts: len(attempts) >= 2, 5)
+        first, *asked = eventually(hosts.foreign, lambda attempts: len(attempts) >= 2, 5)
         assert (first["kind"], first["source"]) == ("udp", stranger.address)
         assert (first["target"], first["port"]) == ("192.0.2.99", 9)
         assert asked and all((one["port"], "example.org" in one["text"]) == (53, True) for one in asked)
@@ -95,41 +62,29 @@ def test_a_job_on_several_machines_outlives_one_of_them(tmp_path: Path, say: Say
         laptop, run = _Laptop(hosts, tmp_path), hosts.shared / "run"
         with laptop.cluster(say):
             say("all four have joined; ray job submit")
-            job = laptop.submit(_config(hosts.shared), run)
-            _until(job, lambda: (run / "classifier" / "jpeg_size" / "classifier.json").is_file())
+            job = laptop.submit(tiny_config(hosts.shared), run)
+            job.until(lambda: (run / "classifier" / "jpeg_size" / "classifier.json").is_file())
             say("the classifier is fitted")
-            _until(job, lambda: len(_updates(run)) >= 3)
+            job.until(lambda: len(updates_of(run)) >= 3)
             _check_places(hosts)
             hosts.cut_off("train2")
-            done = len(_updates(run))
+            done = len(updates_of(run))
             say(f"train2 is cut off after update {done}")
-            _until(job, lambda: len(_updates(run)) > done + 1)
+            job.until(lambda: len(updates_of(run)) > done + 1)
             say("the job goes on")
             assert job.process.wait(timeout=300) == 0, job.said()[-6000:]
             say("the job is done; ray down")
         _check_run(run, done, job)
         for host in hosts.values():
-            left = _eventually(host.processes, lambda lines: not lines, 90)
+            left = eventually(host.processes, lambda lines: not lines, 90)
             assert not left, f"{host.name}: {left}"
             say(f"no process is left on {host.name}")
         assert hosts.foreign() == []
         assert laptop.host.run("python", "-c", SEND_ABROAD).returncode == 0
-        (attempt,) = _eventually(hosts.foreign, bool, 5)  # so it would have been noticed
+        (attempt,) = eventually(hosts.foreign, bool, 5)  # so it would have been noticed
         assert attempt["target"] == "192.0.2.99"
     assert hosts.left_behind() == []
     say("nothing is left on the machine\n")
-
-
-class _Job:
-    """`ray job submit`, which ends with the job and as it does."""
-
-    def __init__(self, host: Host, words: list[str | Path], log: Path) -> None:
-        self._log = log
-        self.process = host.start(*words, log=log, env=LAPTOP_ENV)
-
-    def said(self) -> str:
-        """What it printed, its own output and that of the job."""
-        return self._log.read_text(errors="replace")
 
 
 class _Laptop:
@@ -148,7 +103,7 @@ class _Laptop:
         say("the head is up")
         tunnel = self.host.start("ray", "dashboard", self._file, log=self._folder / "tunnel.log", env=LAPTOP_ENV)
         try:
-            count = _eventually(
+            count = eventually(
                 lambda: self.host.run("python", "-c", COUNT_NODES).stdout.strip(), lambda n: n == "4", 180
             )
             assert count == "4", count
@@ -158,18 +113,14 @@ class _Laptop:
             self._ray("down", "--yes", self._file)
             say("the head is down")
 
-    def submit(self, config: TrainConfig, run: Path) -> _Job:
+    def submit(self, config: TrainConfig, run: Path) -> Command:
         """The main job, with this repository as its working directory."""
         file = self._shared / "config.json"
         file.write_text(to_json(config))
-        compiled = self._shared / "torch_extensions"  # DeepSpeed's communication op: about a minute on each host
-        if (cache := Path(os.environ["TORCH_EXTENSIONS_DIR"])).is_dir():
-            shutil.copytree(cache, compiled, ignore=shutil.ignore_patterns("lock"))
-        variables = {"HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(compiled)}
-        environment = json.dumps({"env_vars": variables})
+        environment = json.dumps({"env_vars": with_compiled_op(self._shared)})
         submit = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--runtime-env-json"]
         train = ["python", "-m", "ctrl_ray.train", "--config", file, "--output-dir", run]
-        return _Job(self.host, [*submit, environment, "--", *train], self._folder / "job.log")
+        return Command(self.host, *submit, environment, "--", *train, log=self._folder / "job.log", env=LAPTOP_ENV)
 
     def _ray(self, *words: str) -> None:
         done = self.host.run("ray", *words, env=LAPTOP_ENV, timeout_s=300)
@@ -195,31 +146,6 @@ def _filled_in(hosts: Hosts) -> str:
     return text
 
 
-def _config(shared: Path) -> TrainConfig:
-    """Updates of about a second on the tiny pipeline, a checkpoint after each; an elastic group of two."""
-    return TrainConfig(
-        base_model=str(make_tiny_pipeline(shared / "pipeline")),
-        data="shapes",
-        num_drawn_images=160,
-        num_updates=NUM_UPDATES,
-        global_batch_size=8,
-        micro_batch_size_per_worker=4,
-        checkpoint_every_updates=1,
-        controls={
-            "jpeg_size": ControlConfig(
-                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
-            )
-        },
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
-        rewards=RewardPoolConfig(num_actors=1, node_resource="rewards"),
-        scaling=ScalingConfig(num_workers=2, min_workers=1, max_failures=3),
-        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
-        aim=False,
-    )
-
-
 def _check_places(hosts: Hosts) -> None:
     def runs(name: str, what: str) -> bool:
         return any(what in line for line in hosts[name].processes())
@@ -229,37 +155,13 @@ def _check_places(hosts: Hosts) -> None:
     assert runs("pool", "RewardActor") and not runs("pool", "RayTrainWorker")
 
 
-def _check_run(run: Path, cut_off_after: int, job: _Job) -> None:
+def _check_run(run: Path, cut_off_after: int, job: Command) -> None:
     """It went on from the checkpoint of the last update or of the one before, and did the rest."""
     resumed = [int(update) for update in re.findall(r"resumed after update (\d+)", job.said())]
     assert resumed and all(cut_off_after - 2 <= update <= cut_off_after + 1 for update in resumed), resumed
     assert resumed[-1] < NUM_UPDATES
-    assert _updates(run) == list(range(1, NUM_UPDATES + 1))
+    assert updates_of(run) == list(range(1, NUM_UPDATES + 1))
     assert (run / "report" / "report.html").is_file()
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     embeddings = load_file(run / "adapter" / "control_embeddings.safetensors")["jpeg_size"]
     assert embeddings.isfinite().all() and embeddings.abs().max() > 0
-
-
-def _updates(run: Path) -> list[int]:
-    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-    return [row["update"] for row in rows if row["kind"] == "update"]
-
-
-def _until(job: _Job, condition: Callable[[], bool], timeout_s: float = 300) -> None:
-    """Wait for something that a running job does."""
-
-    def look() -> bool:
-        return condition() or job.process.poll() is not None
-
-    assert _eventually(look, bool, timeout_s) and condition(), job.said()[-6000:]
-
-
-def _eventually(look: Callable[[], Any], enough: Callable[[Any], bool], timeout_s: float) -> Any:
-    """What `look` saw when it was enough, or last."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        seen = look()
-        if enough(seen) or time.monotonic() > deadline:
-            return seen
-        time.sleep(0.5)

@@ -1,0 +1,95 @@
+"""A tiny run of the main job for several hosts, and how to wait for what it does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ctrl_ray.config import (
+    ClassifierConfig,
+    ControlConfig,
+    EvaluationConfig,
+    LoraConfig,
+    RewardPoolConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.reporting.tracking import read_metrics
+from tests.multihost.hosts import Host
+from tests.tiny import make_tiny_pipeline
+
+NUM_UPDATES = 12
+
+
+def tiny_config(shared: Path) -> TrainConfig:
+    """Updates of about a second on the tiny pipeline, a checkpoint after each; an elastic group of two."""
+    return TrainConfig(
+        base_model=str(make_tiny_pipeline(shared / "pipeline")),
+        data="shapes",
+        num_drawn_images=160,
+        num_updates=NUM_UPDATES,
+        global_batch_size=8,
+        micro_batch_size_per_worker=4,
+        checkpoint_every_updates=1,
+        controls={
+            "jpeg_size": ControlConfig(
+                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
+            )
+        },
+        classifier=ClassifierConfig(epochs=1, batch_size=32),
+        sampler=SamplerConfig(num_steps=3),
+        lora=LoraConfig(rank=2, alpha=2.0),
+        rewards=RewardPoolConfig(num_actors=1, node_resource="rewards"),
+        scaling=ScalingConfig(num_workers=2, min_workers=1, max_failures=3),
+        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
+        aim=False,
+    )
+
+
+def with_compiled_op(shared: Path) -> dict[str, str]:
+    """Variables of a run that takes DeepSpeed's communication op, about a minute on each host, from the shared folder."""
+    compiled = shared / "torch_extensions"
+    if (cache := Path(os.environ["TORCH_EXTENSIONS_DIR"])).is_dir() and not compiled.exists():
+        shutil.copytree(cache, compiled, ignore=shutil.ignore_patterns("lock"))
+    return {"HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(compiled)}
+
+
+class Command:
+    """A command of a host, such as `ray job submit`, that ends with the run and as it does."""
+
+    def __init__(self, host: Host, *words: str | Path, log: Path, env: Mapping[str, str]) -> None:
+        self._log = log
+        self.process = host.start(*words, log=log, env=env)
+
+    def said(self) -> str:
+        """What it printed, its own output and that of the run."""
+        return self._log.read_text(errors="replace")
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
+        """Wait for something that the run does."""
+
+        def look() -> bool:
+            return condition() or self.process.poll() is not None
+
+        assert eventually(look, bool, timeout_s) and condition(), self.said()[-6000:]
+
+
+def updates_of(run: Path) -> list[int]:
+    """The updates that the run has done so far."""
+    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    return [row["update"] for row in rows if row["kind"] == "update"]
+
+
+def eventually(look: Callable[[], Any], enough: Callable[[Any], bool], timeout_s: float) -> Any:
+    """What `look` saw when it was enough, or last."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        if enough(seen) or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.5)
