@@ -4,7 +4,7 @@
 |---|---|---|
 | 0 | done | |
 | 1 | the run failed | RewardError, NonFiniteError, ResourceError, CheckpointError; any other exception, with its traceback |
-| 2 | you can correct it, then run it again | ConfigError, DataError, ModelError, RunFolderError; a flag that does not exist |
+| 2 | you can correct it, then run it again | ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError; a wrong flag |
 | 130 | interrupted | Ctrl-C; SIGTERM in `train` and `tune`, and while `classify` or `verify` trains |
 
 `verify` also ends with 1 when a bar is missed, and `tune` when no trial finished.
@@ -29,6 +29,7 @@ from ctrl_ray.errors import (
     ConfigError,
     CtrlRayError,
     DataError,
+    GpuMemoryError,
     InterruptedRunError,
     ModelError,
     RunFolderError,
@@ -38,7 +39,7 @@ from ctrl_ray.errors import (
 Body = Callable[[Sequence[str]], int | None]
 """What a command does with its arguments; it returns None when it is done, or an exit status of its own."""
 FAILED, CORRECTABLE, INTERRUPTED = 1, 2, 130
-_CORRECTABLE_ERRORS = (ConfigError, DataError, ModelError, RunFolderError)
+_CORRECTABLE_ERRORS = (ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError)
 
 
 def run(body: Body, argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class CtrlRayError(Exception):
@@ -40,6 +43,10 @@ class ResourceError(CtrlRayError, RuntimeError):
     """The cluster has fewer CPUs, GPUs or nodes than the run asks for."""
 
 
+class GpuMemoryError(CtrlRayError, RuntimeError):
+    """A GPU has too little memory for the run's settings; the same run would meet that again."""
+
+
 class CheckpointError(CtrlRayError, OSError):
     """A checkpoint could not be written, usually because a disk is full; the last good one is intact."""
 
@@ -48,8 +55,51 @@ class InterruptedRunError(CtrlRayError, KeyboardInterrupt):
     """The run was stopped by the user after it had left a checkpoint."""
 
 
-HOPELESS = (ConfigError, DataError, ModelError, NonFiniteError)
+HOPELESS = (ConfigError, DataError, ModelError, NonFiniteError, GpuMemoryError)
 """Errors that the same run would meet again from the same checkpoint: no restart cures them."""
+
+
+_PHASES = {
+    ("ctrl_ray.gradients.rollout", "rollout"): "in a rollout",
+    ("ctrl_ray.gradients.adjoint", "adjoint_pass"): "in the adjoint pass",
+    ("ctrl_ray.distributed.engine", "step"): "in the optimizer step",
+    ("ctrl_ray.rewards.model", "evaluate"): "while samples were scored",
+    ("ctrl_ray.policy.decoder", "decode"): "while images were decoded",
+}
+"""What a function (by module and name) does, for people."""
+
+
+@contextmanager
+def naming_memory(what: str) -> Iterator[None]:
+    """Inside, torch's OutOfMemoryError (or CUDA's own) becomes a GpuMemoryError that says `what` was done, in which phase,
+    and how much was asked for. Also a decorator. The phase is read from the traceback: the innermost of `_PHASES`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        phases = [_PHASES.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name)) for frame in frames]
+        where = ", ".join([what, *[phase for phase in phases if phase][-1:]])
+        raise GpuMemoryError(f"out of GPU memory: {where}: {_amounts(str(error))}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if isinstance(error, CtrlRayError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or ("CUDA" in str(error) and "out of memory" in str(error))
+
+
+def _amounts(text: str) -> str:
+    """What torch says, in one line: 'torch tried to allocate 2.00 GiB on a card of 22.00 GiB, of which 1.00 GiB was free'."""
+    tried = re.search(r"allocate ([\d.]+ \w+)", text)
+    card = re.search(r"capacity of ([\d.]+ \w+)", text)
+    free = re.search(r"of which ([\d.]+ \w+) is free", text)
+    if tried is None or card is None:
+        return (text.strip().splitlines() or ["nothing more is known"])[0].rstrip(".")
+    line = f"torch tried to allocate {tried[1]} on a card of {card[1]}"
+    return line + (f", of which {free[1]} was free" if free else "")
 
 
 def own_error(error: BaseException) -> CtrlRayError | None:

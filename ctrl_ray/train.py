@@ -32,7 +32,14 @@ class Run:
     """before / after, as in report/summary.json, and report, the page's path; empty after a dry run."""
 
 
-def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, refit_classifier: bool = False) -> Run:
+def fit(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    machines: str | None = None,
+    refit_classifier: bool = False,
+) -> Run:
     """Run all of CTRL: classifier, fine-tuning, evaluation, export, report. `python -m ctrl_ray.train` does the same.
 
         config = dataclasses.replace(ctrl_ray.preset("shapes"), output_dir="runs/stronger", kl_coef=0.5)
@@ -40,6 +47,7 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         run.summary["after"]["accuracy"]
 
     resume: Go on from the last checkpoint under `config.output_dir`. dry_run: Check the settings, print the plan and stop.
+    machines: Plan a dry run for these machines, which need not be there ('4x8x80GB', see `ctrl_ray.planning.machines`).
     refit_classifier: Fit the classifiers from data even where the config names a fitted one.
     Raises the errors of `ctrl_ray.errors`; after Ctrl-C, when a checkpoint is written, InterruptedRunError.
     """
@@ -53,13 +61,17 @@ def fit(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, ref
         prepare_classifiers,
         rewards_of,
     )
+    from ctrl_ray.planning.machines import stated_machines
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
     from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
 
     started, job = time.monotonic(), ray_job()
     folder = RunFolder(config.output_dir)
-    checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run)
+    if machines is not None and not dry_run:
+        raise ConfigError(f"--machines {machines} states machines to plan for; give it with --dry-run only")
+    stated = None if machines is None else stated_machines(machines)
+    checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run, stated=stated)
     print(checked.summary, flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
@@ -113,6 +125,9 @@ class Arguments:
     """Go on from the last checkpoint in output_dir."""
     dry_run: bool = False
     """Check everything that needs no cluster, print the plan and stop."""
+    machines: str | None = None
+    """With --dry-run: plan for these machines, which need not be there: MACHINESxGPUSxMEMORY, as 4x8x80GB, 1x1xL40S, or
+    several kinds as 3x8x80GB,1x4x80GB."""
     refit_classifier: bool = False
     """Fit the classifiers from data even where the settings name a fitted one."""
 
@@ -174,6 +189,7 @@ def _main(argv: Sequence[str]) -> None:
         arguments.config,
         resume=arguments.resume,
         dry_run=arguments.dry_run,
+        machines=arguments.machines,
         refit_classifier=arguments.refit_classifier,
     )
 

@@ -98,7 +98,7 @@ class BlockWriter:
         self.device = device
         self.decoder: LatentDecoder | None = None
         if config.classifier.decode:
-            chunk = config.rewards.decode_chunk_size
+            chunk = config.rewards.fixed_decode_chunk_size
             backbone = load_backbone(config.base_model, config.base_revision)
             self.decoder = backbone.load_decoder(chunk, device)
 

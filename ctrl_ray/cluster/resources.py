@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrl_ray.cluster.autoscaler import Growth, growth
@@ -72,36 +74,56 @@ def local_memory_bytes() -> int:
 
 
 def _ray_facts() -> ClusterFacts:
-    nodes = []
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        resources = node["Resources"]
-        gpus = float(resources.get("GPU", 0.0))
-        memory = int(resources["memory"]) if "memory" in resources else None
-        gpu_memory = _gpu_memory(node["NodeID"]) if gpus else None
-        nodes.append(NodeFacts(float(resources.get("CPU", 0.0)), gpus, memory, gpu_memory))
-    return ClusterFacts("the Ray cluster", tuple(nodes))
+    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    gpu_memory = _gpu_memory([number for number, resources in alive if resources.get("GPU", 0.0)])
+    return ClusterFacts(
+        "the Ray cluster",
+        tuple(
+            NodeFacts(
+                cpus=float(resources.get("CPU", 0.0)),
+                gpus=float(resources.get("GPU", 0.0)),
+                memory_bytes=int(resources["memory"]) if "memory" in resources else None,
+                gpu_memory_bytes=gpu_memory.get(number),
+            )
+            for number, resources in alive
+        ),
+    )
 
 
-def _gpu_memory(node_id: str, timeout_s: float = 30.0) -> int | None:
-    """Memory of a GPU of a node, asked by a task there; None where it has none that CUDA sees, or nobody answers."""
+_known_gpu_memory: dict[str, int] = {}
+"""What nodes have answered, by Ray's id of the node: it does not change."""
 
-    def ask() -> int | None:
-        import torch
 
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+def _gpu_memory(node_ids: Sequence[str], timeout_s: float = 30.0) -> dict[str, int]:
+    """Memory of a GPU of each node, asked by tasks on all of them at once; without those that have none that CUDA sees, or
+    do not answer. A node is asked until it has answered once."""
+    remote: Any = ray.remote(_first_gpu_memory)
+    asked = {
+        remote.options(
+            num_cpus=0,
+            num_gpus=0.01,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(number, soft=False),
+        ).remote(): number
+        for number in node_ids
+        if number not in _known_gpu_memory
+    }
+    if asked:
+        done, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+        for reference in late:
+            ray.cancel(reference, force=True)
+        for reference in done:
+            with suppress(RayError):  # the node was lost meanwhile
+                answer = ray.get(reference)
+                if answer is not None:
+                    _known_gpu_memory[asked[reference]] = answer
+    return {number: _known_gpu_memory[number] for number in node_ids if number in _known_gpu_memory}
 
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task: Any = ray.remote(ask)
-    options = {"num_cpus": 0, "num_gpus": 0.01, "max_retries": 0, "scheduling_strategy": strategy}
-    reference = task.options(**options).remote()
-    done, _ = ray.wait([reference], timeout=timeout_s)
-    if not done:
-        ray.cancel(reference, force=True)
-        return None
-    answer: int | None = ray.get(reference)
-    return answer
+
+def _first_gpu_memory() -> int | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def needed_resources(config: TrainConfig) -> dict[str, float]:
@@ -112,7 +134,7 @@ def needed_resources(config: TrainConfig) -> dict[str, float]:
     return {
         "CPU": workers * worker["CPU"] + actors * config.rewards.cpus_per_actor + beside.asynchronous * beside.num_cpus,
         "GPU": workers * worker.get("GPU", 0.0)
-        + actors * config.rewards.gpus_per_actor
+        + actors * config.rewards.fixed_gpus_per_actor
         + beside.asynchronous * beside.num_gpus,
     }
 
@@ -123,8 +145,11 @@ def check_resources(
     """ResourceError, with both numbers, when the run can never be placed, whatever an autoscaler adds."""
     may_grow = may_grow or Growth()
     needed = needed_resources(config)
+    scaling = config.scaling
     for kind, amount in needed.items():
         have, more = available.get(kind, 0.0), may_grow.most(kind)
+        if kind == "GPU" and scaling.use_gpu and scaling.fixed_gpus_per_worker > 0.5:  # a card for each
+            amount = max(amount, scaling.min_workers or scaling.fixed_num_workers)
         if amount > have + more + 1e-9:
             has = f"{where} has {have:g}" + (f", and its autoscaler may add {more:g}" if may_grow.node_types else "")
             raise ResourceError(
@@ -142,7 +167,8 @@ def _shares(config: TrainConfig, kind: str) -> str:
             f"{workers} × {scaling.cpus_per_worker:g} + {rewards.num_actors} reward actors × {rewards.cpus_per_actor:g}"
         )
     else:
-        share = f"{workers} + {rewards.num_actors} reward actors × {rewards.gpus_per_actor:g}"
+        on_cards = "" if scaling.gpus_per_worker == 1 else f" × {scaling.gpus_per_worker:g}, a card for each"
+        share = f"{workers}{on_cards} + {rewards.num_actors} reward actors × {rewards.fixed_gpus_per_actor:g}"
     if beside.asynchronous:
         share += f" + {beside.num_cpus if kind == 'CPU' else beside.num_gpus:g} for asynchronous evaluation"
     return share
@@ -163,6 +189,12 @@ def check_local_machine(config: TrainConfig) -> None:
         {"CPU": float(max(2, os.cpu_count() or 2)), "GPU": float(torch.cuda.device_count())},
         "this machine",
     )
+
+
+def check_stated(config: TrainConfig, stated: ClusterFacts) -> None:
+    """`check_resources` against machines that need not be there."""
+    have = {"CPU": sum(node.cpus for node in stated.nodes), "GPU": sum(node.gpus for node in stated.nodes)}
+    check_resources(config, have, stated.where)
 
 
 def check_cluster(config: TrainConfig) -> None:

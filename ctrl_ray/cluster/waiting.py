@@ -132,7 +132,7 @@ def pool_waits(config: TrainConfig) -> bool:
     rewards, free = config.rewards, ray.available_resources()
     lacking = (
         free.get("CPU", 0.0) < rewards.cpus_per_actor
-        or free.get("GPU", 0.0) < rewards.gpus_per_actor
+        or free.get("GPU", 0.0) < rewards.fixed_gpus_per_actor
         or (rewards.node_resource is not None and free.get(rewards.node_resource, 0.0) <= 0)
     )
     return lacking and actor_waits_for_process()

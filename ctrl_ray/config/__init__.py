@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from ctrl_ray import embedded
 from ctrl_ray.errors import ConfigError
@@ -12,10 +12,27 @@ from ctrl_ray.errors import ConfigError
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Of a denoiser's weights and products; see `ScalingConfig.precision`."""
 
+Auto = Literal["auto"]
+"""A value that is decided when a run is prepared (`ctrl_ray.planning.choose`), from its machines and counted memory.
+config.json records what was asked; everything behind the preflight sees a number."""
+
+_T = TypeVar("_T", int, float, bool)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _fixed(value: _T | Auto, name: str) -> _T:
+    """The value; ConfigError while it is still to be decided."""
+    if isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}: it becomes a number when a run is prepared")
+    return value
+
+
+def _is_auto_or(value: float | str, least: float) -> bool:
+    return value == "auto" or (not isinstance(value, str) and value >= least)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +268,9 @@ class RewardPoolConfig:
     """CPUs (fractions allowed) that Ray reserves for an actor."""
     threads_per_actor: int | None = None
     """torch threads of an actor on the CPU. None: cpus_per_actor, rounded up."""
-    gpus_per_actor: float = 0.0
-    """GPUs that Ray reserves for an actor. With a fraction, several actors share one GPU."""
+    gpus_per_actor: float | Auto = 0.0
+    """GPUs that Ray reserves for an actor. With a fraction, several actors share one GPU, or an actor shares it with a
+    worker (scaling.gpus_per_worker). 'auto': so small a share that all actors have room beside a worker on any card."""
     placement: Literal["pack", "spread"] = "pack"
     """'pack' is Ray's default: half of a node is filled before the next one is used. 'spread' distributes the actors
     over all nodes, so that a lost node takes fewer of them along."""
@@ -272,8 +290,9 @@ class RewardPoolConfig:
     timeout_s: float = 300.0
     """An actor that works on one request for longer than this is replaced, and another actor gets the request.
     Without another actor the request fails with an error; the workers do not hang."""
-    decode_chunk_size: int = 32
-    """Images decoded at a time. It limits the pool's memory and changes no result."""
+    decode_chunk_size: int | Auto = 32
+    """Images decoded at a time. It limits the memory of scoring and changes no result. 'auto': up to 8, as many as fit
+    beside what training takes."""
 
     def __post_init__(self) -> None:
         _require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
@@ -288,9 +307,11 @@ class RewardPoolConfig:
             _require(value > 0, f"rewards.{name} is {value}; expected a positive number of seconds")
         _require(self.max_batch_delay_s >= 0, f"rewards.max_batch_delay_s is {self.max_batch_delay_s}; expected >= 0")
         for name in ("decode_chunk_size", "max_batch_size", "max_pending_per_worker"):
-            _require(getattr(self, name) >= 1, f"rewards.{name} is {getattr(self, name)}; expected >= 1")
+            _require(_is_auto_or(getattr(self, name), 1), f"rewards.{name} is {getattr(self, name)}; expected >= 1")
         for name in ("cpus_per_actor", "gpus_per_actor"):
-            _require(getattr(self, name) >= 0, f"rewards.{name} is {getattr(self, name)}; expected 0 or more")
+            _require(
+                _is_auto_or(getattr(self, name), 0), f"rewards.{name} is {getattr(self, name)}; expected 0 or more"
+            )
 
     @property
     def actor_bounds(self) -> tuple[int, int]:
@@ -298,16 +319,30 @@ class RewardPoolConfig:
         low = self.num_actors if self.min_actors is None else self.min_actors
         return low, self.num_actors if self.max_actors is None else self.max_actors
 
+    @property
+    def fixed_gpus_per_actor(self) -> float:
+        """gpus_per_actor as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.gpus_per_actor, "rewards.gpus_per_actor")
+
+    @property
+    def fixed_decode_chunk_size(self) -> int:
+        """decode_chunk_size as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.decode_chunk_size, "rewards.decode_chunk_size")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingConfig:
     """The workers, and how DeepSpeed shards over them."""
 
-    num_workers: int | Literal["auto"] = 1
+    num_workers: int | Auto = 1
     """Ray Train workers. Each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as fit
-    the cluster beside the reward pool and divide the global batch; the micro-batch gets smaller where necessary."""
+    the cluster beside the reward pool, and have a group of the global batch each."""
     use_gpu: bool = False
-    """One GPU for each worker. False trains on the CPU with gloo."""
+    """A GPU for each worker. False trains on the CPU with gloo."""
+    gpus_per_worker: float | Auto = 1.0
+    """With use_gpu: the share of its GPU that Ray reserves for a worker, above 0.5 because a card can hold one worker only.
+    What is left of each card is for reward actors and asynchronous evaluation. It is a reservation and limits neither
+    memory nor speed. 'auto': the whole card, or what small shares of those leave."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: int | None = None
@@ -325,8 +360,9 @@ class ScalingConfig:
     'fp32' is exact float32; 'tf32' is float32 with a GPU's faster, coarser products. 'bf16' and 'fp16' take half the
     memory, and the denoiser's last norm and convolution stay float32. Rounding counts as KL: each run measures how much
     (kl_noise_floor) and prints it. fp16 rounds 8 times finer than bf16, and its cotangents are scaled."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about one more forward per step."""
+    gradient_checkpointing: bool | Auto = False
+    """Recompute activations in the backward pass: less memory, about one more forward per step. 'auto': where it makes
+    the update faster by the planner's model, because a larger micro-batch fits."""
     max_failures: int = 3
     """How many times the run restarts from its last checkpoint after it has lost a worker, before it gives up."""
     min_workers: int | None = None
@@ -349,6 +385,12 @@ class ScalingConfig:
             f"scaling.precision is {self.precision!r}; expected one of {', '.join(get_args(Precision))}",
         )
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+        share = 1.0 if isinstance(self.gpus_per_worker, str) else self.gpus_per_worker
+        _require(
+            0.5 < share <= 1 or (0 < share <= 0.5 and self.num_workers == 1),
+            f"scaling.gpus_per_worker is {self.gpus_per_worker} with scaling.num_workers {self.num_workers}; expected a "
+            "share above 0.5 and at most 1 (two workers cannot have one card: NCCL refuses that), or above 0 for one worker",
+        )
         most = math.inf if self.num_workers == "auto" else self.num_workers
         _require(
             self.min_workers is None or 1 <= self.min_workers <= most,
@@ -380,15 +422,23 @@ class ScalingConfig:
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """What Ray reserves for a worker: CPUs, and one GPU where it has one."""
-        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.use_gpu else {})
+        """What Ray reserves for a worker: CPUs, and (a share of) a GPU where it has one."""
+        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": self.fixed_gpus_per_worker} if self.use_gpu else {})
 
     @property
     def fixed_num_workers(self) -> int:
-        """num_workers as a number; ConfigError while it is still to be decided (`resolve_num_workers`)."""
-        if isinstance(self.num_workers, int):
-            return self.num_workers
-        raise ConfigError(f"scaling.num_workers is {self.num_workers!r}: it becomes a number when a run is prepared")
+        """num_workers as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.num_workers, "scaling.num_workers")
+
+    @property
+    def fixed_gpus_per_worker(self) -> float:
+        """gpus_per_worker as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.gpus_per_worker, "scaling.gpus_per_worker")
+
+    @property
+    def fixed_gradient_checkpointing(self) -> bool:
+        """gradient_checkpointing as a bool; ConfigError while it is still to be decided."""
+        return _fixed(self.gradient_checkpointing, "scaling.gradient_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -401,8 +451,8 @@ class EvaluationConfig:
     """Samples of each evaluation during training. The best evaluation decides which checkpoint is exported."""
     final_num_samples: int = 512
     """Samples of the evaluations before and after training, which the report shows."""
-    batch_size: int = 128
-    """Samples drawn at a time."""
+    batch_size: int | Auto = 128
+    """Samples drawn at a time by each worker. 'auto': up to 16, as they fit."""
     prompts_file: str | None = None
     """File of prompts to evaluate on, one per line. None: the training prompts, with seeds that training never uses."""
     seed: int = 1_000_003
@@ -420,7 +470,14 @@ class EvaluationConfig:
         _require(self.num_gpus >= 0, f"evaluation.num_gpus is {self.num_gpus}; expected 0 or more")
         _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
         for name in ("num_samples", "final_num_samples", "batch_size"):
-            _require(getattr(self, name) >= 1, f"evaluation.{name} is {getattr(self, name)}; expected at least 1")
+            _require(
+                _is_auto_or(getattr(self, name), 1), f"evaluation.{name} is {getattr(self, name)}; expected at least 1"
+            )
+
+    @property
+    def fixed_batch_size(self) -> int:
+        """batch_size as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.batch_size, "evaluation.batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,9 +505,10 @@ class TrainConfig:
     num_updates: int = 60
     """Optimizer updates."""
     global_batch_size: int = 64
-    """Trajectories per update, over all workers."""
-    micro_batch_size_per_worker: int = 32
-    """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled."""
+    """Trajectories per update, over all workers. Where it does not divide, some workers have one group more."""
+    micro_batch_size_per_worker: int | Auto = 32
+    """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled. 'auto': the
+    largest that fits its memory, made even over the micro-batches of an update."""
     group_size: int = 1
     """This many consecutive samples share prompt and label. The estimator 'reinforce' compares them with each other."""
     kl_coef: float = 1.0
@@ -497,23 +555,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")
         _require(self.global_batch_size >= 1, f"global_batch_size is {self.global_batch_size}; expected at least 1")
+        micro_batch = self.micro_batch_size_per_worker
         _require(
-            self.micro_batch_size_per_worker >= 1,
-            f"micro_batch_size_per_worker is {self.micro_batch_size_per_worker}; expected at least 1",
+            _is_auto_or(micro_batch, 1), f"micro_batch_size_per_worker is {micro_batch}; expected at least 1, or auto"
+        )
+        _require(
+            self.group_size >= 1 and (isinstance(micro_batch, str) or micro_batch % self.group_size == 0),
+            f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker ({micro_batch})",
+        )
+        _require(
+            self.global_batch_size % self.group_size == 0,
+            f"global_batch_size ({self.global_batch_size}) must be divisible by group_size ({self.group_size}), so that "
+            f"every group is whole; try {-(-self.global_batch_size // self.group_size) * self.group_size}",
         )
         if self.scaling.num_workers != "auto":
-            per_pass = self.scaling.fixed_num_workers * self.micro_batch_size_per_worker
+            groups = self.global_batch_size // self.group_size
             _require(
-                self.global_batch_size % per_pass == 0,
-                f"global_batch_size ({self.global_batch_size}) must be divisible by num_workers "
-                f"({self.scaling.num_workers}) × micro_batch_size_per_worker ({self.micro_batch_size_per_worker}) = "
-                f"{per_pass}; try global_batch_size {max(1, round(self.global_batch_size / per_pass)) * per_pass}",
+                groups >= self.scaling.fixed_num_workers,
+                f"global_batch_size ({self.global_batch_size}) has {groups} groups of group_size ({self.group_size}), which is "
+                f"not one for each of the {self.scaling.num_workers} workers; take a global_batch_size of at least "
+                f"{self.scaling.fixed_num_workers * self.group_size}, or fewer workers",
             )
-        _require(
-            self.group_size >= 1 and self.micro_batch_size_per_worker % self.group_size == 0,
-            f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker "
-            f"({self.micro_batch_size_per_worker})",
-        )
         _require(
             self.estimator.name != "reinforce" or self.group_size >= 2,
             "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
@@ -537,6 +599,17 @@ class TrainConfig:
         )
 
     @property
+    def fixed_micro_batch_size(self) -> int:
+        """micro_batch_size_per_worker as a number; ConfigError while it is still to be decided."""
+        return _fixed(self.micro_batch_size_per_worker, "micro_batch_size_per_worker")
+
+    @property
+    def worker_shares(self) -> tuple[int, int]:
+        """(fewest, most) trajectories that a worker has of an update: groups are shared as evenly as they divide."""
+        groups, workers = self.global_batch_size // self.group_size, self.scaling.fixed_num_workers
+        return groups // workers * self.group_size, -(-groups // workers) * self.group_size
+
+    @property
     def num_micro_batches(self) -> int:
-        """Micro-batches per worker and update."""
-        return self.global_batch_size // (self.scaling.fixed_num_workers * self.micro_batch_size_per_worker)
+        """Micro-batches that every worker runs in an update; the last ones of a smaller share hold fewer trajectories."""
+        return -(-self.worker_shares[1] // self.fixed_micro_batch_size)

@@ -104,15 +104,22 @@ def stable_diffusion() -> TrainConfig:
         base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         num_updates=100,
         global_batch_size=256,
-        micro_batch_size_per_worker=8,
+        micro_batch_size_per_worker="auto",
         sampler=SamplerConfig(num_steps=50, eta=1.0, guidance_scale=7.5, reference_steps=1),
         lora=LoraConfig(rank=16, alpha=16.0),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         scaling=ScalingConfig(
-            num_workers=4, use_gpu=True, cpus_per_worker=4, precision="bf16", gradient_checkpointing=True
+            num_workers="auto",
+            use_gpu=True,
+            gpus_per_worker="auto",
+            cpus_per_worker=4,
+            precision="bf16",
+            gradient_checkpointing="auto",
         ),
-        # decoding one 512-px image with its gradient takes 5.8 GiB: two at a time fit a GPU of 24 GiB
-        rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0, decode_chunk_size=2),
+        # scoring is a few per cent of a worker's operations: spread over all cards it costs least, and a pool on one of them
+        # would slow that card, for which all others wait. --rewards.num-actors N puts a pool on shares of the workers' cards
+        rewards=RewardPoolConfig(num_actors=0, gpus_per_actor="auto", decode_chunk_size="auto"),
+        evaluation=EvaluationConfig(batch_size=16),  # 128 with guidance would take 25 GiB
     )
 
 

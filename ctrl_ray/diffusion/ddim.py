@@ -109,10 +109,7 @@ class DDIMKernel:
     def _table(
         self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str
     ) -> tuple[Tensor, ...]:
-        """A scalar for every step, made once for each device: making one at every step would wait for the GPU.
-
-        Each is made by itself, because the planner's fake tensors know the value of such a scalar, but not that of a part.
-        """
+        """A scalar for every step, made once for each device: making one at every step would wait for the GPU."""
         key = name, dtype, str(device)
         if key not in self._tables:
             self._tables[key] = tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)

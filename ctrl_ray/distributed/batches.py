@@ -32,14 +32,18 @@ class Batch:
         return Batch(self.sample_ids[part], self.prompts[part], self.labels[part], self.strengths[part])
 
 
-def rank_share(global_batch_size: int, rank: int, num_ranks: int) -> range:
-    """Sample ids of one rank: neighbouring ones, as evenly as they divide; all ranks together have each id once."""
-    return range(global_batch_size * rank // num_ranks, global_batch_size * (rank + 1) // num_ranks)
+def rank_share(global_batch_size: int, rank: int, num_ranks: int, group_size: int = 1) -> range:
+    """Sample ids of one rank: neighbouring ones, as evenly as they divide; all ranks together have each id once.
+
+    group_size: so many neighbours stay together, on one rank; it divides the batch.
+    """
+    groups = global_batch_size // group_size
+    return range(groups * rank // num_ranks * group_size, groups * (rank + 1) // num_ranks * group_size)
 
 
-def num_rounds(global_batch_size: int, num_ranks: int, micro_batch_size: int) -> int:
+def num_rounds(global_batch_size: int, num_ranks: int, micro_batch_size: int, group_size: int = 1) -> int:
     """Micro-batches that every rank runs; one whose share is smaller fills up with padding of no weight."""
-    largest = -(-global_batch_size // num_ranks)
+    largest = -(-(global_batch_size // group_size) // num_ranks) * group_size
     return -(-largest // micro_batch_size)
 
 

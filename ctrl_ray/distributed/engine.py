@@ -58,7 +58,7 @@ class PolicyEngine:
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, sum(p.numel() for p in policy.trainable_parameters().values())),
             dist_init_required=False,
         )
         self.engine.eval()  # no dropout: the adjoint pass computes again what the rollout computed

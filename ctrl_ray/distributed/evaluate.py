@@ -27,7 +27,7 @@ def evaluate_policy(
     confusions = [torch.zeros(c.num_classes, c.num_classes, dtype=torch.float64) for c in config.controls.values()]
     totals = torch.zeros(2 + len(active), dtype=torch.float64)
     mine = list(range(rank.index, num_samples, rank.size))
-    rounds = num_rounds(num_samples, rank.size, config.evaluation.batch_size)
+    rounds = num_rounds(num_samples, rank.size, config.evaluation.fixed_batch_size)
     size = math.ceil(math.ceil(num_samples / rank.size) / rounds)
     for index in range(rounds):  # the same number of forwards on every rank, padded by a repeated sample
         ids = mine[index * size : (index + 1) * size]

@@ -90,7 +90,7 @@ def _reading(learner: Learner, amplitude: float) -> float:
     """Mean KL of the trajectories of a policy at that distance from the pre-trained model."""
     config, policy = learner.config, learner.engine
     assert isinstance(policy, ControlledPolicy)
-    size = min(_NUM_SAMPLES, config.micro_batch_size_per_worker)
+    size = min(_NUM_SAMPLES, config.fixed_micro_batch_size)
     total = 0.0
     with near_reference(policy, amplitude, config.seed):
         for start in range(0, _NUM_SAMPLES, size):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Stop:
     """Why a run ends before `num_updates`."""
 
-    kind: Literal["asked", "target_kl"]
-    """'asked': by a signal; 'target_kl': by an evaluation whose KL is too large."""
+    kind: Literal["asked", "target_kl", "failed"]
+    """'asked': by a signal; 'target_kl': by an evaluation whose KL is too large; 'failed': by one that cannot be made."""
     text: str
     """The same for people, such as 'SIGINT received'."""
 

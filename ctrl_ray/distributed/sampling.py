@@ -17,6 +17,7 @@ from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConf
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
+from ctrl_ray.errors import naming_memory
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import Sampler, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
@@ -89,6 +90,7 @@ def sample_policy(
     return samples.select(np.argsort(samples.sample_ids, kind="stable"))
 
 
+@naming_memory("sampling for an evaluation")
 def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> EvaluationSamples:
     set_float32_precision(job.precision)
     if isinstance(rewards, RewardModelSpec):

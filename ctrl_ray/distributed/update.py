@@ -52,7 +52,7 @@ class CTRL:
         batch = training_batch(
             config.seed,
             update,
-            rank_share(config.global_batch_size, rank.index, rank.size),
+            rank_share(config.global_batch_size, rank.index, rank.size, config.group_size),
             learner.prompts,
             learner.controls,
             tuple(config.controls),
@@ -60,9 +60,9 @@ class CTRL:
             config.group_size,
         )
         totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
-        size = config.micro_batch_size_per_worker
+        size = config.fixed_micro_batch_size
         waiting: _Scored | None = None
-        for index in range(num_rounds(config.global_batch_size, rank.size, size)):
+        for index in range(num_rounds(config.global_batch_size, rank.size, size, config.group_size)):
             part = batch.select(index * size, (index + 1) * size)
             padding = not len(part)
             if padding:

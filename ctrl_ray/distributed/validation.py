@@ -19,9 +19,10 @@ from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER, PROGRESS_FILE
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
-from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn, Stop
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.errors import GpuMemoryError, naming_memory
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
 from ctrl_ray.policy.build import build_policy
@@ -48,15 +49,21 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     """Evaluate a checkpoint as the workers would; tell the driver, who logs it at the checkpoint's update.
 
     Returns 'score', by which Ray Train chooses the best checkpoint, with the figures behind it. The run is asked to stop
-    where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it.
+    where the KL exceeds target_kl. A failed evaluation is told to the driver too; training goes on without it, unless it
+    was for want of GPU memory, which the next one would lack too: that ends the run.
     """
     set_float32_precision(job.config.scaling.precision)
     with checkpoint.as_directory() as folder:
         update = int(json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))["updates_done"])
         try:
-            learner = _learner(job, Path(folder) / ADAPTER_FOLDER)
-            samples = _Samples(job)
-            metrics = evaluate_policy(learner, job.config.evaluation.num_samples, samples)
+            with naming_memory(f"the asynchronous evaluation after update {update}"):
+                learner = _learner(job, Path(folder) / ADAPTER_FOLDER)
+                samples = _Samples(job)
+                metrics = evaluate_policy(learner, job.config.evaluation.num_samples, samples)
+        except GpuMemoryError as error:
+            ray.get(job.channel.fail.remote(error))
+            ray.get(job.channel.request_stop.remote(Stop("failed", str(error))))
+            raise
         except Exception as error:
             text = f"the evaluation after update {update} failed ({type(error).__name__}: {error}); training goes on"
             _tell(job, Notice(text))

@@ -23,7 +23,7 @@ from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.noise_floor import add_noise_floor
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
-from ctrl_ray.errors import HOPELESS
+from ctrl_ray.errors import HOPELESS, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -62,7 +62,8 @@ def train_worker(job: TrainJob) -> None:
     if ray.get(job.channel.failure.remote()) is not None:
         return
     try:
-        _train(job)
+        with naming_memory("before the first update"):
+            _train(job)
     except HOPELESS as error:
         ray.get(job.channel.fail.remote(error))
         raise
@@ -82,7 +83,8 @@ def _train(job: TrainJob) -> None:
             _evaluate(job, learner, progress)
     leaving: set[str] = set()
     for update in range(first_update, config.num_updates):
-        metrics = method.update(learner, update)
+        with naming_memory(f"update {update}"):
+            metrics = method.update(learner, update)
         progress["updates_done"] = update + 1
         stop = _tell(job, rank, UpdateDone(update + 1, metrics))
         announced = _announced_losses(leaving)
@@ -128,7 +130,8 @@ def _info(job: TrainJob, progress: Mapping[str, Any]) -> AdapterInfo:
 
 
 def _evaluate(job: TrainJob, learner: Learner, progress: dict[str, Any]) -> dict[str, float]:
-    metrics = evaluate_policy(learner, job.config.evaluation.num_samples)
+    with naming_memory(f"the evaluation after update {progress['updates_done']}"):
+        metrics = evaluate_policy(learner, job.config.evaluation.num_samples)
     progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
     _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics

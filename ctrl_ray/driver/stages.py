@@ -23,9 +23,11 @@ from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.distributed.worker_group import new_channel
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.run_log import RunLog
+from ctrl_ray.errors import GpuMemoryError, own_error
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
+from ctrl_ray.planning.planner import memory_advice
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import REPORT, Evaluation, report_pictures, write_report
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
@@ -89,7 +91,7 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
         base_model=config.base_model,
         revision=config.base_revision,
         classifiers=classifiers,
-        decode_chunk_size=config.rewards.decode_chunk_size,
+        decode_chunk_size=config.rewards.fixed_decode_chunk_size,
         precision=config.scaling.precision,
         copies=copies_of(list(classifiers.values())),
     )
@@ -119,12 +121,25 @@ def fine_tune(
     log = RunLog(checked.config, folder, resume=resume)
     job = train_job(checked, rewards)
     try:
-        trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
+        with _with_remedies(checked):
+            trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
     finally:
         log.close()
         folder.upload()
     return trained
+
+
+@contextmanager
+def _with_remedies(checked: CheckedRun) -> Iterator[None]:
+    """Inside, a GpuMemoryError of any process of the run gets what the planner would change, and what a card then needs."""
+    try:
+        yield
+    except Exception as error:
+        found = own_error(error)
+        if not isinstance(found, GpuMemoryError):
+            raise
+        raise GpuMemoryError(f"{found}. {memory_advice(checked.config, checked.controls)}") from error
 
 
 def train_job(checked: CheckedRun, rewards: Scorer) -> TrainJob:
@@ -152,7 +167,7 @@ def reference_job(checked: CheckedRun) -> SamplingJob:
         prompts=checked.evaluation_prompts,
         sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
         seed=config.evaluation.seed,
-        batch_size=config.evaluation.batch_size,
+        batch_size=config.evaluation.fixed_batch_size,
         reference=True,
         precision=config.scaling.precision,
     )
@@ -181,7 +196,8 @@ def evaluate_and_report(
             samples = before
         else:
             part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
-            samples = sample_policy(part, rewards, config.scaling)
+            with _with_remedies(checked):
+                samples = sample_policy(part, rewards, config.scaling)
         height, width = samples.images.shape[1:3]
         fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")

@@ -6,9 +6,13 @@ import math
 import time
 from dataclasses import dataclass
 
+from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import Precision, TrainConfig
 from ctrl_ray.planning.counts import StepFlops
-from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, USABLE
+from ctrl_ray.planning.decoder_counts import DecoderCounts
+from ctrl_ray.planning.fits import USABLE, card_uses
+from ctrl_ray.planning.machines import CARDS
+from ctrl_ray.planning.placement import cards_needed, shares_cards
 from ctrl_ray.planning.plan import RunPlan
 from ctrl_ray.wording import duration
 
@@ -23,23 +27,31 @@ class Machine:
     name: str
     gpu: str
     num_gpus: int
-    gpu_bytes: int
     half_flops: float
-    """Dense peak of one GPU in bf16 and fp16, operations a second (the vendor's data sheet)."""
+    """Dense peak of one GPU in bfloat16 and float16, operations a second (the vendor's data sheet)."""
     tf32_flops: float
+    """The same in TF32, dense."""
     fp32_flops: float
+    """The same in float32."""
     dollars_per_hour: float
     """Of the whole machine, see PRICES_OF. Spot is usually 30 to 70 % cheaper."""
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of one GPU."""
+        return CARDS[self.gpu]
+
     def flops(self, precision: Precision) -> float:
-        """Peak of one GPU in a run's precision."""
+        """Peak of one GPU at `scaling.precision`."""
         return {"fp32": self.fp32_flops, "tf32": self.tf32_flops}.get(precision, self.half_flops)
 
 
 AWS_MACHINES = (
-    Machine("g5.2xlarge", "A10G", 1, 24 * 2**30, 70e12, 35e12, 31e12, 1.21),
-    Machine("g6e.2xlarge", "L40S", 1, 48 * 2**30, 362e12, 183e12, 91e12, 2.24),
-    Machine("p4d.24xlarge", "A100", 8, 40 * 2**30, 312e12, 156e12, 19.5e12, 21.96),
+    Machine("g5.2xlarge", "A10G", 1, 70e12, 35e12, 31.2e12, 1.21),
+    Machine("g6e.2xlarge", "L40S", 1, 362e12, 183e12, 91.6e12, 2.24),
+    Machine("p4d.24xlarge", "A100", 8, 312e12, 156e12, 19.5e12, 21.96),
+    Machine("p5.48xlarge", "H100", 8, 989e12, 495e12, 66.9e12, 55.04),
+    Machine("p5en.48xlarge", "H200", 8, 989e12, 495e12, 66.9e12, 63.30),
 )
 HEAD_DOLLARS_PER_HOUR = 0.38
 """m6i.2xlarge."""
@@ -59,6 +71,9 @@ class Work:
     """Denoiser operations of an update."""
     evaluation_flops: float
     """Of all evaluations of the run, during training and after it."""
+    scoring_flops: float = 0.0
+    """Of an update: decoding and its gradient, on the worker's card that scores most; 0 where scoring has cards of its own
+    or CPUs. Classifiers are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +87,42 @@ class Estimate:
     """None: not a rented machine."""
 
 
-def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops) -> Work:
-    """Per worker; `flops` are of a step at the run's micro-batch."""
-    update = plan.calls.forwards * flops.forward + plan.calls.backwards * flops.backward
+def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops, decoder: DecoderCounts) -> Work:
+    """Per worker, the one with the largest share; `flops` are of a step at the run's micro-batch."""
+    share, size = config.worker_shares[1], config.fixed_micro_batch_size
+    filled = share / (config.num_micro_batches * size)
+    update = filled * (plan.calls.forwards * flops.forward + plan.calls.backwards * flops.backward)
+    scored = 0.0
+    if config.scaling.use_gpu and config.rewards.num_actors == 0:
+        scored = share
+    elif shares_cards(config):
+        scored = config.global_batch_size / config.rewards.num_actors
     every, beside = config.evaluation.every_updates, config.evaluation
     during = (1 + config.num_updates // every) * beside.num_samples if every else 0
     samples = during + 2 * beside.final_num_samples
-    per_sample = config.sampler.num_steps * flops.forward / config.micro_batch_size_per_worker
-    return Work(update_flops=update, evaluation_flops=samples * per_sample / config.scaling.fixed_num_workers)
+    per_sample = config.sampler.num_steps * flops.forward / size
+    return Work(
+        update_flops=update,
+        evaluation_flops=samples * per_sample / config.scaling.fixed_num_workers,
+        scoring_flops=scored * decoder.operations,
+    )
 
 
-def estimate(config: TrainConfig, work: Work, flops_per_s: float, machine: Machine | None = None) -> Estimate:
-    """At a sustained rate of one worker; the reward pool is taken to keep up (it scores while the workers roll out)."""
-    update_s = work.update_flops / flops_per_s
+def estimate(
+    config: TrainConfig,
+    work: Work,
+    flops_per_s: float,
+    machine: Machine | None = None,
+    *,
+    scoring_flops_per_s: float | None = None,
+) -> Estimate:
+    """At a sustained rate of one worker, and of scoring on its card (None: the same). A pool with CPUs or cards of its own
+    is taken to keep up: it scores while the workers roll out."""
+    update_s = work.update_flops / flops_per_s + work.scoring_flops / (scoring_flops_per_s or flops_per_s)
     run_s = _START_S + config.num_updates * update_s + work.evaluation_flops / flops_per_s
     if machine is None:
         return Estimate(update_s=update_s, run_s=run_s, num_machines=1, dollars=None)
-    gpus = config.scaling.fixed_num_workers + config.rewards.num_actors * config.rewards.gpus_per_actor
-    count = math.ceil(gpus / machine.num_gpus - 1e-9)
+    count = math.ceil(cards_needed(config) / machine.num_gpus)
     hourly = count * machine.dollars_per_hour + HEAD_DOLLARS_PER_HOUR
     return Estimate(update_s=update_s, run_s=run_s, num_machines=count, dollars=run_s / 3600 * hourly)
 
@@ -115,7 +148,7 @@ def measured_cpu_flops(num_threads: int, seconds: float = 0.5) -> float:
     return num_threads * operations / best
 
 
-def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work) -> list[str]:
+def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: ClusterFacts | None) -> list[str]:
     """Time, and on rented machines the price, with what is assumed."""
     counted = f"{_flops_text(work.update_flops)} an update and worker (counted)"
     updates = f"{config.num_updates} updates"
@@ -131,18 +164,33 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work) -> list[str]:
         f"estimate   {counted} at {GPU_UTILISATION:.0%} of a GPU's peak (stated), {updates} with evaluation; prices "
         f"{PRICES_OF}, spot is cheaper:"
     ]
+    precision = config.scaling.precision
+    if work.scoring_flops:
+        who = (
+            "each worker scores its own samples"
+            if config.rewards.num_actors == 0
+            else "a card with a reward actor scores"
+        )
+        lines.append(
+            f"             {who}: {_flops_text(work.scoring_flops)} of decoding an update (counted), "
+            f"{work.scoring_flops / work.update_flops:.1%} of a worker's"
+        )
+    needed = max(use.bytes for use in card_uses(plan, config, facts))
     for machine in AWS_MACHINES:
-        found = estimate(config, work, GPU_UTILISATION * machine.flops(config.scaling.precision), machine)
+        scoring = GPU_UTILISATION * machine.flops("fp32" if precision == "fp32" else "tf32")
+        rate = GPU_UTILISATION * machine.flops(precision)
+        found = estimate(config, work, rate, machine, scoring_flops_per_s=scoring)
         text = (
             f"             {found.num_machines} × {machine.name:<13}({machine.num_gpus} × {machine.gpu}, "
             f"{machine.gpu_bytes >> 30} GiB)  {duration(found.update_s):>10} an update {duration(found.run_s):>12} in all"
             f"  ${found.dollars:,.0f}"
         )
-        if plan.memory.peak + GPU_CONTEXT_BYTES > USABLE * machine.gpu_bytes:
-            text += f"  does not fit: a worker needs {plan.memory.peak / 2**30:.1f} GiB"
+        if needed > USABLE * machine.gpu_bytes:
+            text += f"  does not fit: a card needs {needed / 2**30:.1f} GiB"
         lines.append(text)
     lines.append(
-        "             assumed: machines up from the first to the last minute, a reward pool that keeps up, no network wait"
+        "             assumed: machines up from the first to the last minute, no network wait, scoring in "
+        + ("float32" if precision == "fp32" else "TF32")
     )
     return lines
 

@@ -9,80 +9,26 @@ from __future__ import annotations
 import json
 import math
 import struct
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel
+from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
 from ctrl_ray.gradients.adjoint import Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step
+from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
+from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs
-
-_FLOPS_BATCH = 2
-_CPU_ATTENTION = {  # torch's counter knows the GPU's kernels only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
-}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations under this mode have made and that are still alive; views count once.
-
-    Works on real and on fake tensors; what an operation allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.peak = 0, 0
-        self._alive: dict[int, tuple[Any, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in _tensors(output):
-            self.add(tensor)
-        return output
-
-    def add(self, tensor: Tensor) -> None:
-        """Follow a tensor's storage (also one that was made outside the mode) until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return
-        size = storage.nbytes()
-        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def restart_peak(self) -> int:
-        """Forget the peak so far; returns the bytes that are alive now."""
-        self.peak = self.bytes
-        return self.bytes
-
-    def _freed(self, key: int) -> None:
-        self.bytes -= self._alive.pop(key)[1]
-
-
-def _tensors(values: Any) -> Iterable[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from _tensors(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +81,8 @@ class PolicyCounts:
     """Encoded features of one prompt, float32."""
     encoder_bytes: int
     """The text encoder, float32."""
-    decoder_bytes: int
-    """The VAE, float32: in a reward actor, or in the worker with local rewards."""
+    decoder: DecoderCounts
+    """The VAE: in a reward actor, or in the worker with local rewards."""
 
     @property
     def elements(self) -> int:
@@ -156,13 +102,20 @@ class PolicyCounter:
         self._policy = build_policy(config, controls, empty=True)
         self._kernel = self._policy.backbone.make_kernel(config.sampler)
         with self._fake:
-            _as_fake_cpu(self._policy)
+            as_fake_cpu(self._policy)
         self._persistence_threshold = persistence_threshold
         self._steps: dict[int, StepBytes] = {}
-        self._flops: list[float] | None = None
+        self._evaluations: dict[int, int] = {}
+        self._operations: tuple[float, float] | None = None
+        self._counts: PolicyCounts | None = None
 
     def counts(self) -> PolicyCounts:
         """Parameters and sizes."""
+        if self._counts is None:
+            self._counts = self._count()
+        return self._counts
+
+    def _count(self) -> PolicyCounts:
         policy = self._policy
         trainable = policy.trainable_parameters()
         parameters = list(policy.parameters())
@@ -183,31 +136,41 @@ class PolicyCounter:
             latent_elements=math.prod(policy.latent_shape),
             prompt_bytes=4 * sum(math.prod(shape) for shape in policy.backbone.condition_shapes(1).values()),
             encoder_bytes=4 * sum(stored_elements(part) for part in sorted(folder.glob("text_encoder*"))),
-            decoder_bytes=4 * stored_elements(folder / "vae"),
+            decoder=count_decoder(policy.backbone),
         )
 
     def step(self, batch_size: int) -> StepBytes:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
             with self._fake, LiveBytes() as live:
-                self._steps[batch_size] = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+                counted, *operations = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+            self._steps[batch_size] = counted
+            self._operations = (operations[0] / batch_size, operations[1] / batch_size)
         return self._steps[batch_size]
 
-    def flops(self, batch_size: int) -> StepFlops:
-        """Operations of one step of a micro-batch, counted at two samples; all of them are proportional to the batch."""
-        if self._flops is None:
-            counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-            totals: list[float] = []
-            with self._fake, counter, LiveBytes() as live:
-                _count_step(
-                    *(self._policy, self._kernel, self._config, _FLOPS_BATCH, live),
-                    mark=lambda: totals.append(counter.get_total_flops()),
+    @property
+    def counted_sizes(self) -> list[int]:
+        """Micro-batch sizes whose step has been counted, ascending."""
+        return sorted(self._steps)
+
+    def evaluation(self, batch_size: int) -> int:
+        """The most bytes that are alive in a step of an evaluation, beyond weights and latents; counted once for each size."""
+        if batch_size not in self._evaluations:
+            with self._fake, LiveBytes() as live:
+                self._evaluations[batch_size] = _count_evaluation(
+                    *(self._policy, self._kernel, self._config, batch_size, live)
                 )
-            self._flops = [total / _FLOPS_BATCH for total in totals]
-        forward, whole = (total * batch_size for total in self._flops)
+        return self._evaluations[batch_size]
+
+    def flops(self, batch_size: int) -> StepFlops:
+        """Operations of one step of a micro-batch, from a size that was counted; all of them are proportional to it."""
+        if self._operations is None:
+            self.step(batch_size)
+        assert self._operations is not None
+        forward, adjoint = (operations * batch_size for operations in self._operations)
         estimator = make_estimator(self._config.estimator, self._kernel.num_steps)
         calls = estimator.step_calls(controlled=True, weighted=True)
-        return StepFlops(forward=forward, backward=(whole - (1 + calls.forwards) * forward) / calls.backwards)
+        return StepFlops(forward=forward, backward=(adjoint - calls.forwards * forward) / calls.backwards)
 
 
 class _WatchedMicroBatch(MicroBatch):
@@ -226,8 +189,7 @@ class _WatchedMicroBatch(MicroBatch):
         return step
 
     def through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
-        """By `backward`, for torch's counter of operations cannot follow `autograd.grad`; the reference has no parameter
-        gradients, so it is the same."""
+        """By `backward`: the reference has no parameter gradients, so it is the same as `autograd.grad`."""
         latents = self.leaf(step_index)
         with torch.enable_grad():
             ref = self.step(step_index, latents, reference=True)
@@ -245,20 +207,14 @@ def _count_step(
     config: TrainConfig,
     batch_size: int,
     live: LiveBytes,
-    mark: Callable[[], None] = lambda: None,
-) -> StepBytes:
-    """One step of the rollout, and one of the adjoint pass by the run's own estimator, on fake tensors; `mark` is called
-    after each."""
+) -> tuple[StepBytes, float, float]:
+    """One step of the rollout, and one of the adjoint pass by the run's own estimator, on fake tensors; with the operations
+    of each."""
     estimator = make_estimator(config.estimator, kernel.num_steps)
     step_index, weight = _trained_step(estimator, kernel, config.seed)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
-    latents = torch.zeros(batch_size, *policy.latent_shape)
-    shapes = policy.backbone.condition_shapes(batch_size)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    null = {name: torch.zeros(shape[1:]).expand(shape) for name, shape in shapes.items()}
-    labels = torch.zeros(batch_size, len(policy.controls.names), dtype=torch.long)
-    inputs = Inputs(Condition(("",) * batch_size, tensors, null), labels, Guidance.of(config.sampler))
+    latents, inputs = _inputs(policy, config, batch_size)
     trajectory = Trajectory(latents.expand(kernel.num_steps + 1, *latents.shape), inputs)
     batch = _WatchedMicroBatch(
         *(live, policy, kernel, trajectory),
@@ -268,20 +224,44 @@ def _count_step(
         latent_reduction=config.latent_reduction,
     )
     carried = estimator.start(batch, TerminalReward(torch.zeros(batch_size), torch.zeros_like(latents)))
-    start = live.restart_peak()
+    start, live.operations = live.restart_peak(), 0.0
     with torch.no_grad():
         policy_step(policy, kernel, step_index, latents, inputs, reference=False)
-    mark()
-    rollout_peak = live.peak - start
-    start = live.restart_peak()
+    rollout_peak, forward = live.peak - start, live.operations
+    start, live.operations = live.restart_peak(), 0.0
     estimator.pull_back(batch, step_index, carried, weight)
-    mark()
-    peak = live.peak - start
+    peak, adjoint = live.peak - start, live.operations
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
-    return StepBytes(
+    counted = StepBytes(
         policy_kept=batch.kept[False], reference_kept=batch.kept[True], backward_peak=peak, rollout_peak=rollout_peak
     )
+    return counted, forward, adjoint
+
+
+def _count_evaluation(
+    policy: ControlledPolicy, kernel: DDIMKernel, config: TrainConfig, batch_size: int, live: LiveBytes
+) -> int:
+    """One step of a rollout with its KL, on fake tensors."""
+    step_index, _ = _trained_step(make_estimator(config.estimator, kernel.num_steps), kernel, config.seed)
+    latents, inputs = _inputs(policy, config, batch_size)
+    start = live.restart_peak()
+    with torch.no_grad():
+        step, ref = (
+            policy_step(policy, kernel, step_index, latents, inputs, reference=reference) for reference in (False, True)
+        )
+        step_kl(step, ref, config.latent_reduction)
+    return live.peak - start
+
+
+def _inputs(policy: ControlledPolicy, config: TrainConfig, batch_size: int) -> tuple[Tensor, Inputs]:
+    """Latents and inputs of a batch, without values."""
+    latents = torch.zeros(batch_size, *policy.latent_shape)
+    shapes = policy.backbone.condition_shapes(batch_size)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    null = {name: torch.zeros(shape[1:]).expand(shape) for name, shape in shapes.items()}
+    labels = torch.zeros(batch_size, len(policy.controls.names), dtype=torch.long)
+    return latents, Inputs(Condition(("",) * batch_size, tensors, null), labels, Guidance.of(config.sampler))
 
 
 def _trained_step(estimator: Estimator, kernel: StepKernel, seed: int) -> tuple[int, float]:
@@ -292,21 +272,6 @@ def _trained_step(estimator: Estimator, kernel: StepKernel, seed: int) -> tuple[
             if kernel.controlled(step_index) and plan.weights[step_index]:
                 return step_index, plan.weights[step_index]
     raise AssertionError("preflight refuses an estimator that trains nothing")
-
-
-def _as_fake_cpu(module: nn.Module) -> None:
-    """Turn meta parameters and buffers into fake ones on the CPU, where attention chooses the kernels of a real run (on
-    the meta device it would keep whole attention matrices)."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                fake = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
-                )
-                part._parameters[name] = fake
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

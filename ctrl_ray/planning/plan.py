@@ -39,7 +39,7 @@ _PLANS_AVERAGED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Tensor bytes of one worker in an adjoint pass, row by row, and the peaks of the three phases of an update."""
+    """Tensor bytes of one worker in an adjoint pass, row by row, and the peaks of all phases of a run."""
 
     frozen_weights: int
     """Without the reference copy and the prompt encoder."""
@@ -47,7 +47,7 @@ class MemoryPlan:
     """The frozen copy that full fine-tuning compares with."""
     trainable_weights: int
     prompt_encoder: int
-    """Text encoder, float32, with the cached features of every prompt."""
+    """Text encoder, float32, with the features of the empty prompt (those of the others are kept on the CPU)."""
     reward_model: int
     """VAE of local rewards (rewards.num_actors = 0), float32; the classifiers are not counted."""
     master_weights: int
@@ -71,6 +71,10 @@ class MemoryPlan:
     """All of the worker's tensors while a trajectory is rolled out."""
     update_peak: int
     """All of the worker's tensors during the optimizer step."""
+    evaluation_peak: int
+    """All of the worker's tensors during an evaluation."""
+    scoring_peak: int = 0
+    """All of the worker's tensors while it scores a micro-batch itself (local rewards); the classifiers are not counted."""
     offloaded: int = 0
     """Master copies, gradients and moments in host memory (optimizer offload); not part of the rows above."""
 
@@ -94,8 +98,8 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The largest of the three phases."""
-        return max(self.backward_peak, self.rollout_peak, self.update_peak)
+        """The largest of all phases."""
+        return max(self.backward_peak, self.rollout_peak, self.update_peak, self.evaluation_peak, self.scoring_peak)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +136,30 @@ class RunPlan:
     traffic: TrafficPlan
     calls: CallPlan
     actor_bytes: int
-    """Decoder weights of one reward actor; its classifiers and one chunk of images come on top."""
+    """One reward actor: the decoder's weights and a chunk of images with its gradient; its classifiers come on top."""
+    evaluation_bytes: int = 0
+    """A process that only evaluates (asynchronous evaluation, the samples before and after training)."""
 
 
 def make_plan(
-    config: TrainConfig, counts: PolicyCounts, step: StepBytes, kernel: StepKernel, *, num_prompts: int
+    config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int, kernel: StepKernel
 ) -> RunPlan:
-    """The plan of a config whose number of workers is decided; `step` was counted at its micro-batch size."""
-    calls = call_plan(config, kernel)
+    """The plan of a config whose values are decided. `step` was counted at its micro-batch size, `evaluation` (bytes of one
+    step of an evaluation) at its evaluation's batch size."""
+    calls, decoder = call_plan(config, kernel), counts.decoder
     return RunPlan(
-        memory=memory_plan(config, counts, step, num_prompts=num_prompts),
+        memory=memory_plan(config, counts, step, evaluation),
         traffic=traffic_plan(config, counts, calls),
         calls=calls,
-        actor_bytes=counts.decoder_bytes,
+        actor_bytes=decoder.weights + _chunk(config) * decoder.with_gradient,
+        evaluation_bytes=_evaluation_process(config, counts, evaluation),
     )
 
 
-def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, num_prompts: int) -> MemoryPlan:
-    """Tensor bytes of one worker; see the table at the top of the module."""
+def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int) -> MemoryPlan:
+    """Tensor bytes of one worker; see the table at the top of the module, and `make_plan` for the arguments."""
     stage, workers = config.scaling.zero_stage, config.scaling.fixed_num_workers
-    zero = zero_options(config)
+    zero = zero_options(config, counts.trainable_elements)
     trained, frozen = counts.trainable_bytes, counts.frozen_bytes - counts.reference_bytes
     shard = math.ceil(trained / workers)
     num_moments = len(MOMENTS[config.optimizer.name])
@@ -166,17 +174,21 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, n
     offloaded = master + moments + shard if offload and stage else 0
     if offloaded:
         master = moments = 0
-    batch = config.micro_batch_size_per_worker
+    batch = config.fixed_micro_batch_size
     latents = FLOAT * batch * counts.latent_elements
     trajectory = (config.sampler.num_steps + 1) * latents
     in_flight = min(2, config.num_micro_batches)
     prompts = batch * counts.prompt_bytes
-    encoder = counts.encoder_bytes + (num_prompts + 1) * counts.prompt_bytes
-    local_rewards = counts.decoder_bytes if config.rewards.num_actors == 0 else 0
+    encoder = counts.encoder_bytes + counts.prompt_bytes
+    local = config.rewards.num_actors == 0
+    local_rewards = counts.decoder.weights if local else 0
     resident = sum(weights.values()) + encoder + local_rewards + master + moments
     kept_buffers = bucket if stage == 3 else 0
     waiting = (in_flight - 1) * (trajectory + prompts)
+    always = resident + gradients + kept_buffers + gathered
     rollout = 3 * trajectory + prompts + step.rollout_peak  # noise, latents kept, and their stack at the end
+    scoring = trajectory + prompts + min(_chunk(config), batch) * counts.decoder.with_gradient
+    evaluated = 0 if config.evaluation.asynchronous else always + _evaluating(config, counts, evaluation)
     return MemoryPlan(
         frozen_weights=weights["frozen"],
         reference_weights=weights["reference"],
@@ -192,19 +204,42 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, *, n
         reference_kept=step.reference_kept,
         latents=in_flight * trajectory,
         requests=in_flight * prompts + 2 * latents,
-        rollout_peak=resident + gradients + kept_buffers + gathered + waiting + rollout,
+        rollout_peak=always + waiting + rollout,
         update_peak=resident + gradients + _update_extra(config, counts, shard, bucket),
+        evaluation_peak=max(evaluated, _evaluation_process(config, counts, evaluation)),
+        scoring_peak=always + waiting + scoring if local else 0,
         offloaded=offloaded,
     )
 
 
-def zero_options(config: TrainConfig) -> dict[str, Any]:
+def _chunk(config: TrainConfig) -> int:
+    """Images that are decoded at a time: a request has no more than a micro-batch."""
+    return min(config.rewards.fixed_decode_chunk_size, config.fixed_micro_batch_size)
+
+
+def _evaluating(config: TrainConfig, counts: PolicyCounts, step: int) -> int:
+    """A batch of an evaluation, beyond what is resident: its trajectories, then its images where rewards are local."""
+    batch = config.evaluation.fixed_batch_size
+    trajectory = FLOAT * batch * counts.latent_elements * (config.sampler.num_steps + 1)
+    chunk = min(config.rewards.fixed_decode_chunk_size, batch) if config.rewards.num_actors == 0 else 0
+    images = trajectory + chunk * counts.decoder.without_gradient
+    return batch * counts.prompt_bytes + max(3 * trajectory + step, images)
+
+
+def _evaluation_process(config: TrainConfig, counts: PolicyCounts, step: int) -> int:
+    """A process that evaluates and does not train: whole weights, no optimizer."""
+    weights = counts.frozen_bytes + counts.trainable_bytes + counts.encoder_bytes + counts.prompt_bytes
+    local = counts.decoder.weights if config.rewards.num_actors == 0 else 0
+    return weights + local + _evaluating(config, counts, step)
+
+
+def zero_options(config: TrainConfig, trained_elements: int) -> dict[str, Any]:
     """The run's `zero_optimization` section with DeepSpeed's defaults for the sizes that decide memory."""
     return {
         "reduce_bucket_size": DEFAULT_BUCKET_ELEMENTS,
         "stage3_max_live_parameters": MAX_LIVE_ELEMENTS,
         "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
-        **deepspeed_config(config)["zero_optimization"],
+        **deepspeed_config(config, trained_elements)["zero_optimization"],
     }
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_ray.classifiers.classifier import ImageClassifier
-from ctrl_ray.cluster.resources import check_local_machine, cluster_facts, needed_resources
+from ctrl_ray.cluster.resources import (
+    ClusterFacts,
+    check_local_machine,
+    check_stated,
+    cluster_facts,
+    needed_resources,
+)
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.diffusion.ddim import DDIMKernel
@@ -17,11 +23,15 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.oracles import load_oracle
+from ctrl_ray.planning.choose import decide
 from ctrl_ray.planning.cost import Work, estimate_lines, work_of
-from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepFlops
-from ctrl_ray.planning.fits import memory_fit, remedies, resolve_num_workers
-from ctrl_ray.planning.plan import RunPlan, make_plan, mean_calls, num_branches, zero_options
-from ctrl_ray.planning.table import plan_lines
+from ctrl_ray.planning.counts import PolicyCounts
+from ctrl_ray.planning.fits import memory_fit, remedies
+from ctrl_ray.planning.machines import describe
+from ctrl_ray.planning.placement import cards_needed, shares_cards
+from ctrl_ray.planning.plan import mean_calls, num_branches
+from ctrl_ray.planning.planner import Planner
+from ctrl_ray.planning.table import decided_flags, plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import policy_controls
@@ -32,10 +42,9 @@ class CheckedRun:
     """A checked run, ready to start."""
 
     config: TrainConfig
-    """With absolute paths, controls completed from their classifiers, and the number of workers decided."""
+    """With absolute paths, controls completed from their classifiers, and every 'auto' decided."""
     asked: TrainConfig
-    """The same before the number of workers (and with it the micro-batch) was decided: what config.json records, so that
-    a resumed run may decide anew."""
+    """The same before anything was decided: what config.json records, so that a resumed run may decide anew."""
     controls: dict[str, ControlConfig]
     """The policy's, in column order."""
     prompts: tuple[str, ...]
@@ -56,10 +65,17 @@ class CheckedRun:
         return dataclasses.replace(self, config=config, controls={**self.controls, **fitted})
 
 
-def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estimate: bool = False) -> CheckedRun:
+def preflight(
+    config: TrainConfig,
+    *,
+    refit_classifier: bool = False,
+    with_estimate: bool = False,
+    stated: ClusterFacts | None = None,
+) -> CheckedRun:
     """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change.
 
-    with_estimate: the summary tells time and cost too (a few seconds of counting).
+    with_estimate: the summary tells time and cost too (a few seconds of counting). stated: machines to plan for, which need
+    not be there (`ctrl_ray.planning.machines`); None: those that are there.
     """
     if not config.controls:
         raise ConfigError(
@@ -73,22 +89,29 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
     )
     for name, control in config.controls.items():
         _check_control(name, control, config)
+    _check_evaluation(config)
     controls = policy_controls(config)
     prompts = training_prompts(config)
     evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
     kernel = load_backbone(config.base_model, config.base_revision).make_kernel(config.sampler)
     _check_kernel(kernel, config)
-    asked, planner = config, _Planner(controls, kernel, len(prompts))
-    facts = cluster_facts()
-    resolved = resolve_num_workers(config, facts, planner.plan)
-    config = resolved.config
-    check_local_machine(config)
+    asked, planner, facts = config, Planner(controls, kernel), stated or cluster_facts()
+    decided = decide(config, facts, planner.plan, planner.estimate)
+    config = decided.config
+    if stated is None:
+        check_local_machine(config)
+    else:
+        check_stated(config, stated)
     plan = planner.plan(config)
     fit = memory_fit(plan, config, facts)
-    lines = plan_lines(plan, config, fit, remedies(config, planner.plan, facts) if fit.answer == "no" else [])
-    work = work_of(config, plan, planner.flops(config)) if with_estimate else None
+    fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
+    lines = plan_lines(plan, config, facts, fit, fixes)
+    if stated is not None:
+        lines = [f"machines   {describe(stated)}", *lines, *decided_flags(asked, config)]
+    counts = planner.counts(config)
+    work = work_of(config, plan, planner.flops(config), counts.decoder) if with_estimate else None
     if work is not None:
-        lines += estimate_lines(config, plan, work)
+        lines += estimate_lines(config, plan, work, facts)
     info = make_adapter_info(
         base_model=config.base_model,
         base_revision=config.base_revision,
@@ -100,8 +123,8 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
             "seed": config.seed,
             "num_updates": config.num_updates,
             "precision": config.scaling.precision,
-            "evaluation_batch_size": config.evaluation.batch_size,
-            "decode_chunk_size": config.rewards.decode_chunk_size,
+            "evaluation_batch_size": config.evaluation.fixed_batch_size,
+            "decode_chunk_size": config.rewards.fixed_decode_chunk_size,
         },
     )
     return CheckedRun(
@@ -111,39 +134,9 @@ def preflight(config: TrainConfig, *, refit_classifier: bool = False, with_estim
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         info=info,
-        summary=_summary(
-            config, controls, prompts, planner.counts(config), mean_calls(config, kernel), lines, resolved.why
-        ),
+        summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
         work=work,
     )
-
-
-class _Planner:
-    """Plans of configs that differ in scaling and micro-batch size only; what is counted is counted once."""
-
-    def __init__(self, controls: dict[str, ControlConfig], kernel: DDIMKernel, num_prompts: int) -> None:
-        self._controls, self._kernel, self._num_prompts = controls, kernel, num_prompts
-        self._counters: dict[tuple[str, bool, int], PolicyCounter] = {}
-
-    def plan(self, config: TrainConfig) -> RunPlan:
-        """The plan of a config whose number of workers is decided."""
-        step = self._counter(config).step(config.micro_batch_size_per_worker)
-        return make_plan(config, self.counts(config), step, self._kernel, num_prompts=self._num_prompts)
-
-    def flops(self, config: TrainConfig) -> StepFlops:
-        """Operations of a denoising step of a micro-batch."""
-        return self._counter(config).flops(config.micro_batch_size_per_worker)
-
-    def counts(self, config: TrainConfig) -> PolicyCounts:
-        """Parameters of the policy."""
-        return self._counter(config).counts()
-
-    def _counter(self, config: TrainConfig) -> PolicyCounter:
-        threshold = int(zero_options(config)["stage3_param_persistence_threshold"])
-        key = (config.scaling.precision, config.scaling.gradient_checkpointing, threshold)
-        if key not in self._counters:
-            self._counters[key] = PolicyCounter(config, self._controls, persistence_threshold=threshold)
-        return self._counters[key]
 
 
 def _absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -207,6 +200,16 @@ def _check_control(name: str, control: ControlConfig, config: TrainConfig) -> No
             raise ConfigError(f"control {name!r} has the oracle {control.oracle!r} but no thresholds; give them")
 
 
+def _check_evaluation(config: TrainConfig) -> None:
+    beside = config.evaluation
+    if beside.asynchronous and config.scaling.use_gpu and beside.num_gpus == 0:
+        raise ConfigError(
+            "evaluation.asynchronous with scaling.use_gpu, but evaluation.num_gpus is 0: the evaluations would run on the CPU, "
+            "for hours each; set evaluation.num_gpus (0.2 shares a worker's card with scaling.gpus_per_worker auto), or "
+            "evaluation.asynchronous false"
+        )
+
+
 def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
     if not any(kernel.controlled(k) and kernel.std(k) > 0 for k in range(kernel.num_steps)):
         raise ConfigError(
@@ -222,6 +225,18 @@ def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
         )
 
 
+def _shares(config: TrainConfig) -> str:
+    """'4 workers × 2 micro-batches × 8', or what the workers have where it does not divide."""
+    workers, size = config.scaling.fixed_num_workers, config.fixed_micro_batch_size
+    fewest, most = config.worker_shares
+    if fewest == most and most % size == 0:
+        return f"{workers} workers × {config.num_micro_batches} micro-batches × {size}"
+    shares = f"{most}" if fewest == most else f"{fewest} or {most}"
+    text = f"{workers} workers × {shares}, in {config.num_micro_batches} micro-batches of at most {size}"
+    idle = 1 - config.global_batch_size / (workers * most)
+    return text + (f" ({idle:.0%} of their time is waiting for those with {most})" if idle else "")
+
+
 def _summary(
     config: TrainConfig,
     controls: dict[str, ControlConfig],
@@ -229,7 +244,7 @@ def _summary(
     counts: PolicyCounts,
     calls: Calls,
     plan: list[str],
-    why: str,
+    why: Sequence[str],
 ) -> str:
     total, tables = counts.trainable_elements, counts.table_elements
     forwards, backwards = (number * num_branches(config) for number in calls[:2])
@@ -239,9 +254,8 @@ def _summary(
     lines = [
         to_json(config),
         "",
-        f"batch      {config.global_batch_size} trajectories per update = {workers} workers × {config.num_micro_batches} "
-        f"micro-batches × {config.micro_batch_size_per_worker}; {len(prompts)} prompts",
-        *([f"workers    {why}"] if why else []),
+        f"batch      {config.global_batch_size} trajectories per update = {_shares(config)}; {len(prompts)} prompts",
+        *(f"{'decided' if i == 0 else '':<11}{line}" for i, line in enumerate(why)),
         "controls   "
         + ", ".join(
             f"{name} ({c.num_classes} classes, guidance_strength {c.guidance_strength:g} / kl_coef {config.kl_coef:g})"
@@ -252,9 +266,11 @@ def _summary(
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
         f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
-        "KL floor   measured when the run starts: what rounding reads as KL, which target_kl must exceed twice",
+        "KL floor   measured when the run starts: what rounding reads as KL; target_kl must be at least twice that",
         *plan,
-        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs: {workers} training workers, "
+        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs"
+        + (f" (shares of {cards_needed(config)} cards)" if shares_cards(config) else "")
+        + f": {workers} training workers, "
         f"{config.rewards.num_actors} reward actors",
     ]
     return "\n".join(lines)

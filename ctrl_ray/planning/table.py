@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.planning.choose import open_values
 from ctrl_ray.planning.fits import MemoryFit
+from ctrl_ray.planning.placement import actors_on_a_card, shares_cards
 from ctrl_ray.planning.plan import MemoryPlan, RunPlan
 from ctrl_ray.wording import size_text
 
 _INDENT = " " * 13
 
 
-def plan_lines(plan: RunPlan, config: TrainConfig, fit: MemoryFit, fixes: list[str]) -> list[str]:
+def plan_lines(plan: RunPlan, config: TrainConfig, facts: ClusterFacts, fit: MemoryFit, fixes: list[str]) -> list[str]:
     """Memory, traffic, calls and whether it fits; `fixes` are shown where it does not."""
     scaling = config.scaling
     memory = plan.memory
     lines = [
         f"memory     of one worker (ZeRO-{scaling.zero_stage} over {scaling.fixed_num_workers}, {scaling.precision}"
         f"{', gradient checkpointing' if scaling.gradient_checkpointing else ''}, micro-batch "
-        f"{config.micro_batch_size_per_worker}), tensors",
+        f"{config.fixed_micro_batch_size}), tensors",
         *(f"{_INDENT}{name:<34}{size_text(size):>11}{note}" for name, size, note in _rows(memory, config) if size),
         f"{_INDENT}{'peak of the adjoint pass (sum)':<34}{size_text(memory.backward_peak):>11}   rollout "
         f"{size_text(memory.rollout_peak)}, optimizer step {size_text(memory.update_peak)}",
+        f"{_INDENT}{'peak of an evaluation':<34}{size_text(memory.evaluation_peak):>11}   "
+        f"{config.evaluation.fixed_batch_size} samples at a time",
+        _scoring(plan, config, facts),
     ]
     if memory.offloaded:
         lines.append(f"{_INDENT}{'in host memory (offload)':<34}{size_text(memory.offloaded):>11}")
@@ -35,8 +41,31 @@ def plan_lines(plan: RunPlan, config: TrainConfig, fit: MemoryFit, fixes: list[s
         f"fits       {fit.answer}: {fit.reason}",
     ]
     if fit.answer == "no" and fixes:
-        lines.append(f"           lower a worker's peak by one of: {'; '.join(fixes)}")
+        lines.append(f"           lower it by one of: {'; '.join(fixes)}")
     return lines
+
+
+def decided_flags(asked: TrainConfig, config: TrainConfig) -> list[str]:
+    """The flags that give a run what was decided, for machines that are not there when it is prepared."""
+    decided = open_values(config)
+    flags = [
+        f"--{name.replace('_', '-')} {decided[name]}"
+        for name, value in open_values(asked).items()
+        if value == "auto" and "gpus_per" not in name  # shares of a card do not depend on the machines
+    ]
+    if not flags:
+        return []
+    return [f"flags      to start it before these machines are up (an autoscaler's): {' '.join(flags)}"]
+
+
+def _scoring(plan: RunPlan, config: TrainConfig, facts: ClusterFacts) -> str:
+    images = min(config.rewards.fixed_decode_chunk_size, config.fixed_micro_batch_size)
+    local = config.rewards.num_actors == 0
+    name, size = ("peak of scoring", plan.memory.scoring_peak) if local else ("a reward actor", plan.actor_bytes)
+    text = f"{_INDENT}{name:<34}{size_text(size):>11}   {images} images decoded at a time; classifiers not counted"
+    if shares_cards(config):
+        text += f"; at most {actors_on_a_card(config, facts.nodes)} on a worker's card"
+    return text
 
 
 def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]:
@@ -51,8 +80,8 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
         ("weights, frozen", memory.frozen_weights, ""),
         ("weights, frozen reference copy", memory.reference_weights, ""),
         ("weights, trainable", memory.trainable_weights, ""),
-        ("prompt encoder and its features", memory.prompt_encoder, ""),
-        ("reward model (VAE)", memory.reward_model, "   with its classifiers and images on top"),
+        ("prompt encoder", memory.prompt_encoder, ""),
+        ("reward model (VAE)", memory.reward_model, ""),
         ("float32 master copies", memory.master_weights, ""),
         ("gradients", memory.gradients, ""),
         ("optimizer moments", memory.optimizer, ""),

@@ -50,7 +50,7 @@ def build_policy(
     if config.init_adapter and not empty:
         check_base_model(read_adapter_info(config.init_adapter), backbone)
         load_into_policy(config.init_adapter, policy)
-    if config.scaling.gradient_checkpointing:
+    if config.scaling.fixed_gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import cloudpickle
 
+from ctrl_ray.errors import naming_memory
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -47,11 +49,12 @@ class RewardActor:
 
     def load(self) -> dict[str, int]:
         """Load the model if it is not yet; number of classes of each control."""
-        if self._model is None:
-            from ctrl_ray.rewards.model import load_reward_model
+        with naming_memory("a reward actor loads its model"):
+            if self._model is None:
+                from ctrl_ray.rewards.model import load_reward_model
 
-            self._model = load_reward_model(self._spec)
-        return self._model.to(self._spec.device).controls
+                self._model = load_reward_model(self._spec)
+            return self._model.to(self._spec.device).controls
 
     def answer(self, method: str, *requests: tuple[Any, ...]) -> tuple[Any, ...]:
         """Seconds that it took, then the answer to each request (the arguments of `method`, as arrays).
@@ -59,8 +62,11 @@ class RewardActor:
         Several requests for evaluate share one forward pass.
         """
         assert method in METHODS and (len(requests) == 1 or method == "evaluate"), (method, len(requests))
-        start = time.perf_counter()
-        answers = self._evaluate(requests) if method == "evaluate" else [getattr(self, f"_{method}")(*requests[0])]
+        start, samples = time.perf_counter(), sum(len(request[0]) for request in requests)
+        with naming_memory(
+            f"a reward actor answers {method} for {samples} samples, {self._spec.decode_chunk_size} at a time"
+        ):
+            answers = self._evaluate(requests) if method == "evaluate" else [getattr(self, f"_{method}")(*requests[0])]
         return time.perf_counter() - start, *answers
 
     def _evaluate(self, requests: Sequence[tuple[Any, ...]]) -> list[tuple[np.ndarray, np.ndarray]]:

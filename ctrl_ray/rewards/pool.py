@@ -46,7 +46,7 @@ class RewardPool:
             self._dispatcher,
             self.controls,
             timeout_s=self.config.timeout_s,
-            chunk_size=self.config.decode_chunk_size,
+            chunk_size=self.config.fixed_decode_chunk_size,
             max_pending=self.config.max_pending_per_worker,
         )
 
@@ -93,9 +93,9 @@ def start_reward_pool(
         )
     spec = dataclasses.replace(
         spec,
-        device="cuda" if config.gpus_per_actor > 0 else "cpu",
+        device="cuda" if config.fixed_gpus_per_actor > 0 else "cpu",
         threads=config.threads_per_actor or max(1, math.ceil(config.cpus_per_actor)),
-        decode_chunk_size=config.decode_chunk_size,
+        decode_chunk_size=config.fixed_decode_chunk_size,
     )
     given: Any = cloudpickle.dumps((spec, model))
     if len(given) > _LARGEST_INLINE_BYTES:
@@ -126,7 +126,7 @@ def actor_options_of(config: RewardPoolConfig) -> dict[str, Any]:
     """What Ray is asked for each actor. Ray restarts none of them: the dispatcher replaces them."""
     options: dict[str, Any] = {
         "num_cpus": config.cpus_per_actor,
-        "num_gpus": config.gpus_per_actor,
+        "num_gpus": config.fixed_gpus_per_actor,
         "max_restarts": 0,
         "scheduling_strategy": {"pack": "DEFAULT", "spread": "SPREAD"}[config.placement],
     }
@@ -167,7 +167,7 @@ def _resources(config: RewardPoolConfig) -> str:
 
     return (
         f"the reward pool asks for {config.num_actors} actors with {config.cpus_per_actor:g} CPUs and "
-        f"{config.gpus_per_actor:g} GPUs each; the cluster has {shown(ray.cluster_resources())}, of which "
+        f"{config.fixed_gpus_per_actor:g} GPUs each; the cluster has {shown(ray.cluster_resources())}, of which "
         f"{shown(ray.available_resources())} are free"
     )
 

@@ -136,6 +136,8 @@ def train_cases(
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
     """The configuration that a run of this case has; the prompt is the case's title."""
     problem, effort = case.problem, case.effort
+    group_size = GROUP_SIZE if case.estimator == "reinforce" else 1
+    groups = -(-(effort.batch_size // group_size) // scaling.fixed_num_workers)
     return TrainConfig(
         base_model="analytic",
         controls={
@@ -145,8 +147,8 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
         seed=case.seed,
         num_updates=effort.num_updates,
         global_batch_size=effort.batch_size,
-        micro_batch_size_per_worker=effort.batch_size // scaling.fixed_num_workers,
-        group_size=GROUP_SIZE if case.estimator == "reinforce" else 1,
+        micro_batch_size_per_worker=groups * group_size,
+        group_size=group_size,
         kl_coef=problem.kl_coef,
         latent_reduction=case.latent_reduction,
         control_dropout=0.0,

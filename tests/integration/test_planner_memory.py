@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, EvaluationConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.distributed import engine
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.learner import Learner, Rank
@@ -26,8 +26,9 @@ from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
 from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.planning import plan as planner
-from ctrl_ray.planning.counts import LiveBytes, PolicyCounter
+from ctrl_ray.planning.counts import PolicyCounter
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
+from ctrl_ray.planning.live_bytes import LiveBytes
 from ctrl_ray.planning.plan import MemoryPlan, memory_plan
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -77,14 +78,15 @@ def _config(base_model: str, micro_batch: int, **changes: object) -> TrainConfig
         sampler=SamplerConfig(num_steps=4),
         global_batch_size=2 * micro_batch,
         micro_batch_size_per_worker=micro_batch,
+        evaluation=EvaluationConfig(batch_size=1),  # what an update takes is measured
     )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
 def _planned(config: TrainConfig) -> MemoryPlan:
     counter = PolicyCounter(config, CONTROLS)
-    step = counter.step(config.micro_batch_size_per_worker)
-    return memory_plan(config, counter.counts(), step, num_prompts=len(PROMPTS))
+    step = counter.step(config.fixed_micro_batch_size)
+    return memory_plan(config, counter.counts(), step, counter.evaluation(config.evaluation.fixed_batch_size))
 
 
 def _measured(config: TrainConfig) -> int:
@@ -110,8 +112,8 @@ def _measured(config: TrainConfig) -> int:
 def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's reduction bucket at 20 000 elements: with its default of 2 GB it would hide all else."""
 
-    def with_small_bucket(config: TrainConfig) -> dict[str, Any]:
-        values = deepspeed_config(config)
+    def with_small_bucket(config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+        values = deepspeed_config(config, trained_elements)
         return values | {"zero_optimization": values["zero_optimization"] | {"reduce_bucket_size": 20_000}}
 
     monkeypatch.setattr(planner, "deepspeed_config", with_small_bucket)

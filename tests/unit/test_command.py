@@ -51,7 +51,9 @@ def test_every_error_has_its_exit_status() -> None:
     """None is forgotten in the table; the base class is never raised by itself."""
     assert {
         **dict.fromkeys((errors.RewardError, errors.NonFiniteError, errors.ResourceError, errors.CheckpointError), 1),
-        **dict.fromkeys((errors.ConfigError, errors.DataError, errors.ModelError, errors.RunFolderError), 2),
+        **dict.fromkeys(
+            (errors.ConfigError, errors.DataError, errors.ModelError, errors.RunFolderError, errors.GpuMemoryError), 2
+        ),
     } == DOCUMENTED
     own = {
         member for _, member in inspect.getmembers(errors, inspect.isclass) if issubclass(member, errors.CtrlRayError)

@@ -43,6 +43,11 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
             ResourceError,
             r"needs 64 GPUs .*has \d+",
         ),
+        (
+            {"evaluation": EvaluationConfig(asynchronous=True), "scaling": ScalingConfig(use_gpu=True)},
+            ConfigError,
+            r"evaluation\.num_gpus is 0: the evaluations would run on the CPU.*set evaluation\.num_gpus \(0\.2",
+        ),
         ({"controls": {"x": ControlConfig(oracle="jpeg_sise", thresholds=(1.0,))}}, CtrlRayError, "jpeg_size"),
         ({"controls": {"x": ControlConfig(classifier="/nowhere")}}, ModelError, "nowhere"),
         ({"controls": {"x": ControlConfig(oracle="jpeg_size")}}, ConfigError, "0 classes"),
@@ -60,8 +65,8 @@ def test_mistakes_are_named_before_ray_starts(
     ("argv", "message"),
     [
         (["--sampler.eta", "0"], "eta is 0.0: a deterministic step has no density"),
-        (["--global-batch-size", "96", "--scaling.num-workers", "8", "--micro-batch-size-per-worker", "5"],
-         "global_batch_size (96) must be divisible by num_workers (8) × micro_batch_size_per_worker (5)"),
+        (["--global-batch-size", "4", "--scaling.num-workers", "8"],
+         "global_batch_size (4) has 4 groups of group_size (1), which is not one for each of the 8 workers"),
         (["--preset", "nope"], "preset 'nope' is unknown; expected one of shapes"),
         (["--config", "nope.json"], "nope.json does not exist"),
         (["--control", "jpeg_size"], "is not NAME=CLASSIFIER_FOLDER"),

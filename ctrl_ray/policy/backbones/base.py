@@ -69,8 +69,10 @@ class Backbone(Protocol):
         """Prompts to conditions; frozen, float32."""
         ...
 
-    def load_decoder(self, chunk_size: int = 32, device: str | torch.device = "cpu") -> LatentDecoder:
-        """Latents to images, with gradients; frozen, float32."""
+    def load_decoder(
+        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
+    ) -> LatentDecoder:
+        """Latents to images, with gradients; frozen, float32. `empty`: as in `load_denoiser`."""
         ...
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32) -> Any:

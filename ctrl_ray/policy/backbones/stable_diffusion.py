@@ -77,10 +77,15 @@ class StableDiffusion(DiffusersBackbone):
         )
         return TextEncoder(tokenizer, text_encoder.to(device), device)
 
-    def load_decoder(self, chunk_size: int = 32, device: str | torch.device = "cpu") -> LatentDecoder:
+    def load_decoder(
+        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
+    ) -> LatentDecoder:
         """The VAE."""
         from diffusers import AutoencoderKL
 
+        if empty:
+            with torch.device("meta"):
+                return LatentDecoder(AutoencoderKL.from_config(self.component_config("vae")), chunk_size)
         vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
         return LatentDecoder(vae, chunk_size).to(device)
 

@@ -137,12 +137,26 @@ def test_a_price_is_time_on_whole_machines_and_the_head() -> None:
         rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0),
     )
     work = Work(update_flops=36e12, evaluation_flops=340e12)
-    small, _, eight = AWS_MACHINES
+    small, eight = (next(m for m in AWS_MACHINES if m.gpu == gpu) for gpu in ("A10G", "A100"))
     three = estimate(config, work, 1e12, small)
     assert (three.update_s, three.run_s, three.num_machines) == (36, 4000, 3)
     assert three.dollars == pytest.approx(4000 / 3600 * (3 * small.dollars_per_hour + HEAD_DOLLARS_PER_HOUR))
     assert estimate(config, work, 1e12, eight).num_machines == 1
     assert estimate(config, work, 1e12).dollars is None
+    # on shares of the workers' cards the pool takes no card; what the busiest card scores is added, at its own rate
+    scaling = dataclasses.replace(config.scaling, gpus_per_worker=0.8)
+    shared = dataclasses.replace(config, scaling=scaling, rewards=RewardPoolConfig(gpus_per_actor=0.2))
+    scoring = dataclasses.replace(work, scoring_flops=2e12)
+    found = estimate(shared, scoring, 1e12, small, scoring_flops_per_s=0.5e12)
+    assert (found.num_machines, found.update_s) == (2, 40)
+
+
+def test_a_card_has_its_rate_by_precision() -> None:
+    """By the data sheet, dense; any other half precision counts as bfloat16 does."""
+    card = next(machine for machine in AWS_MACHINES if machine.gpu == "H100")
+    rates = {precision: card.flops(precision) / 1e12 for precision in ("fp32", "tf32", "bf16", "fp16")}
+    assert rates == pytest.approx({"fp32": 66.9, "tf32": 495, "bf16": 989, "fp16": 989})
+    assert [machine.gpu for machine in AWS_MACHINES] == ["A10G", "L40S", "A100", "H100", "H200"]
 
 
 def test_the_options_of_a_uri_stay_at_its_end() -> None:

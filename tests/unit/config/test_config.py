@@ -102,33 +102,81 @@ def test_a_value_that_cannot_run_is_refused_by_name_and_value(
         cls(**settings)
 
 
-def test_batch_arithmetic_that_does_not_divide_names_all_numbers_and_a_way_out() -> None:
+def test_a_batch_that_cannot_be_shared_names_all_numbers_and_a_way_out() -> None:
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(global_batch_size=96, micro_batch_size_per_worker=5, scaling=ScalingConfig(num_workers=8))
+        TrainConfig(
+            global_batch_size=12, micro_batch_size_per_worker=4, group_size=2, scaling=ScalingConfig(num_workers=8)
+        )
     text = str(caught.value)
-    assert "global_batch_size (96) must be divisible by num_workers (8) × micro_batch_size_per_worker (5) = 40" in text
-    suggested = int(text.rsplit(" ", 1)[-1])
-    assert suggested == 80  # the multiple of 40 next to 96
-    assert TrainConfig(global_batch_size=suggested, micro_batch_size_per_worker=5, scaling=ScalingConfig(num_workers=8))
+    assert "global_batch_size (12) has 6 groups of group_size (2)" in text and "each of the 8 workers" in text
+    assert "at least 16" in text
+    scaling = ScalingConfig(num_workers=8)
+    assert TrainConfig(global_batch_size=16, micro_batch_size_per_worker=4, group_size=2, scaling=scaling)
+    with pytest.raises(ConfigError, match=r"global_batch_size \(18\) must be divisible by group_size \(4\).*try 20"):
+        TrainConfig(global_batch_size=18, micro_batch_size_per_worker=4, group_size=4)
 
 
 @pytest.mark.parametrize(
-    ("global_batch_size", "micro", "workers", "expected"), [(64, 32, 1, 2), (64, 32, 2, 1), (48, 4, 3, 4)]
+    ("global_batch_size", "group_size", "micro", "workers", "shares", "expected"),
+    [
+        (64, 1, 32, 1, (64, 64), 2),
+        (64, 1, 32, 2, (32, 32), 1),
+        (48, 1, 4, 3, (16, 16), 4),
+        (256, 1, 5, 28, (9, 10), 2),
+        (96, 1, 5, 8, (12, 12), 3),
+        (24, 4, 4, 4, (4, 8), 2),  # six groups of four
+    ],
 )
 def test_num_micro_batches_is_what_a_worker_runs_for_one_update(
-    global_batch_size: int, micro: int, workers: int, expected: int
+    global_batch_size: int, group_size: int, micro: int, workers: int, shares: tuple[int, int], expected: int
 ) -> None:
     settings = TrainConfig(
         global_batch_size=global_batch_size,
+        group_size=group_size,
         micro_batch_size_per_worker=micro,
         scaling=ScalingConfig(num_workers=workers),
     )
+    assert settings.worker_shares == shares
     assert settings.num_micro_batches == expected
 
 
 def test_a_worker_reserves_its_cpus_and_a_gpu_where_it_has_one() -> None:
     assert ScalingConfig(cpus_per_worker=2).worker_resources == {"CPU": 2.0}
     assert ScalingConfig(cpus_per_worker=0.5, use_gpu=True).worker_resources == {"CPU": 0.5, "GPU": 1.0}
+    assert ScalingConfig(use_gpu=True, gpus_per_worker=0.6, num_workers=4).worker_resources == {"CPU": 1.0, "GPU": 0.6}
+    assert ScalingConfig(use_gpu=True, gpus_per_worker=0.3).worker_resources == {"CPU": 1.0, "GPU": 0.3}
+
+
+@pytest.mark.parametrize(("share", "workers"), [(0.5, 2), (0.5, "auto"), (0.0, 1), (1.5, 1), (-1.0, 2)])
+def test_a_card_holds_one_worker(share: float, workers: Any) -> None:
+    """NCCL refuses two ranks on one card; a single worker may have as little as it likes."""
+    message = rf"gpus_per_worker is {share} with scaling.num_workers {workers}; expected a share above 0.5.*NCCL"
+    with pytest.raises(ConfigError, match=message):
+        ScalingConfig(use_gpu=True, gpus_per_worker=share, num_workers=workers)
+
+
+def test_what_is_left_open_is_no_number_yet() -> None:
+    """Nothing computes with 'auto': the typed accessors say by name what has no value."""
+    scaling = ScalingConfig(num_workers="auto", gpus_per_worker="auto", gradient_checkpointing="auto")
+    rewards = RewardPoolConfig(gpus_per_actor="auto", decode_chunk_size="auto")
+    settings = TrainConfig(
+        micro_batch_size_per_worker="auto",
+        scaling=scaling,
+        rewards=rewards,
+        evaluation=EvaluationConfig(batch_size="auto"),
+    )
+    assert train_config_from_json(to_json(settings)) == settings
+    for name, ask in {
+        "scaling.num_workers": lambda: scaling.fixed_num_workers,
+        "scaling.gpus_per_worker": lambda: dataclasses.replace(scaling, use_gpu=True).worker_resources,
+        "scaling.gradient_checkpointing": lambda: scaling.fixed_gradient_checkpointing,
+        "rewards.gpus_per_actor": lambda: rewards.fixed_gpus_per_actor,
+        "rewards.decode_chunk_size": lambda: rewards.fixed_decode_chunk_size,
+        "evaluation.batch_size": lambda: settings.evaluation.fixed_batch_size,
+        "micro_batch_size_per_worker": lambda: settings.fixed_micro_batch_size,
+    }.items():
+        with pytest.raises(ConfigError, match=rf"{name} is 'auto': it becomes a number when a run is prepared"):
+            ask()
 
 
 def test_class_names_come_from_the_thresholds_unless_they_are_given() -> None:

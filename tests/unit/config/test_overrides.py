@@ -16,13 +16,14 @@ def test_override_replaces_what_belongs_together() -> None:
         base,
         {
             "controls.jpeg_size.guidance_strength": np.float64(3),
-            "global_batch_size": 96,
-            "micro_batch_size_per_worker": 48,  # either of the two alone would not divide
+            "group_size": 5,  # neither would divide the batch sizes that were
+            "global_batch_size": 100,
+            "micro_batch_size_per_worker": 50,
             "lora.target_modules": ["to_q"],
         },
     )
     assert changed.controls["jpeg_size"].guidance_strength == 3.0
-    assert (changed.global_batch_size, changed.micro_batch_size_per_worker) == (96, 48)
+    assert (changed.group_size, changed.global_batch_size, changed.micro_batch_size_per_worker) == (5, 100, 50)
     assert changed.lora.target_modules == ("to_q",)
     for path, value in (("seed", True), ("aim", 1), ("estimator.name", "ful"), ("prompts_file", 3)):
         with pytest.raises(ConfigError, match=f"{path} is .*; expected"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctrl_ray.config import EstimatorConfig
 from ctrl_ray.distributed.batches import num_rounds, rank_share
 from ctrl_ray.distributed.learner import Rank
 from ctrl_ray.distributed.method import make_method
@@ -25,12 +26,18 @@ class _Accumulating(PlainEngine):
 
 
 @functools.cache
-def _gradient(micro_batch_size: int, num_ranks: int) -> Tensor:
-    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples of ten steps."""
+def _gradient(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> Tensor:
+    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples of ten steps; groups are
+    compared with each other (reinforce)."""
     case = dataclasses.replace(gaussian(), effort=Effort(batch_size=8, num_nodes=5))
     case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, sampler=Sampler(num_steps=10)))
     learner, policy = make_learner(case, engine=_Accumulating)
-    config = dataclasses.replace(learner.config, micro_batch_size_per_worker=micro_batch_size)
+    config = dataclasses.replace(
+        learner.config,
+        micro_batch_size_per_worker=micro_batch_size,
+        group_size=group_size,
+        estimator=EstimatorConfig(name="full" if group_size == 1 else "reinforce"),
+    )
     for rank in range(num_ranks):
         make_method(config).update(
             dataclasses.replace(learner, config=config, rank=Rank(rank, num_ranks, torch.device("cpu"))), update=3
@@ -40,11 +47,21 @@ def _gradient(micro_batch_size: int, num_ranks: int) -> Tensor:
     return gradient / num_ranks
 
 
-@pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(4, 1), (1, 1), (4, 2), (2, 3), (2, 4), (1, 5), (1, 8)])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "num_ranks"), [(4, 1), (3, 1), (1, 1), (4, 2), (2, 3), (2, 4), (1, 5), (1, 8)]
+)
 def test_shares_that_do_not_divide_have_the_same_gradient(micro_batch_size: int, num_ranks: int) -> None:
-    """Eight samples on 1 to 8 ranks, also where shares, and so the numbers of micro-batches, differ (3 and 5 ranks)."""
+    """Eight samples on 1 to 8 ranks, also where the last micro-batch is smaller (3, 3 and 2 samples), and where shares, and
+    so the numbers of micro-batches, differ (3 and 5 ranks)."""
     whole = _gradient(8, 1)
     assert (_gradient(micro_batch_size, num_ranks) - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(4, 2), (2, 3), (4, 3), (2, 4)])
+def test_groups_stay_whole_on_shares_that_do_not_divide(micro_batch_size: int, num_ranks: int) -> None:
+    """Four groups of two samples, each of them the other's baseline: a cut one would have another gradient."""
+    whole = _gradient(8, 1, 2)
+    assert (_gradient(micro_batch_size, num_ranks, 2) - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_every_sample_is_somewhere_once() -> None:
@@ -55,3 +72,7 @@ def test_every_sample_is_somewhere_once() -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert num_rounds(total, ranks, micro) * micro >= max(map(len, shares))
         assert (num_rounds(total, ranks, micro) - 1) * micro < max(map(len, shares))
+    assert [list(rank_share(12, rank, 4, 2)) for rank in range(4)] == [[0, 1], [2, 3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    assert num_rounds(12, 4, 2, 2) == 2 and num_rounds(12, 4, 4, 2) == 1
+    # where it divides, groups change nothing
+    assert [rank_share(64, rank, 4, 8) for rank in range(4)] == [rank_share(64, rank, 4) for rank in range(4)]

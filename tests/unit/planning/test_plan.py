@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ctrl_ray.cluster.resources import ClusterFacts, NodeFacts, cluster_facts
 from ctrl_ray.config import (
     ControlConfig,
     EstimatorConfig,
+    EvaluationConfig,
     LoraConfig,
     RewardPoolConfig,
     SamplerConfig,
@@ -22,10 +22,12 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.config.json import to_json, train_config_from_json
-from ctrl_ray.errors import ConfigError, ResourceError
-from ctrl_ray.planning.counts import LiveBytes, PolicyCounter, PolicyCounts, StepBytes, stored_elements
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, stored_elements
+from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
-from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, resolve_num_workers
+from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, remedies
+from ctrl_ray.planning.live_bytes import LiveBytes
 from ctrl_ray.planning.plan import CallPlan, RunPlan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
@@ -48,8 +50,9 @@ COUNTS = PolicyCounts(
     latent_elements=16,
     prompt_bytes=100,
     encoder_bytes=700,
-    decoder_bytes=900,
+    decoder=DecoderCounts(weights=900, with_gradient=300, without_gradient=200, operations=1e9),
 )
+EVALUATION = 7000
 STEP = StepBytes(policy_kept=50_000, reference_kept=40_000, backward_peak=120_000, rollout_peak=20_000)
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c"))}
 
@@ -60,6 +63,7 @@ def _config(**changes: object) -> TrainConfig:
         global_batch_size=16,
         micro_batch_size_per_worker=2,
         sampler=SamplerConfig(num_steps=10, reference_steps=1),
+        evaluation=EvaluationConfig(batch_size=4),
     )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
@@ -72,26 +76,55 @@ def test_zero_shards_what_it_says() -> None:
     """Rows of four workers, by hand: P = 4000 bytes trained, 36 000 frozen."""
     rows = {}
     for stage in (0, 1, 2, 3):
-        plan = memory_plan(_scaled(stage, 4), COUNTS, STEP, num_prompts=3)
+        plan = memory_plan(_scaled(stage, 4), COUNTS, STEP, EVALUATION)
         rows[stage] = (plan.trainable_weights, plan.master_weights, plan.gradients, plan.optimizer)
-        assert plan.prompt_encoder == 700 + 4 * 100
+        assert plan.prompt_encoder == 700 + 100
         assert plan.latents == 2 * 11 * 2 * 16 * 4  # two micro-batches, T + 1 latents, 2 samples of 16 floats
         assert plan.activations == 120_000
-        assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak)
+        assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak, plan.evaluation_peak)
     assert rows[0] == (4000, 0, 4000, 8000)
     assert rows[1] == (4000, 1000, 4000, 2000)
     assert rows[2] == (4000, 1000, 2000, 2000)
     # a tenth of the weights is below the persistence threshold and stays whole
     assert rows[3] == (400 + 900, 1000, 1000, 2000)
-    assert memory_plan(_scaled(3, 4), COUNTS, STEP, num_prompts=3).frozen_weights == 3600 + 32400 // 4
+    assert memory_plan(_scaled(3, 4), COUNTS, STEP, EVALUATION).frozen_weights == 3600 + 32400 // 4
 
 
 def test_one_micro_batch_has_nothing_in_flight_and_local_rewards_bring_the_decoder() -> None:
-    """Latents once; the VAE in the worker."""
-    config = _config(global_batch_size=2, rewards=RewardPoolConfig(num_actors=0))
-    plan = memory_plan(config, COUNTS, STEP, num_prompts=3)
-    assert plan.latents == 11 * 2 * 16 * 4
+    """Latents once; the VAE in the worker, with a chunk of two images, the micro-batch, while it scores."""
+    config = _config(global_batch_size=2, rewards=RewardPoolConfig(num_actors=0), scaling=ScalingConfig(zero_stage=0))
+    plan = memory_plan(config, COUNTS, STEP, EVALUATION)
+    trajectory = 11 * 2 * 16 * 4
+    assert plan.latents == trajectory
     assert plan.reward_model == 900
+    always = 36_000 + 4000 + 800 + 900 + 8000 + 4000  # weights, encoder, VAE, moments, gradients
+    assert plan.scoring_peak == always + trajectory + 2 * 100 + 2 * 300
+
+
+def test_an_evaluation_is_counted_at_its_own_batch() -> None:
+    """Four samples: noise, latents and their stack, prompts, one step; or their images, where decoding takes more."""
+    config, trajectory = _scaled(0, 1), 11 * 4 * 16 * 4
+    plan = memory_plan(config, COUNTS, STEP, EVALUATION)
+    always = 36_000 + 4000 + 800 + 8000 + 4000
+    assert plan.evaluation_peak == always + 4 * 100 + 3 * trajectory + EVALUATION
+    assert plan.scoring_peak == 0
+    local = dataclasses.replace(config, rewards=RewardPoolConfig(num_actors=0))
+    heavy = dataclasses.replace(COUNTS, decoder=dataclasses.replace(COUNTS.decoder, without_gradient=10**6))
+    assert (
+        memory_plan(local, heavy, STEP, EVALUATION).evaluation_peak == always + 900 + 4 * 100 + trajectory + 4 * 10**6
+    )
+    # beside training it is another process's: what is left are the samples before and after, without an optimizer
+    beside = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, asynchronous=True))
+    alone = 36_000 + 4000 + 800 + 4 * 100 + 3 * trajectory + EVALUATION
+    assert memory_plan(beside, COUNTS, STEP, EVALUATION).evaluation_peak == alone
+
+
+def test_a_reward_actor_holds_its_decoder_and_a_chunk() -> None:
+    """900 bytes, and 300 for each image of a chunk, which a request of two samples does not fill."""
+    kernel = load_backbone("shapes").make_kernel(SamplerConfig(num_steps=10, reference_steps=1))
+    for chunk, images in ((1, 1), (2, 2), (32, 2)):
+        config = _config(rewards=RewardPoolConfig(decode_chunk_size=chunk))
+        assert make_plan(config, COUNTS, STEP, EVALUATION, kernel).actor_bytes == 900 + images * 300
 
 
 def test_calls_are_those_of_the_sweep() -> None:
@@ -173,27 +206,44 @@ def test_stored_elements_are_read_from_headers(tiny_pipeline: Path) -> None:
     assert stored_elements(tiny_pipeline / "text_encoder") == sum(p.numel() for p in encoder.parameters())
 
 
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
-    """A pipeline folder with the configuration of Stable Diffusion 1.5's denoiser, and no weights."""
-    folder = tmp_path_factory.mktemp("sd15")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet.save_config(folder / "unet")
-    for name in ("model_index.json", "scheduler/scheduler_config.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes((tiny_pipeline / name).read_bytes())
-    (folder / "text_encoder").mkdir()
-    (folder / "text_encoder" / "config.json").write_text(
-        json.dumps({"max_position_embeddings": 77, "hidden_size": 768})
-    )
-    return folder
-
-
 def _stable_diffusion_config(folder: Path) -> TrainConfig:
     return _config(
         base_model=str(folder), lora=LoraConfig(rank=4), scaling=ScalingConfig(precision="bf16", use_gpu=True)
     )
+
+
+def test_decoding_is_counted_as_it_is(tiny_pipeline: Path) -> None:
+    """Against the loaded VAE under the same watch, without and with the gradient."""
+    backbone = load_backbone(str(tiny_pipeline))
+    counted = count_decoder(backbone)
+    decoder = backbone.load_decoder(1)
+    assert counted.weights == sum(4 * p.numel() for p in decoder.parameters())
+    latents = torch.zeros(1, *backbone.latent_shape)
+    with LiveBytes() as live:
+        for parameter in decoder.parameters():
+            live.add(parameter)
+        start = live.restart_peak()
+        with torch.no_grad():
+            decoder.decode(latents)
+        assert counted.without_gradient == live.peak - start
+        start = live.restart_peak()
+        decoder.decode(latents.requires_grad_()).sum().backward()
+        assert counted.with_gradient == live.peak - start
+    assert counted.with_gradient > 2 * counted.without_gradient
+    with FlopCounterMode(display=False) as counter:
+        decoder.decode(latents).sum().backward()
+    assert counted.operations == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )  # attention, whose CPU kernel it lacks
+
+
+@pytest.mark.full
+def test_stable_diffusion_decodes_in_what_was_counted_elsewhere(stable_diffusion: Path) -> None:
+    """Its VAE has 83.7 M parameters; an image of 512 px takes about 5.8 GiB with its gradient, and 2.5 TFLOP each way."""
+    counts = count_decoder(load_backbone(str(stable_diffusion)))
+    assert counts.weights == 4 * 83_653_863
+    assert 5.5 * GIB < counts.with_gradient < 6 * GIB
+    assert counts.operations == pytest.approx(2 * 2.5e12, rel=0.05)
 
 
 @pytest.mark.full
@@ -202,7 +252,8 @@ def test_stable_diffusion_is_counted_without_its_weights(stable_diffusion: Path)
     counts = PolicyCounter(_stable_diffusion_config(stable_diffusion), CONTROLS).counts()
     assert counts.frozen_elements == 859_520_964
     assert counts.trainable_elements - counts.table_elements == 797_184
-    assert counts.frozen_bytes == 2 * 859_520_964
+    float32 = (320 * 4 * 9 + 4) + 2 * 320  # the last convolution and norm
+    assert counts.frozen_bytes == 2 * 859_520_964 + 2 * float32
 
 
 @pytest.mark.full
@@ -223,8 +274,8 @@ def _plan_of(peak: int) -> RunPlan:
         _config(),
         COUNTS,
         step,
+        EVALUATION,
         load_backbone("shapes").make_kernel(SamplerConfig(num_steps=10, reference_steps=1)),
-        num_prompts=1,
     )
 
 
@@ -252,50 +303,57 @@ def test_fits_compares_with_the_gpu_or_with_the_node() -> None:
     assert memory_fit(plan, gpu, node(GIB, gpus=2.0)).answer == "unknown"
 
 
-def _auto(nodes: list[NodeFacts], planner=lambda config: _plan_of(GIB), **changes: object):
-    values: dict = {"scaling": ScalingConfig(num_workers="auto"), "micro_batch_size_per_worker": 4, **changes}
-    return resolve_num_workers(_config(**values), ClusterFacts("the cluster", tuple(nodes)), planner)
+def test_what_shares_a_card_is_added_up() -> None:
+    """Two actors of 0.2 beside a worker; cards of their own; an asynchronous evaluation beside it."""
+    plan = dataclasses.replace(_plan_of(2 * GIB), actor_bytes=GIB, evaluation_bytes=GIB)
+    worker, other = plan.memory.peak + GPU_CONTEXT_BYTES, GIB + GPU_CONTEXT_BYTES
 
+    def border(config: TrainConfig, needed: int, who: str) -> None:
+        for more, answer in ((2, "yes"), (-1000, "no")):
+            nodes = (NodeFacts(8.0, 4.0, None, int(needed / 0.9) + more),)
+            fit = memory_fit(plan, config, ClusterFacts("here", nodes))
+            assert fit.answer == answer and fit.reason.startswith(who)
 
-def test_auto_takes_what_the_cluster_has_beside_the_pool() -> None:
-    """CPUs per worker, GPUs, several nodes, and the pool's share, by hand; a number is left alone."""
-    one = _auto([NodeFacts(9.0, 0.0, 64 * GIB)])
-    assert (one.config.scaling.num_workers, one.config.micro_batch_size_per_worker) == (8, 2)
-    assert "room for 8" in one.why and "lowered from 4 to 2" in one.why
-    fewer = _auto([NodeFacts(7.0, 0.0, 64 * GIB)])
-    assert fewer.config.scaling.num_workers == 4  # room for 6, but 16 divides by 4 only
-    assert "4 is the most that divides global_batch_size (16)" in fewer.why
-    gpus = _auto(
-        [NodeFacts(8.0, 2.0, None, 80 * GIB), NodeFacts(8.0, 3.0, None, 80 * GIB)],
-        scaling=ScalingConfig(num_workers="auto", use_gpu=True),
-        rewards=RewardPoolConfig(num_actors=1, gpus_per_actor=1.0),
+    pool = RewardPoolConfig(num_actors=2, gpus_per_actor=0.2)
+    shared = _config(rewards=pool, scaling=ScalingConfig(num_workers=2, use_gpu=True, gpus_per_worker=0.6))
+    border(shared, worker + 2 * other, "a worker and 2 reward actors on one card")
+    apart = _config(rewards=pool, scaling=ScalingConfig(num_workers=2, use_gpu=True))
+    border(apart, 2 * other, "2 reward actors on one card")
+    border(dataclasses.replace(apart, rewards=dataclasses.replace(pool, num_actors=1)), worker, "a worker")
+    many = dataclasses.replace(apart, rewards=dataclasses.replace(pool, num_actors=3, gpus_per_actor=0.3))
+    border(many, 3 * other, "3 reward actors on one card")
+    evaluated = dataclasses.replace(
+        shared,
+        rewards=RewardPoolConfig(num_actors=0),
+        evaluation=EvaluationConfig(batch_size=4, asynchronous=True, num_gpus=0.3),
     )
-    assert gpus.config.scaling.num_workers == 4
-    split = _auto([NodeFacts(3.0, 0.0, 64 * GIB)] * 2, scaling=ScalingConfig(num_workers="auto", cpus_per_worker=2.0))
-    assert split.config.scaling.num_workers == 2  # one a node: neither holds 2 CPUs more beside the actor
-    given = _config()
-    assert resolve_num_workers(given, None, lambda config: _plan_of(GIB)).config is given
+    border(evaluated, worker + other, "a worker, with an asynchronous evaluation")
 
 
-def test_auto_lowers_the_micro_batch_until_it_fits() -> None:
-    """A plan of 1 GiB a sample on a node that holds two samples; groups stay whole."""
+def test_remedies_name_every_setting_that_helps() -> None:
+    """A stand-in plan in which each setting takes what it says."""
 
-    def planner(config: TrainConfig) -> RunPlan:
-        return _plan_of(config.micro_batch_size_per_worker * GIB)
+    def plan_of(config: TrainConfig) -> RunPlan:
+        training = config.fixed_micro_batch_size * (1 if config.scaling.gradient_checkpointing else 4)
+        plan = _plan_of(training * GIB)
+        memory = dataclasses.replace(plan.memory, evaluation_peak=config.evaluation.fixed_batch_size * GIB)
+        return dataclasses.replace(plan, memory=memory, actor_bytes=config.rewards.fixed_decode_chunk_size * GIB)
 
-    nodes = [NodeFacts(2.0, 0.0, 5 * GIB)]
-    chosen = _auto(nodes, planner, micro_batch_size_per_worker=8)
-    assert chosen.config.micro_batch_size_per_worker == 2
-    assert "lowered from 8 to 2, the largest that fits" in chosen.why
-    grouped = _auto(nodes, planner, micro_batch_size_per_worker=8, group_size=4)
-    assert grouped.config.micro_batch_size_per_worker == 8  # not even one group fits: as asked, and the verdict says no
-    assert memory_fit(planner(grouped.config), grouped.config, ClusterFacts("the cluster", tuple(nodes))).answer == "no"
-
-
-def test_auto_without_room_says_what_is_missing() -> None:
-    """One CPU, which the pool takes."""
-    with pytest.raises(ResourceError, match="no room for a worker of 1 CPUs beside 1 reward actors"):
-        _auto([NodeFacts(1.0, 0.0, GIB)])
+    pool = RewardPoolConfig(num_actors=1, gpus_per_actor=0.2, decode_chunk_size=2)
+    config = _config(rewards=pool, scaling=ScalingConfig(num_workers=2, use_gpu=True, gpus_per_worker=0.8))
+    facts = ClusterFacts("here", (NodeFacts(8.0, 2.0, None, 9 * GIB),))
+    found = {text.partition(":")[0]: text for text in remedies(config, plan_of, facts)}
+    assert list(found) == [
+        "scaling.gradient_checkpointing true",
+        "micro_batch_size_per_worker 1",
+        "rewards.num_actors 0 (each worker scores its own samples)",
+        "rewards.decode_chunk_size 1",
+    ]
+    assert "(fits)" in found["scaling.gradient_checkpointing true"]
+    more = ClusterFacts("here", (NodeFacts(8.0, 3.0, None, 8 * GIB),))  # a third card for the pool
+    assert any("cards of their own" in text for text in remedies(config, plan_of, more))
+    evaluating = dataclasses.replace(config, evaluation=EvaluationConfig(batch_size=16))
+    assert remedies(evaluating, plan_of, facts)[0].startswith("evaluation.batch_size 8")
 
 
 def test_auto_is_recorded_as_asked_and_resumes(
@@ -318,7 +376,7 @@ def test_auto_is_recorded_as_asked_and_resumes(
     )
     plan = preflight(config)
     assert plan.config.scaling.num_workers == 12 and plan.config.micro_batch_size_per_worker == 1
-    assert "12 workers × 1 micro-batches × 1" in plan.summary and "workers    auto: this machine" in plan.summary
+    assert "12 workers × 1 micro-batches × 1" in plan.summary and "decided    12 workers: room for" in plan.summary
     folder = RunFolder(config.output_dir)
     folder.prepare(plan.asked, resume=False)
     stored = train_config_from_json((tmp_path / "run" / "config.json").read_text())
@@ -367,8 +425,8 @@ def test_samplers_that_train_nothing_are_refused(tiny_pipeline: Path) -> None:
 def test_sizes_are_deepspeeds_own_where_the_run_sets_none(scaling: ScalingConfig) -> None:
     """As DeepSpeed reads the run's section."""
     config = _config(scaling=scaling)
-    theirs = DeepSpeedZeroConfig(**deepspeed_config(config)["zero_optimization"])
-    ours = zero_options(config)
+    theirs = DeepSpeedZeroConfig(**deepspeed_config(config, 1000)["zero_optimization"])
+    ours = zero_options(config, 1000)
     assert ours["reduce_bucket_size"] == theirs.reduce_bucket_size
     assert ours["stage3_max_live_parameters"] == theirs.max_live_parameters
     assert ours["stage3_param_persistence_threshold"] == theirs.param_persistence_threshold

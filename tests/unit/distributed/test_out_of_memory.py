@@ -1,0 +1,178 @@
+"""A GPU's memory that does not suffice: every process of a run says what it did, and no restart is tried."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.train import Checkpoint
+from torch import Tensor
+
+from ctrl_ray import errors
+from ctrl_ray.config import SamplerConfig, TrainConfig
+from ctrl_ray.distributed import sampling, validation, worker
+from ctrl_ray.distributed.checkpoints import PROGRESS_FILE
+from ctrl_ray.distributed.learner import Learner
+from ctrl_ray.distributed.rows import Stop
+from ctrl_ray.distributed.worker import TrainJob, train_worker
+from ctrl_ray.driver import stages
+from ctrl_ray.errors import HOPELESS, GpuMemoryError, RewardError, naming_memory
+from ctrl_ray.exact.problems import Sampler
+from ctrl_ray.exact.suite import Effort, gaussian
+from ctrl_ray.rewards.actor import RewardActor
+from tests.analytic import PlainEngine, make_learner
+
+TORCH_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.05 GiB of which 1.03 GiB is free. "
+    "Including non-PyTorch memory, this process has 21.00 GiB memory in use.\nSee documentation."
+)
+AMOUNTS = "torch tried to allocate 2.00 GiB on a card of 22.05 GiB, of which 1.03 GiB was free"
+
+
+class _FullInBackward(PlainEngine):
+    def backward(self, loss: Tensor) -> None:
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+
+
+class _FullInForward(PlainEngine):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+
+
+class _Channel:
+    """A MetricsChannel in this process: `method.remote(...)` calls it at once."""
+
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+        self.stops: list[Stop] = []
+        self.failure = SimpleNamespace(remote=lambda: None)
+        self.fail = SimpleNamespace(remote=self.failures.append)
+        self.request_stop = SimpleNamespace(remote=self.stops.append)
+        self.put = SimpleNamespace(remote=lambda row: None)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> _Channel:
+    """Calls of actors return their value in this process."""
+    for module in (worker, validation):
+        monkeypatch.setattr(module.ray, "get", lambda value: value)
+    return _Channel()
+
+
+def _learner(engine: type[PlainEngine], every_updates: int = 0) -> Learner:
+    case = dataclasses.replace(gaussian(), effort=Effort(batch_size=4, num_nodes=5))
+    case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, sampler=Sampler(num_steps=3)))
+    learner, _ = make_learner(case, engine=engine)
+    evaluation = dataclasses.replace(learner.config.evaluation, every_updates=every_updates, num_samples=4)
+    return dataclasses.replace(learner, config=dataclasses.replace(learner.config, evaluation=evaluation))
+
+
+def _job(config: TrainConfig, channel: _Channel) -> TrainJob:
+    unused: Any = None
+    return TrainJob(config=config, controls={}, prompts=(), rewards=unused, info=unused, channel=channel)
+
+
+@pytest.mark.parametrize(
+    ("engine", "where"),
+    [(_FullInBackward, "update 3, in the adjoint pass"), (_FullInForward, "update 3, in a rollout")],
+)
+def test_a_worker_says_what_it_did_and_is_not_restarted(
+    here: _Channel, monkeypatch: pytest.MonkeyPatch, engine: type[PlainEngine], where: str
+) -> None:
+    learner = _learner(engine)
+    monkeypatch.setattr(worker, "set_up_process", lambda config: learner.rank)
+    monkeypatch.setattr(worker, "_build_learner", lambda job, rank: (learner, {"updates_done": 3}))
+    with pytest.raises(GpuMemoryError) as caught:
+        train_worker(_job(learner.config, here))
+    assert str(caught.value) == f"out of GPU memory: {where}: {AMOUNTS}"
+    assert here.failures == [caught.value]  # restarted workers return at once
+    assert isinstance(caught.value, HOPELESS)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_asynchronous_evaluation_ends_the_run(
+    here: _Channel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    learner = _learner(_FullInForward)
+    (tmp_path / PROGRESS_FILE).write_text(json.dumps({"updates_done": 20}))
+    monkeypatch.setattr(validation, "_learner", lambda job, folder: learner)
+    with pytest.raises(GpuMemoryError, match="the asynchronous evaluation after update 20, in a rollout: torch tried"):
+        validation.validate_checkpoint(Checkpoint.from_directory(str(tmp_path)), job=_job(learner.config, here))
+    assert len(here.failures) == 1 and [stop.kind for stop in here.stops] == ["failed"]
+
+
+def test_a_sampling_task_says_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+
+    monkeypatch.setattr(sampling, "load_policy", full)
+    job = sampling.SamplingJob(
+        adapter=None,
+        base_model="shapes",
+        revision=None,
+        controls={},
+        sampler=SamplerConfig(),
+        prompts=("",),
+        sample_ids=(0,),
+        seed=0,
+        batch_size=1,
+        reference=False,
+    )
+    unused: Any = None
+    with pytest.raises(GpuMemoryError, match=r"sampling for an evaluation: torch tried to allocate 2\.00 GiB"):
+        sampling._sample_part(job, unused, "cpu")
+
+
+def test_a_reward_actor_says_what_it_was_asked() -> None:
+    """Not a RewardError, with which the workers would be restarted."""
+
+    class Full:
+        def evaluate(self, *args: Any) -> Any:
+            raise torch.OutOfMemoryError(TORCH_SAYS)
+
+    actor = RewardActor.__new__(RewardActor)
+    full: Any = Full()
+    spec: Any = SimpleNamespace(decode_chunk_size=2)
+    actor._model, actor._spec = full, spec
+    request = (np.zeros((8, 4, 4, 4), np.float32), ("",) * 8, np.zeros((8, 1), np.int64), np.ones((8, 1), np.float32))
+    with pytest.raises(GpuMemoryError, match="a reward actor answers evaluate for 8 samples, 2 at a time: torch tried"):
+        actor.answer("evaluate", request)
+
+
+def test_only_a_lack_of_gpu_memory_is_renamed() -> None:
+    for error in (RuntimeError("shapes differ"), RewardError("if actors run out of memory on CUDA, lower it")):
+        with pytest.raises(type(error)) as caught, naming_memory("update 1"):
+            raise error
+        assert caught.value is error
+    with pytest.raises(GpuMemoryError, match=r"update 1: CUDA error: out of memory$"), naming_memory("update 1"):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+    with pytest.raises(GpuMemoryError, match=r"update 1: nothing more is known$"), naming_memory("update 1"):
+        raise torch.OutOfMemoryError
+
+
+def test_the_phases_are_functions_that_exist() -> None:
+    for module, name in errors._PHASES:
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or any(hasattr(value, name) for value in vars(found).values()), (module, name)
+
+
+def test_the_driver_adds_what_the_planner_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "memory_advice", lambda config, controls: f"lower {config} of {controls}")
+    checked: Any = SimpleNamespace(config="it", controls="all")
+    behind = RuntimeError("ray")
+    behind.__cause__ = GpuMemoryError("out of GPU memory: update 1")
+    with (
+        pytest.raises(GpuMemoryError, match=r"^out of GPU memory: update 1\. lower it of all$"),
+        stages._with_remedies(checked),
+    ):
+        raise behind
+    with pytest.raises(RewardError, match="other"), stages._with_remedies(checked):
+        raise RewardError("other")
