@@ -63,7 +63,7 @@ def move_off_reference(policy: ControlledPolicy, amplitude: float = 0.05) -> Non
 
 
 def run_engines(
-    case: str, device: torch.device, pipeline: Path, folder: Path, *, ranks: int = 1, timeout_s: float = 240
+    case: str, device: torch.device, pipeline: Path, folder: Path, *, ranks: int = 1, timeout_s: float = 500
 ) -> Any:
     """What rank 0 of `python -m tests.gpu.engines CASE` says; DeepSpeed builds for one kind of device in a process."""
     environment = {**os.environ, **worker_environment(use_gpu=device.type == "cuda", num_threads=1)}

@@ -92,14 +92,15 @@ def _work(cases: Mapping[str, Case], folder: Path, store: str, index: int, size:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=size)
     for name, case in cases.items():
-        _run_case(name, case, folder, Rank(index, size, torch.device("cpu")))
+        run_case(name, case, folder, Rank(index, size, torch.device("cpu")))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _run_case(name: str, case: Case, folder: Path, rank: Rank) -> None:
+def run_case(name: str, case: Case, folder: Path, rank: Rank) -> None:
+    """Train a case to its `num_updates` as one rank of this process's group; collective."""
     config = case.config
-    policy = build_policy(config)
+    policy = build_policy(config).to(rank.device)
     if case.load:
         state, progress = read_checkpoint(folder / case.load)
         assert progress["updates_done"] == case.first_update
