@@ -95,7 +95,7 @@ def _decide_sizes(
         return config, []
     candidates = sorted(_candidates(_smallest(config), asked), key=_time)
     smallest = min(candidates, key=lambda c: (not c.scaling.gradient_checkpointing, c.fixed_micro_batch_size))
-    fit = memory_fit(estimate(smallest), smallest, facts)
+    fit = memory_fit(estimate(candidates[0]), candidates[0], facts)
     if fit.answer == "unknown":
         raise ResourceError(
             f"{', '.join(names)} cannot be decided: {fit.reason}. Give numbers; python -m ctrl_ray.train --dry-run "

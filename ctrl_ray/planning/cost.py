@@ -181,7 +181,7 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: Cluste
         rate = GPU_UTILISATION * machine.flops(precision)
         found = estimate(config, work, rate, machine, scoring_flops_per_s=scoring)
         text = (
-            f"             {found.num_machines} × {machine.name:<13}({machine.num_gpus} × {machine.gpu}, "
+            f"             {found.num_machines} × {machine.name:<14}({machine.num_gpus} × {machine.gpu}, "
             f"{machine.gpu_bytes >> 30} GiB)  {duration(found.update_s):>10} an update {duration(found.run_s):>12} in all"
             f"  ${found.dollars:,.0f}"
         )

@@ -232,7 +232,8 @@ def _shares(config: TrainConfig) -> str:
     if fewest == most and most % size == 0:
         return f"{workers} workers × {config.num_micro_batches} micro-batches × {size}"
     shares = f"{most}" if fewest == most else f"{fewest} or {most}"
-    text = f"{workers} workers × {shares}, in {config.num_micro_batches} micro-batches of at most {size}"
+    rounds = config.num_micro_batches
+    text = f"{workers} workers × {shares}, in {rounds} micro-batch{'es' * (rounds != 1)} of at most {size}"
     idle = 1 - config.global_batch_size / (workers * most)
     return text + (f" ({idle:.0%} of their time is waiting for those with {most})" if idle else "")
 

@@ -12,6 +12,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.planning.choose import decide
+from ctrl_ray.planning.counts import PolicyCounter, StepBytes
 from ctrl_ray.planning.fits import memory_fit
 from ctrl_ray.planning.machines import CARDS, describe, stated_machines
 from ctrl_ray.planning.planner import Planner
@@ -73,9 +74,11 @@ def _config(base_model: Path, **changes: object) -> TrainConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.full
-def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path) -> None:
+def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few cards for the workers asked for, by the stated machines' number."""
+    step = StepBytes(policy_kept=1, reference_kept=1, backward_peak=1, rollout_peak=1)
+    monkeypatch.setattr(PolicyCounter, "step", lambda counter, batch: step)  # what memory decides is not tested here
+    monkeypatch.setattr(PolicyCounter, "evaluation", lambda counter, batch: 1)
     checked = preflight(_config(tiny_pipeline), stated=stated_machines("1x4x24GB"))
     assert checked.config.scaling.num_workers == 4 and checked.asked.scaling.num_workers == "auto"
     assert "machines   1 node, 32 CPUs, 4 GPUs of 22.4 GiB" in checked.summary
