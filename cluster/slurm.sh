@@ -3,7 +3,7 @@
 #
 #   source venv/bin/activate                  # the same environment under the same path on every node
 #   sbatch cluster/slurm.sh --preset stable-diffusion --control NAME=classifiers/NAME --data data.parquet \
-#     --scaling.num-workers auto --output-dir /SHARED/runs/mine
+#     --output-dir /SHARED/runs/mine
 #   sbatch --nodes=4 cluster/slurm.sh ...                               # four nodes of eight GPUs
 #   sbatch --gpus-per-node=1 --cpus-per-task=8 cluster/slurm.sh ...     # one GPU
 #   scancel --batch --signal=TERM JOB         # ends it with a checkpoint; scancel alone leaves no time for one

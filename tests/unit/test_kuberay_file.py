@@ -24,7 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from ctrl_ray.cluster.resources import NodeFacts
-from ctrl_ray.planning.fits import place_workers
+from ctrl_ray.planning.placement import place_workers, share_cards
 from ctrl_ray.train import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,7 +293,7 @@ def test_a_node_has_cpus_for_all_its_gpus(job: dict[str, Any], group: dict[str, 
     config = parse(shlex.split(job["entrypoint"])[3:]).config
     assert gpus == 8 and cpus >= gpus * (config.scaling.cpus_per_worker + config.rewards.cpus_per_actor)
     nodes = [NodeFacts(cpus, gpus, _bytes(resources["limits"]["memory"]))] * group["replicas"]
-    assert place_workers(config, nodes) >= gpus * group["replicas"] - config.rewards.num_actors
+    assert place_workers(share_cards(config), nodes) == gpus * group["replicas"]  # a worker on every one
     (toleration,) = group["template"]["spec"]["tolerations"]
     assert toleration["key"] == "nvidia.com/gpu"
 

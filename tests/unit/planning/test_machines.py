@@ -112,7 +112,7 @@ def test_stable_diffusion_has_a_plan_for_every_machine(stable_diffusion: Path) -
 def test_the_plan_of_stated_machines_is_told(stable_diffusion: Path) -> None:
     checked = preflight(_config(stable_diffusion), stated=stated_machines("3x8x80GB,1x4x80GB"), with_estimate=True)
     assert (
-        "256 trajectories per update = 28 workers × 9 or 10, in 1 micro-batches of at most 10 (9% of" in checked.summary
+        "256 trajectories per update = 28 workers × 9 or 10, in 1 micro-batch of at most 10 (9% of" in checked.summary
     )
     assert re.search(r"^fits       yes: a worker: ", checked.summary, re.MULTILINE)
     assert "each worker scores its own samples" in checked.summary
