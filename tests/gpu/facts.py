@@ -22,8 +22,8 @@ def facts() -> dict[str, Any]:
     return {
         "cards": [f"{name}, {memory}" for name, memory, _ in rows],
         "driver": rows[0][2] if rows else None,
-        "cuda": cuda,
-        "cudnn": cudnn,
+        "cuda": None if cuda == "None" else cuda,
+        "cudnn": None if cudnn == "None" else cudnn,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "commit": _said("git", "rev-parse", "HEAD"),

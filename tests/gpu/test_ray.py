@@ -91,7 +91,7 @@ def test_a_run_on_the_cpu_leaves_the_card_alone(card: torch.device, tmp_path: Pa
     config = dataclasses.replace(
         config,
         controls={"jpeg_size": control},
-        num_drawn_images=96,
+        num_drawn_images=160,
         classifier=ClassifierConfig(epochs=1, batch_size=32, num_pipeline_samples=8),
     )
     with _most_used() as most:
