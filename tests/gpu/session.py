@@ -155,6 +155,7 @@ def _follow(session: Session, part: Part, process: Any, lines: _Lines, output: P
                 left = [_named(part, name) for name in event["collected"]]
                 for name in left:
                     session.tests.setdefault(name, {})
+                session.save()
             elif "started" in event:
                 running = _named(part, event["started"])
             else:

@@ -117,7 +117,6 @@ def test_the_figures_are_those_of_the_rows_that_were_held_out(
     assert (classifier.control, classifier.image_size, classifier.base_model) == ("size", 32, config.base_model)
 
 
-@pytest.mark.full
 def test_two_workers_fit_the_same_classifier_as_one(result: FitResult, config: TrainConfig, tmp_path: Path) -> None:
     """Gradients are summed over the same batches; what is left is the order of float32 additions over 30 updates."""
     two = replace(config, classifier=replace(config.classifier, num_workers=2))

@@ -38,7 +38,7 @@ from tests.clusters import ROOT, Head, started_head
 
 pytestmark = pytest.mark.full
 
-_UPDATES = 80  # with one of a fraction of a second, a stop has time to arrive, on a loaded machine too
+_UPDATES = 60  # with one of a fraction of a second, a stop has time to arrive, on a loaded machine too
 _WHICH_PACKAGE = "import ctrl_ray; print('the package is', ctrl_ray.__file__)"
 _WITHOUT_INIT = """
 import sys

@@ -195,7 +195,6 @@ def _wait_until(waits: Path, interrupted: Path, pending: PendingRewards) -> Pend
     return pending
 
 
-@pytest.mark.full
 def test_four_workers_have_the_gradient_of_one(
     one_update: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -221,7 +220,6 @@ def test_four_workers_have_the_gradient_of_one(
         assert difference < 1e-2 * float(states[0][name].norm()) + 1e-6 * float(one.norm()), name
 
 
-@pytest.mark.full
 def test_evaluations_beside_training_are_those_between_updates(
     finished: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -130,7 +130,8 @@ def test_a_stop_leaves_a_whole_file(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not (tmp_path / "pid").exists() and time.monotonic() < until:
+    file = tmp_path / "session.json"
+    while not ((tmp_path / "pid").exists() and "test_waits" in file.read_text()) and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
