@@ -17,8 +17,6 @@ from ctrl_ray.config.presets import preset
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.gradients.rollout import NoiseSource, keyed_noise, rollout
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
@@ -28,6 +26,7 @@ from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.model import load_reward_model
 from ctrl_ray.rewards.spec import RewardModelSpec
 from tests.gpu.support import CPU, PRECISIONS, difference, move_off_reference
+from tests.gradients import full_pass
 from tests.learners import PROMPTS, learner_on, small_config
 from tests.policies import make_policy
 
@@ -96,17 +95,7 @@ def test_gradients_are_finite_differences(tiny_pipeline: Path, device: torch.dev
     trajectory = rollout(policy, kernel, inputs, noise)
     clean = trajectory.clean_latents.clone().requires_grad_(True)
     (cotangent,) = torch.autograd.grad(_reward(clean).sum(), clean)
-    adjoint_pass(
-        policy,
-        kernel,
-        trajectory,
-        TerminalReward(None, cotangent),
-        Full(),
-        Full().plan(3, 0, 0, 0),
-        kl_coef=0.7,
-        sample_weights=weights,
-        backward=Tensor.backward,
-    )
+    full_pass(policy, kernel, trajectory, cotangent, weights, kl_coef=0.7)
     generator = torch.Generator().manual_seed(2)
     slope, values = 0.0, []
     parameters = list(policy.trainable_parameters().values())

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from ctrl_ray.config import (
-    ClassifierConfig,
-    ControlConfig,
-    EvaluationConfig,
-    LoraConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
+from ctrl_ray.config import EvaluationConfig, TrainConfig
+from tests.configs import tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +30,11 @@ def base_config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, r
     """Six updates of eight trajectories, with a classifier fitted once for all tests."""
     from ctrl_ray.driver.classifier import fit_classifier
 
-    config = TrainConfig(
-        base_model=str(tiny_pipeline),
-        data="shapes",
-        num_drawn_images=160,
+    config = dataclasses.replace(
+        tiny_run(tiny_pipeline),
         num_updates=6,
-        global_batch_size=8,
-        micro_batch_size_per_worker=4,
         checkpoint_every_updates=3,
-        controls={
-            "jpeg_size": ControlConfig(
-                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
-            )
-        },
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
-        scaling=ScalingConfig(max_failures=0),
         evaluation=EvaluationConfig(every_updates=3, num_samples=8, final_num_samples=8, batch_size=8),
-        aim=False,
     )
     folder = tmp_path_factory.mktemp("classifier") / "jpeg_size"
     fit_classifier(config, "jpeg_size", output_dir=folder, quiet=True)

@@ -23,18 +23,11 @@ import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
-from ctrl_ray.config import (
-    ClassifierConfig,
-    ControlConfig,
-    EvaluationConfig,
-    LoraConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.runs.folder import RunFolder
 from tests.clusters import ROOT, Head, started_head
+from tests.configs import tiny_run
 
 pytestmark = pytest.mark.full
 
@@ -79,24 +72,8 @@ def cluster(bucket: pyarrow.fs.S3FileSystem) -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run with its classifier still to be fitted: the whole of the main job."""
-    return TrainConfig(
-        base_model=str(tiny_pipeline),
-        data="shapes",
-        num_drawn_images=96,
-        num_updates=_UPDATES,
-        global_batch_size=8,
-        micro_batch_size_per_worker=4,
-        checkpoint_every_updates=10,
-        controls={
-            "jpeg_size": ControlConfig(
-                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
-            )
-        },
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
-        scaling=ScalingConfig(max_failures=0),
-        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
+    return dataclasses.replace(
+        tiny_run(tiny_pipeline), num_drawn_images=96, num_updates=_UPDATES, checkpoint_every_updates=10, aim=True
     )
 
 

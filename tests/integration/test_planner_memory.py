@@ -22,8 +22,6 @@ from ctrl_ray.distributed import engine
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.planning import plan as planner
 from ctrl_ray.planning.counts import PolicyCounter
@@ -34,6 +32,7 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.protocol import RewardAnswer
+from tests.gradients import full_pass
 from tests.memory import allocated_peak, live_storages
 
 pytestmark = pytest.mark.full
@@ -157,17 +156,7 @@ def _adjoint_peak(num_steps: int, batch_size: int = 4) -> tuple[int, int]:
         trajectory = rollout(policy, kernel, Inputs(condition, labels), noise)
         del noise
         live.restart_peak()
-        adjoint_pass(
-            policy,
-            kernel,
-            trajectory,
-            TerminalReward(None, -trajectory.clean_latents),
-            Full(),
-            Full().plan(num_steps, 0, 0, 0),
-            kl_coef=1.0,
-            sample_weights=torch.full((batch_size,), 1 / batch_size),
-            backward=Tensor.backward,
-        )
+        full_pass(policy, kernel, trajectory, -trajectory.clean_latents, torch.full((batch_size,), 1 / batch_size))
     return live.peak, trajectory.latents.untyped_storage().nbytes()
 
 

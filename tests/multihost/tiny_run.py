@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -9,17 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ctrl_ray.config import (
-    ClassifierConfig,
-    ControlConfig,
-    EvaluationConfig,
-    LoraConfig,
-    RewardPoolConfig,
-    SamplerConfig,
-    ScalingConfig,
-    TrainConfig,
-)
+from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.reporting.tracking import read_metrics
+from tests.configs import tiny_run
 from tests.multihost.hosts import Host
 from tests.tiny import make_tiny_pipeline
 
@@ -28,26 +21,12 @@ NUM_UPDATES = 12
 
 def tiny_config(shared: Path) -> TrainConfig:
     """Updates of about a second on the tiny pipeline, a checkpoint after each; an elastic group of two."""
-    return TrainConfig(
-        base_model=str(make_tiny_pipeline(shared / "pipeline")),
-        data="shapes",
-        num_drawn_images=160,
+    return dataclasses.replace(
+        tiny_run(make_tiny_pipeline(shared / "pipeline")),
         num_updates=NUM_UPDATES,
-        global_batch_size=8,
-        micro_batch_size_per_worker=4,
         checkpoint_every_updates=1,
-        controls={
-            "jpeg_size": ControlConfig(
-                oracle="jpeg_size", thresholds=(1000.0, 1200.0, 1400.0), unit="bytes", guidance_strength=2.0
-            )
-        },
-        classifier=ClassifierConfig(epochs=1, batch_size=32),
-        sampler=SamplerConfig(num_steps=3),
-        lora=LoraConfig(rank=2, alpha=2.0),
         rewards=RewardPoolConfig(num_actors=1, node_resource="rewards"),
         scaling=ScalingConfig(num_workers=2, min_workers=1, max_failures=3),
-        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
-        aim=False,
     )
 
 

@@ -13,12 +13,11 @@ from ctrl_ray.config import LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.adjoint import TerminalReward, adjoint_pass
-from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs
 from ctrl_ray.policy.schedule import ddim_scheduler
+from tests.gradients import full_pass
 from tests.policies import make_policy
 
 PROMPTS = ("a red circle", "a blue cross", "a green square")
@@ -94,17 +93,7 @@ def test_adjoint_pass_equals_autograd_through_the_whole_graph(tiny_pipeline: str
             trajectory = rollout(policy, kernel, inputs.select(rows), lambda p, n=noise: n(p).double())
             clean = trajectory.clean_latents.clone().requires_grad_(True)
             (cotangent,) = torch.autograd.grad(_reward(clean).sum(), clean)
-            adjoint_pass(
-                policy,
-                kernel,
-                trajectory,
-                TerminalReward(None, cotangent),
-                Full(),
-                Full().plan(4, 0, 0, 0),
-                kl_coef=0.7,
-                sample_weights=weights[rows],
-                backward=lambda loss: loss.backward(),
-            )
+            full_pass(policy, kernel, trajectory, cotangent, weights[rows], kl_coef=0.7)
         for name, parameter in policy.trainable_parameters().items():
             assert parameter.grad is not None
             scale = expected[name].norm().clamp_min(1e-12)
@@ -119,16 +108,12 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
         policy.zero_grad()
         noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, inputs.select(rows), lambda p: noise(p).double())
-        adjoint_pass(
+        full_pass(
             policy,
             kernel,
             trajectory,
-            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
-            Full(),
-            Full().plan(3, 0, 0, 0),
-            kl_coef=1.0,
-            sample_weights=torch.tensor(weights, dtype=torch.float64),
-            backward=lambda loss: loss.backward(),
+            torch.ones_like(trajectory.clean_latents),
+            torch.tensor(weights, dtype=torch.float64),
         )
         return {n: p.grad.clone() for n, p in policy.trainable_parameters().items() if p.grad is not None}
 
@@ -149,16 +134,8 @@ def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
             policy.enable_gradient_checkpointing()
         noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, inputs, lambda p, n=noise: n(p).double())
-        adjoint_pass(
-            policy,
-            kernel,
-            trajectory,
-            TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
-            Full(),
-            Full().plan(3, 0, 0, 0),
-            kl_coef=1.0,
-            sample_weights=torch.ones(3, dtype=torch.float64),
-            backward=lambda loss: loss.backward(),
+        full_pass(
+            policy, kernel, trajectory, torch.ones_like(trajectory.clean_latents), torch.ones(3, dtype=torch.float64)
         )
         results.append({n: p.grad for n, p in policy.trainable_parameters().items()})
         assert all(gradient is not None for gradient in results[-1].values())
@@ -186,17 +163,14 @@ def test_deterministic_last_step_belongs_to_the_reference(tiny_pipeline: str) ->
     assert trajectory.kl_per_step is not None and trajectory.kl_per_step[:, 2].abs().max() == 0
     last = policy_step(policy, kernel, 2, trajectory.latents[2], inputs, reference=True)
     torch.testing.assert_close(trajectory.clean_latents, last.mean)
-    adjoint_pass(
+    full_pass(
         policy,
         kernel,
         trajectory,
-        TerminalReward(None, torch.ones_like(trajectory.clean_latents)),
-        Full(),
-        Full().plan(3, 0, 0, 0),
-        kl_coef=0.0,  # what arrives is the reward's
-        sample_weights=torch.ones(3, dtype=torch.float64),
-        backward=lambda loss: loss.backward(),
-    )
+        torch.ones_like(trajectory.clean_latents),
+        torch.ones(3, dtype=torch.float64),
+        kl_coef=0.0,
+    )  # what arrives is the reward's
     for name, parameter in policy.trainable_parameters().items():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -208,17 +182,7 @@ def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> Non
     trajectory = rollout(policy, kernel, inputs, lambda p: noise(p).double())
     bad = torch.full_like(trajectory.clean_latents, float("nan"))
     with pytest.raises(NonFiniteError, match="denoising step 1"):
-        adjoint_pass(
-            policy,
-            kernel,
-            trajectory,
-            TerminalReward(None, bad),
-            Full(),
-            Full().plan(2, 0, 0, 0),
-            kl_coef=1.0,
-            sample_weights=torch.ones(3, dtype=torch.float64),
-            backward=lambda loss: loss.backward(),
-        )
+        full_pass(policy, kernel, trajectory, bad, torch.ones(3, dtype=torch.float64))
 
 
 def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str) -> None:
@@ -232,16 +196,12 @@ def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str) -> None:
             condition = inputs.condition.select([row % 3 for row in rows])
             chosen = Inputs(condition, labels[rows])
             trajectory = rollout(policy, kernel, chosen, lambda p, n=noise: n(p).double())
-            adjoint_pass(
+            full_pass(
                 policy,
                 kernel,
                 trajectory,
-                TerminalReward(None, torch.cos(trajectory.clean_latents)),
-                Full(),
-                Full().plan(2, 0, 0, 0),
-                kl_coef=1.0,
-                sample_weights=torch.tensor(weights, dtype=torch.float64),
-                backward=lambda loss: loss.backward(),
+                torch.cos(trajectory.clean_latents),
+                torch.tensor(weights, dtype=torch.float64),
             )
         return {name: p.grad.clone() for name, p in policy.trainable_parameters().items() if p.grad is not None}
 
