@@ -14,7 +14,7 @@ from ctrl_ray import command
 from ctrl_ray.config import ControlConfig, Precision, ScalingConfig
 from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
-from ctrl_ray.wording import floor_text
+from ctrl_ray.wording import floor_note
 
 if TYPE_CHECKING:
     from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -273,8 +273,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             texts = ["-" if v is None else str(v) if name == "num_samples" else f"{v:.3f}" for v in values]
             lines.append(f"{name:<16}" + "".join(f"{text:>10}" for text in texts))
-            if name == "kl" and "kl_noise_floor" in summary:
-                lines[-1] += f"   (floor {floor_text(summary['kl_noise_floor'])}: less cannot be told from rounding)"
+            if name == "kl":
+                lines[-1] += floor_note(summary.get("kl_noise_floor"))
     return "\n".join(lines)
 
 

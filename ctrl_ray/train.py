@@ -17,7 +17,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
-from ctrl_ray.wording import duration, floor_text
+from ctrl_ray.wording import duration, floor_note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,7 @@ def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
     print(f"\n{'':18}{'before':>10}{'after':>10}")
     for name in ("accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity"):
         cells = [summary[when][name] for when in ("before", "after")]
-        floor = summary["kl_noise_floor"] if name == "kl" else None
-        beside = "" if floor is None else f"   (floor {floor_text(floor)}: less cannot be told from rounding)"
+        beside = floor_note(summary["kl_noise_floor"]) if name == "kl" else ""
         print(
             f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells) + beside
         )

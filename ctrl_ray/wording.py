@@ -24,6 +24,11 @@ def kl_text(kl: float, noise_floor: float | None) -> str:
     return f"KL {kl:.2f} nats" + ("" if noise_floor is None else f" (floor {floor_text(noise_floor)})")
 
 
+def floor_note(noise_floor: float | None) -> str:
+    """What stands behind a KL in a table; '' where the floor is not known."""
+    return "" if noise_floor is None else f"   (floor {floor_text(noise_floor)}: less cannot be told from rounding)"
+
+
 def floor_text(noise_floor: float) -> str:
     """Two digits of a noise floor, in nats."""
     return f"{noise_floor:.0f}" if noise_floor >= 10 else f"{noise_floor:.2g}"

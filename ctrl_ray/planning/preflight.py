@@ -112,7 +112,21 @@ def preflight(
     work = work_of(config, plan, planner.flops(config), counts.decoder) if with_estimate else None
     if work is not None:
         lines += estimate_lines(config, plan, work, facts)
-    info = make_adapter_info(
+    return CheckedRun(
+        config=config,
+        asked=asked,
+        controls=controls,
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        info=_adapter_info(config, controls),
+        summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
+        work=work,
+    )
+
+
+def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> AdapterInfo:
+    """The facts of the run's adapter, as far as they are known before it."""
+    return make_adapter_info(
         base_model=config.base_model,
         base_revision=config.base_revision,
         controls=controls,
@@ -126,16 +140,6 @@ def preflight(
             "evaluation_batch_size": config.evaluation.fixed_batch_size,
             "decode_chunk_size": config.rewards.fixed_decode_chunk_size,
         },
-    )
-    return CheckedRun(
-        config=config,
-        asked=asked,
-        controls=controls,
-        prompts=prompts,
-        evaluation_prompts=evaluation_prompts,
-        info=info,
-        summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
-        work=work,
     )
 
 

@@ -72,4 +72,5 @@ class PipelineSampler:
         pipeline.set_progress_bar_config(disable=True)
         pixels = backbone.image_size() ** 2
         decoder = backbone.load_decoder(max(1, _PIXELS_PER_CHUNK // pixels), device)
+        pipeline.register_modules(vae=decoder.vae)  # one VAE for both
         return pipeline.to(device), decoder, max(1, min(_LARGEST_BATCH, _PIXELS_PER_BATCH // pixels))
