@@ -25,6 +25,7 @@ from ctrl_ray.classifiers.examples import BlockWriter, Examples, SamplePipeline,
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import DataError, NonFiniteError
 from ctrl_ray.offline.reading import OnBadRow
+from ctrl_ray.policy.precision import set_float32_precision
 
 MIN_CALIBRATION_SAMPLES = 200
 """With at least this many pipeline samples in the temperature split, the temperature is fitted on them alone."""
@@ -70,8 +71,8 @@ def fit_worker(job: FitJob) -> None:
 def _fit(job: FitJob, folder: Path) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    scaling = job.config.scaling
-    torch.set_num_threads(scaling.threads_per_worker or max(1, math.ceil(scaling.cpus_per_worker)))
+    set_float32_precision(job.config.scaling.precision)
+    torch.set_num_threads(job.config.scaling.num_threads)
     device = ray.train.torch.get_device()
     examples = _prepare(job, folder, rank, num_workers, device)
     torch.manual_seed(job.config.seed)

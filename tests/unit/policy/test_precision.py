@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctrl_ray.config import LoraConfig, Precision
+from ctrl_ray.classifiers import worker
+from ctrl_ray.classifiers.worker import FitJob
+from ctrl_ray.config import LoraConfig, Precision, ScalingConfig, TrainConfig
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
 from ctrl_ray.policy.protocol import Inputs
@@ -30,6 +33,26 @@ def _inputs(folder: Path) -> tuple[Tensor, Tensor, Inputs]:
     condition = load_backbone(str(folder)).load_encoder().encode(["a red circle", "a blue cross"])
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     return latents, torch.tensor(500), Inputs(condition, torch.tensor([[0], [1]]))
+
+
+def test_stage_1_sets_it_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers sample the pipeline and fit the classifier in the run's precision."""
+    chosen: list[str] = []
+
+    def stop(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(
+        worker.ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=int, get_world_size=int)
+    )
+    monkeypatch.setattr(worker, "set_float32_precision", chosen.append)
+    monkeypatch.setattr(worker.torch, "set_num_threads", stop)
+    job = FitJob(
+        config=TrainConfig(scaling=ScalingConfig(precision="tf32")), control="size", image_size=32, folder="unused"
+    )
+    with pytest.raises(InterruptedError):
+        worker.fit_worker(job)
+    assert chosen == ["tf32"]
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
