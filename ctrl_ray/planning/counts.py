@@ -142,7 +142,7 @@ class PolicyCounter:
     def step(self, batch_size: int) -> StepBytes:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
-            with self._fake, LiveBytes() as live:
+            with self._fake, self._watch() as live:
                 counted, *operations = _count_step(self._policy, self._kernel, self._config, batch_size, live)
             self._steps[batch_size] = counted
             self._operations = (operations[0] / batch_size, operations[1] / batch_size)
@@ -156,11 +156,18 @@ class PolicyCounter:
     def evaluation(self, batch_size: int) -> int:
         """The most bytes that are alive in a step of an evaluation, beyond weights and latents; counted once for each size."""
         if batch_size not in self._evaluations:
-            with self._fake, LiveBytes() as live:
+            with self._fake, self._watch() as live:
                 self._evaluations[batch_size] = _count_evaluation(
                     *(self._policy, self._kernel, self._config, batch_size, live)
                 )
         return self._evaluations[batch_size]
+
+    def _watch(self) -> LiveBytes:
+        """Knows the weights: a view of one that an operation takes (a linear layer's) is nothing new."""
+        live = LiveBytes()
+        for parameter in self._policy.parameters():
+            live.add(parameter)
+        return live
 
     def flops(self, batch_size: int) -> StepFlops:
         """Operations of one step of a micro-batch, from a size that was counted; all of them are proportional to it."""

@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from ctrl_ray import evaluate
 from ctrl_ray.cluster import connection
-from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
-from ctrl_ray.distributed import sampling
-from ctrl_ray.evaluate import sample_before_and_after
+from ctrl_ray.config import (
+    ControlConfig,
+    EvaluationConfig,
+    LoraConfig,
+    RewardPoolConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
+from ctrl_ray.distributed import sampling, worker
+from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.evaluate import evaluate_adapter, sample_before_and_after
+from ctrl_ray.planning.preflight import _adapter_info
 from ctrl_ray.policy.adapter import ADAPTER_FILE, make_adapter_info
 
 
@@ -45,14 +56,52 @@ def test_precision_and_sizes_are_those_of_the_run(
     )
     (tmp_path / ADAPTER_FILE).write_text(info.to_json())
     asked: list[tuple[str, int, int]] = []
+
+    def sample_policy(job: Any, rewards: Any, scaling: Any) -> None:
+        assert rewards.precision == job.precision
+        asked.append((job.precision, job.batch_size, rewards.decode_chunk_size))
+
     monkeypatch.setattr(connection, "connected", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        sampling,
-        "sample_policy",
-        lambda job, rewards, scaling: asked.append((job.precision, job.batch_size, rewards.decode_chunk_size)),
-    )
+    monkeypatch.setattr(sampling, "sample_policy", sample_policy)
     sample_before_and_after(
         tmp_path, num_samples=4, prompts=["a cross"], batch_size=batch_size, classifiers={"jpeg_size": str(tmp_path)}
     )
     assert asked == [expected] * 2
+
+
+def test_an_adapter_says_what_fitted_its_run(tiny_pipeline: Path) -> None:
+    """From the config to the checkpoint's adapter.json, with how far the training is."""
+    config = TrainConfig(
+        base_model=str(tiny_pipeline),
+        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")},
+        scaling=ScalingConfig(precision="bf16"),
+        evaluation=EvaluationConfig(batch_size=16),
+        rewards=RewardPoolConfig(decode_chunk_size=2),
+    )
+    unused: Any = None
+    info = _adapter_info(config, config.controls)
+    job = TrainJob(config=config, controls={}, prompts=(), rewards=unused, info=info, channel=unused)
+    training = worker._info(job, {"updates_done": 3, "kl_noise_floor": 0.25}).training
+    expected = {"precision": "bf16", "evaluation_batch_size": 16, "decode_chunk_size": 2}
+    assert training.items() >= {**expected, "updates_done": 3, "kl_noise_floor": 0.25}.items()
+
+
+@pytest.mark.parametrize(("precision", "floor"), [("bf16", 0.25), ("fp32", None)])
+def test_the_runs_floor_is_told_in_the_runs_precision_alone(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, floor: float | None
+) -> None:
+    info = make_adapter_info(
+        base_model=str(tiny_pipeline),
+        base_revision=None,
+        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")},
+        sampler=SamplerConfig(num_steps=2),
+        lora=LoraConfig(rank=2),
+        training={"precision": "bf16", "kl_noise_floor": 0.25},
+    )
+    (tmp_path / ADAPTER_FILE).write_text(info.to_json())
+    told: list[float | None] = []
+    monkeypatch.setattr(evaluate, "sample_before_and_after", lambda *_, **__: (None, None))
+    monkeypatch.setattr(evaluate, "report_on", lambda *_, kl_noise_floor, **__: told.append(kl_noise_floor))
+    evaluate_adapter(tmp_path, tmp_path, precision=precision)
+    assert told == [floor]

@@ -184,6 +184,7 @@ def test_ray_knows_the_command_and_its_options(node: Node, metadata: Metadata) -
         ('{"action": "stop"}', 110, 110),
         ('{\n "action" : "terminate",\n "time" : "soon"\n}', 110, 110),
     ],
+    ids=["late", "without a time", "not a time"],
 )
 def test_an_odd_notice_is_passed_on_as_well(node: Node, metadata: Metadata, notice: str, least: int, most: int) -> None:
     metadata.notice = notice

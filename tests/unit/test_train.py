@@ -11,7 +11,7 @@ import pytest
 from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
-from ctrl_ray.planning.preflight import preflight
+from ctrl_ray.planning.preflight import _check_evaluation, preflight
 from ctrl_ray.train import main, parse
 
 
@@ -59,6 +59,12 @@ def test_mistakes_are_named_before_ray_starts(
     """One clear message each."""
     with pytest.raises(error, match=message):
         preflight(dataclasses.replace(config, **changes))
+
+
+def test_an_evaluation_beside_a_run_on_the_cpu_is_on_the_cpu_too() -> None:
+    _check_evaluation(TrainConfig(evaluation=EvaluationConfig(asynchronous=True)))
+    gpu, both = ScalingConfig(use_gpu=True), EvaluationConfig(asynchronous=True, num_gpus=0.2)
+    _check_evaluation(TrainConfig(scaling=gpu, evaluation=both))
 
 
 @pytest.mark.parametrize(

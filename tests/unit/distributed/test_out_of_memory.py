@@ -8,7 +8,7 @@ import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +27,10 @@ from ctrl_ray.driver import stages
 from ctrl_ray.errors import HOPELESS, GpuMemoryError, RewardError, naming_memory
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Effort, gaussian
+from ctrl_ray.planning import planner
+from ctrl_ray.rewards import model
 from ctrl_ray.rewards.actor import RewardActor
+from ctrl_ray.runs.folder import RunFolder
 from tests.analytic import PlainEngine, make_learner
 
 TORCH_SAYS = (
@@ -59,6 +62,10 @@ class _Channel:
         self.put = SimpleNamespace(remote=lambda row: None)
 
 
+def _full(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError(TORCH_SAYS)
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> _Channel:
     """Calls of actors return their value in this process."""
@@ -81,15 +88,25 @@ def _job(config: TrainConfig, channel: _Channel) -> TrainJob:
 
 
 @pytest.mark.parametrize(
-    ("engine", "where"),
-    [(_FullInBackward, "update 3, in the adjoint pass"), (_FullInForward, "update 3, in a rollout")],
+    ("engine", "updates_done", "where"),
+    [
+        (_FullInBackward, 3, "update 3, in the adjoint pass"),
+        (_FullInForward, 3, "update 3, in a rollout"),
+        (_FullInForward, 0, "the evaluation after update 0, in a rollout"),
+        (None, 0, "before the first update"),
+    ],
 )
 def test_a_worker_says_what_it_did_and_is_not_restarted(
-    here: _Channel, monkeypatch: pytest.MonkeyPatch, engine: type[PlainEngine], where: str
+    here: _Channel,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: type[PlainEngine] | None,
+    updates_done: int,
+    where: str,
 ) -> None:
-    learner = _learner(engine)
+    learner = _learner(engine or PlainEngine, every_updates=10)
+    built = (learner, {"updates_done": updates_done})
     monkeypatch.setattr(worker, "set_up_process", lambda config: learner.rank)
-    monkeypatch.setattr(worker, "_build_learner", lambda job, rank: (learner, {"updates_done": 3}))
+    monkeypatch.setattr(worker, "_build_learner", _full if engine is None else lambda job, rank: built)
     with pytest.raises(GpuMemoryError) as caught:
         train_worker(_job(learner.config, here))
     assert str(caught.value) == f"out of GPU memory: {where}: {AMOUNTS}"
@@ -110,11 +127,14 @@ def test_an_asynchronous_evaluation_ends_the_run(
 
 
 def test_a_sampling_task_says_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> Any:
-        raise torch.OutOfMemoryError(TORCH_SAYS)
+    monkeypatch.setattr(sampling, "load_policy", _full)
+    unused: Any = None
+    with pytest.raises(GpuMemoryError, match=r"sampling for an evaluation: torch tried to allocate 2\.00 GiB"):
+        sampling._sample_part(_sampling_job(), unused, "cpu")
 
-    monkeypatch.setattr(sampling, "load_policy", full)
-    job = sampling.SamplingJob(
+
+def _sampling_job() -> sampling.SamplingJob:
+    return sampling.SamplingJob(
         adapter=None,
         base_model="shapes",
         revision=None,
@@ -126,25 +146,21 @@ def test_a_sampling_task_says_what_it_did(monkeypatch: pytest.MonkeyPatch) -> No
         batch_size=1,
         reference=False,
     )
-    unused: Any = None
-    with pytest.raises(GpuMemoryError, match=r"sampling for an evaluation: torch tried to allocate 2\.00 GiB"):
-        sampling._sample_part(job, unused, "cpu")
 
 
-def test_a_reward_actor_says_what_it_was_asked() -> None:
+def test_a_reward_actor_says_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a RewardError, with which the workers would be restarted."""
-
-    class Full:
-        def evaluate(self, *args: Any) -> Any:
-            raise torch.OutOfMemoryError(TORCH_SAYS)
-
     actor = RewardActor.__new__(RewardActor)
-    full: Any = Full()
+    full: Any = SimpleNamespace(evaluate=_full)
     spec: Any = SimpleNamespace(decode_chunk_size=2)
     actor._model, actor._spec = full, spec
     request = (np.zeros((8, 4, 4, 4), np.float32), ("",) * 8, np.zeros((8, 1), np.int64), np.ones((8, 1), np.float32))
     with pytest.raises(GpuMemoryError, match="a reward actor answers evaluate for 8 samples, 2 at a time: torch tried"):
         actor.answer("evaluate", request)
+    monkeypatch.setattr(model, "load_reward_model", _full)
+    actor._model = None
+    with pytest.raises(GpuMemoryError, match="a reward actor loads its model: torch tried"):
+        actor.load()
 
 
 def test_only_a_lack_of_gpu_memory_is_renamed() -> None:
@@ -176,3 +192,44 @@ def test_the_driver_adds_what_the_planner_would_change(monkeypatch: pytest.Monke
         raise behind
     with pytest.raises(RewardError, match="other"), stages._with_remedies(checked):
         raise RewardError("other")
+
+
+def test_training_and_the_samples_around_it_get_the_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise GpuMemoryError("out of GPU memory: here")
+
+    log, unused = SimpleNamespace(close=lambda: None), None
+    for name, stand_in in {
+        "memory_advice": lambda config, controls: "lower it",
+        "RunLog": lambda *_, **__: log,
+        "train_job": lambda *_: unused,
+        "run_training": full,
+        "reference_job": lambda checked: _sampling_job(),
+        "sample_policy": full,
+    }.items():
+        monkeypatch.setattr(stages, name, stand_in)
+    checked: Any = SimpleNamespace(config=TrainConfig(), controls={})
+    trained: Any = SimpleNamespace(updates_done=1, kl_noise_floor=None)
+    folder, rewards = RunFolder(str(tmp_path)), cast(Any, None)
+    with pytest.raises(GpuMemoryError, match=r"here\. lower it$"):
+        stages.fine_tune(checked, folder, rewards, resume=False)
+    with pytest.raises(GpuMemoryError, match=r"here\. lower it$"):
+        stages.evaluate_and_report(checked, folder, rewards, trained, {})
+
+
+@pytest.mark.parametrize(
+    ("fixes", "advice"),
+    [
+        (["this: 3 GiB (fits)", "that: 4 GiB"], "30 of 24 GiB; lower it by one of: this: 3 GiB (fits); that: 4 GiB"),
+        ([], "30 of 24 GiB, and knows no single setting that lowers it; take larger cards"),
+    ],
+)
+def test_the_advice_is_what_lowers_the_count(monkeypatch: pytest.MonkeyPatch, fixes: list[str], advice: str) -> None:
+    for name, value in {
+        "Planner": SimpleNamespace(plan=lambda config: None),
+        "cluster_facts": None,
+        "memory_fit": SimpleNamespace(reason="30 of 24 GiB"),
+        "remedies": fixes,
+    }.items():
+        monkeypatch.setattr(planner, name, lambda *_, value=value: value)
+    assert planner.memory_advice(TrainConfig(), {}) == f"The planner counts {advice}"

@@ -26,9 +26,9 @@ class _Accumulating(PlainEngine):
 
 
 @functools.cache
-def _gradient(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> Tensor:
-    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples of ten steps; groups are
-    compared with each other (reinforce)."""
+def _update(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> tuple[Tensor, float]:
+    """Mean over ranks, as the engine takes it, of the gradient of an update of eight samples of ten steps, and the sum of
+    their parts of the loss; groups are compared with each other (reinforce)."""
     case = dataclasses.replace(gaussian(), effort=Effort(batch_size=8, num_nodes=5))
     case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, sampler=Sampler(num_steps=10)))
     learner, policy = make_learner(case, engine=_Accumulating)
@@ -38,13 +38,19 @@ def _gradient(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> Ten
         group_size=group_size,
         estimator=EstimatorConfig(name="full" if group_size == 1 else "reinforce"),
     )
+    loss = 0.0
     for rank in range(num_ranks):
-        make_method(config).update(
-            dataclasses.replace(learner, config=config, rank=Rank(rank, num_ranks, torch.device("cpu"))), update=3
-        )
+        own = dataclasses.replace(learner, config=config, rank=Rank(rank, num_ranks, torch.device("cpu")))
+        loss += make_method(config).update(own, update=3)["loss"]
     gradient = policy.pushes["first"].grad
     assert gradient is not None
-    return gradient / num_ranks
+    return gradient / num_ranks, loss
+
+
+def _require_the_same(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> None:
+    (whole, loss), (shared, sum_of_losses) = _update(8, 1, group_size), _update(micro_batch_size, num_ranks, group_size)
+    assert (shared - whole).norm() < 1e-5 * whole.norm()
+    assert sum_of_losses == pytest.approx(loss, rel=1e-5), "padding counts for nothing"
 
 
 @pytest.mark.parametrize(
@@ -53,15 +59,13 @@ def _gradient(micro_batch_size: int, num_ranks: int, group_size: int = 1) -> Ten
 def test_shares_that_do_not_divide_have_the_same_gradient(micro_batch_size: int, num_ranks: int) -> None:
     """Eight samples on 1 to 8 ranks, also where the last micro-batch is smaller (3, 3 and 2 samples), and where shares, and
     so the numbers of micro-batches, differ (3 and 5 ranks)."""
-    whole = _gradient(8, 1)
-    assert (_gradient(micro_batch_size, num_ranks) - whole).norm() < 1e-5 * whole.norm()
+    _require_the_same(micro_batch_size, num_ranks)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(4, 2), (2, 3), (4, 3), (2, 4)])
 def test_groups_stay_whole_on_shares_that_do_not_divide(micro_batch_size: int, num_ranks: int) -> None:
     """Four groups of two samples, each of them the other's baseline: a cut one would have another gradient."""
-    whole = _gradient(8, 1, 2)
-    assert (_gradient(micro_batch_size, num_ranks, 2) - whole).norm() < 1e-5 * whole.norm()
+    _require_the_same(micro_batch_size, num_ranks, 2)
 
 
 def test_every_sample_is_somewhere_once() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, RewardPoolConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.driver import stages
 from ctrl_ray.driver.classifier import FitResult
-from ctrl_ray.driver.stages import prepare_classifiers, train_job
+from ctrl_ray.driver.stages import prepare_classifiers, reference_job, rewards_of, train_job
 from ctrl_ray.planning.counts import PolicyCounter, StepBytes
 from ctrl_ray.planning.preflight import CheckedRun, preflight
+from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.runs.folder import RunFolder
 
 
@@ -87,3 +88,21 @@ def test_a_resumed_run_takes_the_classifiers_that_are_there(
     again = prepare_classifiers(checked, folder, None)
     assert fitted == ["colourfulness"]
     assert again.config == first.config and again.controls == first.controls
+
+
+def test_samples_and_rewards_are_made_in_the_runs_precision_and_sizes(
+    checked: CheckedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fitted the machines while training fits them before and after it too."""
+    monkeypatch.setattr(stages, "copies_of", lambda paths: {})
+    config = dataclasses.replace(
+        checked.config,
+        scaling=dataclasses.replace(checked.config.scaling, precision="bf16"),
+        evaluation=dataclasses.replace(checked.config.evaluation, batch_size=16),
+        rewards=RewardPoolConfig(num_actors=0, decode_chunk_size=2),
+    )
+    job = reference_job(dataclasses.replace(checked, config=config))
+    assert (job.precision, job.batch_size) == ("bf16", 16)
+    with rewards_of(config) as spec:
+        assert isinstance(spec, RewardModelSpec)
+        assert (spec.precision, spec.decode_chunk_size) == ("bf16", 2)

@@ -81,6 +81,7 @@ def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path, monk
     monkeypatch.setattr(PolicyCounter, "evaluation", lambda counter, batch: 1)
     checked = preflight(_config(tiny_pipeline), stated=stated_machines("1x4x24GB"))
     assert checked.config.scaling.num_workers == 4 and checked.asked.scaling.num_workers == "auto"
+    assert checked.config.evaluation.batch_size == 16, "128 with guidance would take 25 GiB"
     assert "machines   1 node, 32 CPUs, 4 GPUs of 22.4 GiB" in checked.summary
     assert "flags      to start it" in checked.summary and "--scaling.num-workers 4" in checked.summary
     fixed = dataclasses.replace(checked.config.scaling, num_workers=8)
@@ -95,9 +96,11 @@ def test_stable_diffusion_has_a_plan_for_every_machine(stable_diffusion: Path) -
     config = _config(stable_diffusion)
     planner = Planner(config.controls, load_backbone(str(stable_diffusion)).make_kernel(config.sampler))
     sizes: dict[tuple[str, int], int] = {}
-    for num_actors in (0, 1):
+    with_a_pool = ("1x1x24GB", "4x8x80GB", "3x8x80GB,1x4x80GB")
+    for num_actors, asked in ((0, tuple(CARDS_OF)), (1, with_a_pool)):
         rewards = dataclasses.replace(config.rewards, num_actors=num_actors)
-        for machines, cards in CARDS_OF.items():
+        for machines in asked:
+            cards = CARDS_OF[machines]
             facts = stated_machines(machines)
             decided = decide(dataclasses.replace(config, rewards=rewards), facts, planner.plan, planner.estimate).config
             assert decided.scaling.num_workers == cards

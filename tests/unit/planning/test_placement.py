@@ -15,11 +15,11 @@ GPU_NODE = NodeFacts(64.0, 8.0, None, 80 * 10**9)
 
 
 def _config(num_actors: int = 1, *, asynchronous: float = 0.0, placement: Any = "pack", **scaling: Any) -> TrainConfig:
-    actor = scaling.pop("gpus_per_actor", "auto")
+    actor, most = scaling.pop("gpus_per_actor", "auto"), scaling.pop("max_actors", None)
     return TrainConfig(
         controls={"size": ControlConfig(classes=("a", "b"))},
         global_batch_size=256,
-        rewards=RewardPoolConfig(num_actors=num_actors, gpus_per_actor=actor, placement=placement),
+        rewards=RewardPoolConfig(num_actors=num_actors, max_actors=most, gpus_per_actor=actor, placement=placement),
         evaluation=EvaluationConfig(asynchronous=bool(asynchronous), num_gpus=asynchronous),
         scaling=ScalingConfig(**{"use_gpu": True, "gpus_per_worker": "auto", "num_workers": 2, **scaling}),
     )
@@ -37,6 +37,8 @@ def _shares(config: TrainConfig) -> tuple[float, float]:
         (_config(1), 0.75, 0.25),
         (_config(4), 0.75, 0.0625),
         (_config(3), 0.7501, 0.0833),  # rounded down, so that all three have room
+        (_config(1, max_actors=4), 0.75, 0.0625),  # the pool may grow
+        (_config(1, gpus_per_actor=0.1, max_actors=4), 0.6, 0.1),
         (_config(1, gpus_per_actor=0.4), 0.6, 0.4),
         (_config(2, gpus_per_actor=0.4), 1.0, 0.4),  # both could come to lie on one card, which no worker would have
         (_config(1, gpus_per_actor=1.0), 1.0, 1.0),

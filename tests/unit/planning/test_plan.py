@@ -22,13 +22,16 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.config.json import to_json, train_config_from_json
+from ctrl_ray.diffusion.steps import step_kl
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, stored_elements
+from ctrl_ray.gradients.rollout import policy_step
+from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, _inputs, stored_elements
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, remedies
 from ctrl_ray.planning.live_bytes import LiveBytes
 from ctrl_ray.planning.plan import CallPlan, RunPlan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
+from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -81,6 +84,7 @@ def test_zero_shards_what_it_says() -> None:
         assert plan.prompt_encoder == 700 + 100
         assert plan.latents == 2 * 11 * 2 * 16 * 4  # two micro-batches, T + 1 latents, 2 samples of 16 floats
         assert plan.activations == 120_000
+        assert stage == 3 or plan.communication == (4000 if stage else 0)  # a bucket of what is trained
         assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak, plan.evaluation_peak)
     assert rows[0] == (4000, 0, 4000, 8000)
     assert rows[1] == (4000, 1000, 4000, 2000)
@@ -117,6 +121,37 @@ def test_an_evaluation_is_counted_at_its_own_batch() -> None:
     beside = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, asynchronous=True))
     alone = 36_000 + 4000 + 800 + 4 * 100 + 3 * trajectory + EVALUATION
     assert memory_plan(beside, COUNTS, STEP, EVALUATION).evaluation_peak == alone
+
+
+def test_a_step_of_an_evaluation_is_counted_as_it_is(tiny_pipeline: Path) -> None:
+    """At its own batch, against a real one under the same watch: policy, reference and KL."""
+    config = _config(base_model=str(tiny_pipeline))
+    kernel = load_backbone(str(tiny_pipeline)).make_kernel(config.sampler)
+    counted = PolicyCounter(config, CONTROLS).evaluation(4)
+    policy = build_policy(config, CONTROLS)
+    with torch.no_grad(), LiveBytes() as live:
+        latents, inputs = _inputs(policy, config, 4)
+        for parameter in policy.parameters():
+            live.add(parameter)
+        start = live.restart_peak()
+        steps = (policy_step(policy, kernel, 0, latents, inputs, reference=reference) for reference in (False, True))
+        step_kl(*steps, config.latent_reduction)
+    assert counted == pytest.approx(live.peak - start, rel=0.01)
+
+
+def test_the_planner_counts_an_evaluation_at_its_batch(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def count(counter: PolicyCounter, batch: int) -> int:
+        counted.append(batch)
+        return EVALUATION
+
+    monkeypatch.setattr(PolicyCounter, "step", lambda counter, batch: STEP)
+    monkeypatch.setattr(PolicyCounter, "evaluation", count)
+    config = _config(base_model=str(tiny_pipeline))
+    planner = Planner(CONTROLS, load_backbone(str(tiny_pipeline)).make_kernel(config.sampler))
+    assert planner.plan(config) == planner.estimate(config)
+    assert counted == [4, 4]
 
 
 def test_a_reward_actor_holds_its_decoder_and_a_chunk() -> None:

@@ -98,6 +98,23 @@ def test_small_cotangents_survive_in_fp16(
     assert _error(_gradients(_policy(tiny_pipeline, "fp16", lora), tiny_pipeline, 2), expected) > 0.1
 
 
+def test_every_forward_has_the_scale_of_its_own_cotangent(tiny_pipeline: Path) -> None:
+    """A small cotangent of the next forward, or of the reference's, does not vanish behind a large one."""
+    inputs = Inputs(_condition(tiny_pipeline), LABELS)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradients(precision: Precision) -> list[Tensor]:
+        policy = _policy(tiny_pipeline, precision)
+        found: list[Tensor] = []
+        for reference, magnitude in ((False, 1.0), (True, COTANGENT), (False, COTANGENT)):
+            prediction = policy(latents, torch.tensor(500), inputs, reference=reference).prediction
+            found += torch.autograd.grad(prediction, latents, magnitude * latents.detach())
+        return found
+
+    for got, expected in zip(gradients("fp16"), gradients("fp32"), strict=True):
+        assert _error([got], [expected]) < 0.02
+
+
 def test_the_scale_is_a_power_of_two_that_brings_the_largest_to_one() -> None:
     """3 = 1.5 · 2¹, 1e-7 = 1.68 · 2⁻²⁴, 1e-38 (out of the range of scales), 0, and what is not finite."""
     for values, factor in (

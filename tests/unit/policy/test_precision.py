@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray import cloudpickle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctrl_ray import pipeline
 from ctrl_ray.classifiers import worker
 from ctrl_ray.classifiers.worker import FitJob
 from ctrl_ray.config import LoraConfig, Precision, ScalingConfig, TrainConfig
+from ctrl_ray.distributed import sampling, validation
+from ctrl_ray.distributed import worker as training
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
 from ctrl_ray.policy.protocol import Inputs
+from ctrl_ray.rewards.actor import RewardActor
+from ctrl_ray.rewards.spec import RewardModelSpec
 from tests.policies import make_policy
 
 RANK_2 = LoraConfig(rank=2)
@@ -55,6 +63,47 @@ def test_stage_1_sets_it_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen == ["tf32"]
 
 
+def _stop(*_: Any, **__: Any) -> Any:
+    raise InterruptedError
+
+
+def _start_of(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process of a run in TF32, until it would compute."""
+    config = TrainConfig(scaling=ScalingConfig(precision="tf32"))
+    unused: Any = None
+    job: Any = SimpleNamespace(config=config, precision="tf32")
+    if process == "a training worker":
+        monkeypatch.setattr(training.ray.train, "get_context", _stop)
+        training.set_up_process(config)
+    elif process == "a reward actor":
+        spec = RewardModelSpec(base_model="shapes", classifiers={}, precision="tf32")
+        RewardActor(cloudpickle.dumps((spec, None)))
+    elif process == "a sampling task":
+        monkeypatch.setattr(sampling, "load_policy", _stop)
+        sampling._sample_part(job, unused, "cpu")
+    elif process == "an asynchronous evaluation":
+        checkpoint: Any = SimpleNamespace(as_directory=_stop)
+        validation.validate_checkpoint(checkpoint, job=job)
+    else:
+        loaded = pipeline.ControlledPipeline.__new__(pipeline.ControlledPipeline)
+        loaded._precision, policy = "tf32", SimpleNamespace(to=_stop)
+        loaded.policy = policy  # type: ignore[assignment]
+        loaded.to("cuda")
+
+
+@pytest.mark.parametrize(
+    "process",
+    ["a training worker", "a reward actor", "a sampling task", "an asynchronous evaluation", "a pipeline on a GPU"],
+)
+def test_every_process_sets_it_before_it_computes(
+    process: str, monkeypatch: pytest.MonkeyPatch, default_float32: None
+) -> None:
+    set_float32_precision("fp32")
+    with suppress(InterruptedError):
+        _start_of(process, monkeypatch)
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
 def test_tf32_is_on_or_off_for_all_products(precision: Precision, allowed: bool, default_float32: None) -> None:
     """By torch's older and newer switches, none of which may raise."""
@@ -69,24 +118,44 @@ def test_tf32_is_on_or_off_for_all_products(precision: Precision, allowed: bool,
 
 @pytest.mark.parametrize(("precision", "lora"), [("bf16", RANK_2), ("fp16", RANK_2), ("bf16", None), ("fp16", None)])
 def test_the_last_norm_and_convolution_are_float32(
-    tiny_pipeline: Path, precision: Precision, lora: LoraConfig | None, default_float32: None
+    tiny_pipeline: Path,
+    precision: Precision,
+    lora: LoraConfig | None,
+    default_float32: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a frozen denoiser, of one trained under autocast, and of its reference: by hand from what reaches them."""
     policy = make_policy(tiny_pipeline, {"size": 2}, lora=lora, precision=precision)
     set_float32_precision(precision)
+    conv2d = F.conv2d
     for reference in (False, True):
         unet: Any = policy.reference_denoiser if reference and lora is None else policy.denoiser
         reached: list[Tensor] = []
+        modes: list[str] = []
+        monkeypatch.setattr(F, "conv2d", functools.partial(_noting, modes, conv2d))
         hook = unet.conv_norm_out.register_forward_pre_hook(lambda _, args, seen=reached: seen.append(args[0]))
         with torch.no_grad():
             prediction = policy(*_inputs(tiny_pipeline), reference=reference).prediction
         hook.remove()
         [x] = reached
+        assert modes[-1] == "ieee" and set(modes[:-1]) == {"tf32"}
         norm, conv = unet.conv_norm_out, unet.conv_out
         assert x.dtype in (torch.bfloat16, torch.float16)
         hidden = F.silu(F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps))
         assert torch.equal(prediction, F.conv2d(hidden, conv.weight, conv.bias, padding=conv.padding))
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    assert _conv_mode() == "tf32"
+
+
+def _noting(modes: list[str], conv2d: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A convolution, with the mode of float32 products that it runs in."""
+    modes.append(_conv_mode())
+    output: Tensor = conv2d(*args, **kwargs)
+    return output
+
+
+def _conv_mode() -> str:
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return str(switch.fp32_precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
