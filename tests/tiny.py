@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -26,9 +26,15 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tiny_pipeline(
-    folder: str | Path, *, prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon", seed: int = 0
+    folder: str | Path,
+    *,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon",
+    seed: int = 0,
+    shallow: bool = False,
 ) -> Path:
     """Write a pipeline that `StableDiffusionPipeline.from_pretrained(folder)` loads offline; returns `folder`.
+
+    shallow: a denoiser of one level with one transformer, a third of the modules; ZeRO-3's time goes by their number.
 
     The weights are random but not degenerate: decoded images have contrast and depend on their latents, and the
     denoiser's output depends on latents, timestep and prompt. Same seed, same bytes.
@@ -41,7 +47,7 @@ def make_tiny_pipeline(
             vae=_vae(),
             text_encoder=_text_encoder(tokenizer),
             tokenizer=tokenizer,
-            unet=_unet(),
+            unet=_unet(shallow),
             scheduler=DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,
@@ -114,18 +120,28 @@ def _vae() -> AutoencoderKL:
     return vae.eval()
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(shallow: bool) -> UNet2DConditionModel:
+    levels: dict[str, Any] = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+    }
+    if shallow:
+        levels = {
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "mid_block_type": None,
+            "up_block_types": ("UpBlock2D",),
+            "block_out_channels": (16,),
+        }
     unet = UNet2DConditionModel(
         sample_size=LATENT_SHAPE[-1],
         in_channels=LATENT_SHAPE[0],
         out_channels=LATENT_SHAPE[0],
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
         cross_attention_dim=16,
+        **levels,
     )
     # Fresh cross attention is a whisper; let the prompt count.
     for name, module in unet.named_modules():

@@ -1,4 +1,5 @@
-"""What breaks on clusters, made to happen: a killed worker, a NaN, a full disk, a killed driver."""
+"""What breaks on clusters, made to happen: a killed worker, a full disk, a NaN, a killed driver. Whatever it was, the run ends
+with the adapter and the moments that it would have had."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +33,7 @@ from ctrl_ray.driver.stages import rewards_of, train_job
 from ctrl_ray.errors import CheckpointError, NonFiniteError
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.tracking import read_metrics
+from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalPendingRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.protocol import PendingRewards
@@ -39,10 +42,11 @@ from tests.integration.faulty import Faulty
 from tests.registered import registered_updates
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+ROOT = Path(__file__).resolve().parents[2]
 Rows = list[Row]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(base_config: TrainConfig) -> TrainConfig:
     """Two workers, six updates of two micro-batches, a checkpoint after every second one, evaluated at the end only."""
     return dataclasses.replace(
@@ -54,6 +58,37 @@ def config(base_config: TrainConfig) -> TrainConfig:
         evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
         scaling=dataclasses.replace(base_config.scaling, num_workers=2, cpus_per_worker=0.5, threads_per_worker=1),
     )
+
+
+@pytest.fixture(scope="module")
+def pool(config: TrainConfig) -> Iterator[PooledRewards]:
+    """One for all: it outlives what happens to the workers."""
+    with rewards_of(config) as rewards:
+        assert isinstance(rewards, PooledRewards)
+        yield rewards
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, pool: PooledRewards, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What a run to which nothing happens leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    trained, _ = _train(config, folder, pool)
+    return _left(trained, folder)
+
+
+def _left(trained: TrainingResult, folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors and the last checkpoint's."""
+    tensors: dict[str, Tensor] = {}
+    for file in export_adapter(trained, folder / "adapter").glob("*.safetensors"):
+        tensors |= load_file(file)
+    state, _ = read_checkpoint(_checkpoints(folder)[-1])
+    return tensors | {f"state {key}": value for key, value in state.items()}
+
+
+def _check_equal(left: dict[str, Tensor], whole: dict[str, Tensor], what: str) -> None:
+    assert left.keys() == whole.keys() and len(whole) > 10
+    for key, value in whole.items():
+        assert torch.equal(value, left[key]), f"{key}: {what}"
 
 
 def _train(
@@ -129,50 +164,20 @@ def _fill_once(disk: Path) -> Callable[[PendingRewards], PendingRewards]:
 
 
 @pytest.mark.full
-def test_a_worker_killed_at_a_random_update_changes_no_bit(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_worker_killed_at_a_random_update_changes_no_bit(
+    config: TrainConfig, pool: PooledRewards, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
     """SIGKILL: the run goes on from the last checkpoint by itself, to the very adapter and moments it would have had."""
     rank, request = random.SystemRandom().randrange(2), random.SystemRandom().randrange(2 * config.num_updates)
     print(f"worker {rank} is killed at its request {request}")
     config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=1))
     marker = tmp_path / "it_was_killed"
-    left = []
-    with rewards_of(config) as rewards:
-        for name, client in (("whole", rewards), ("killed", Faulty(rewards, rank, request, _kill_once(marker)))):
-            trained, rows = _train(config, tmp_path / name, client)
-            assert trained.updates_done == config.num_updates
-            adapter = export_adapter(trained, tmp_path / name / "adapter")
-            tensors: dict[str, Tensor] = {}
-            for file in adapter.glob("*.safetensors"):
-                tensors |= load_file(file)
-            state, _ = read_checkpoint(_checkpoints(tmp_path / name)[-1])
-            left.append(tensors | {f"state {key}": value for key, value in state.items()})
-    assert marker.exists()
+    trained, rows = _train(config, tmp_path, Faulty(pool, rank, request, _kill_once(marker)))
+    assert marker.exists() and trained.updates_done == config.num_updates
     fatal = request // 2  # updates done when the worker died
     starts = [row.update for row in rows if isinstance(row, Started)]
     assert starts[0] == 0 and len(starts) == 2 and starts[1] % 2 == 0 and starts[1] <= fatal, (fatal, starts)
-    whole, after = left
-    assert whole.keys() == after.keys() and len(whole) > 10
-    for key, value in whole.items():
-        assert torch.equal(value, after[key]), f"{key}: worker {rank} killed at its request {request}"
-
-
-@pytest.mark.full
-def test_a_nan_in_one_micro_batch_stops_all_workers_before_the_step(config: TrainConfig, tmp_path: Path) -> None:
-    """The error names update, micro-batch and rank; nothing is tried again in vain; the last checkpoint is good."""
-    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=3))
-    updates: list[int] = []
-    with rewards_of(_local(config)) as spec:
-        poisoned = Faulty(spec, rank=1, request=2 * 3 + 1, fault=_poison(tmp_path, 2))
-    with pytest.raises(NonFiniteError, match="update 3, micro-batch 1 on rank 1"):  # updates count from 0 here
-        _train(config, tmp_path, poisoned, updates.append)
-    assert updates == [1, 2, 3]  # the fourth update was not made, and no update was made again
-    (checkpoint,) = _checkpoints(tmp_path)
-    state, progress = read_checkpoint(checkpoint)
-    assert progress["updates_done"] == 2 and int(state["step"]) == 2
-    assert all(bool(torch.isfinite(value).all()) for value in state.values())
-    trained, more = _train(config, tmp_path, spec)
-    assert [row.update for row in more if isinstance(row, Started)] == [2]
-    assert trained.updates_done == 6
+    _check_equal(_left(trained, tmp_path), whole, f"worker {rank} killed at its request {request}")
 
 
 @pytest.fixture
@@ -194,39 +199,55 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.full
-def test_a_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, small_disk: Path) -> None:
-    """A clear error, no half-written checkpoint; with room again the run goes on."""
-    config = dataclasses.replace(_local(config), checkpoint_every_updates=1)
+def test_a_full_disk_and_then_a_nan_leave_the_last_good_checkpoint(
+    config: TrainConfig, pool: PooledRewards, whole: dict[str, Tensor], small_disk: Path
+) -> None:
+    """Clear errors, no half-written checkpoint, nothing tried again in vain; the run goes on each time, to its very end."""
+    config = dataclasses.replace(config, checkpoint_every_updates=1)
+    hopeful = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, max_failures=3))
     filler = small_disk / "filler"
-    with rewards_of(config) as spec:
-        with pytest.raises(CheckpointError, match=r"could not be written to .*[Nn]o space left.*--resume"):
-            _train(config, small_disk, Faulty(spec, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
-        assert filler.exists()
-        good = _checkpoints(small_disk)[-1]
-        state, progress = read_checkpoint(good)
-        assert progress["updates_done"] == int(state["step"]) == 3
-        assert all(bool(torch.isfinite(value).all()) for value in state.values())
-        filler.unlink()
-        trained, rows = _train(config, small_disk, spec)
-    assert [row.update for row in rows if isinstance(row, Started)] == [3]
+    updates: list[int] = []
+    with pytest.raises(CheckpointError, match=r"could not be written to .*[Nn]o space left.*--resume"):
+        _train(config, small_disk, Faulty(pool, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
+    assert filler.exists()
+    _check_last_good(small_disk, 3)
+    filler.unlink()
+
+    # After update 3, so many requests into the next process: the second micro-batch of update 4, which counts from 0.
+    poisoned = Faulty(pool, rank=1, request=2 * 1 + 1, fault=_poison(small_disk, 4))
+    with pytest.raises(NonFiniteError, match="update 4, micro-batch 1 on rank 1"):
+        _train(hopeful, small_disk, poisoned, updates.append)
+    assert updates == [4]  # the next update was not made, and none was made again
+    _check_last_good(small_disk, 4)
+
+    trained, rows = _train(config, small_disk, pool)
+    assert [row.update for row in rows if isinstance(row, Started)] == [4]
     assert trained.updates_done == 6
+    _check_equal(_left(trained, small_disk), whole, "after a full disk and a NaN")
+
+
+def _check_last_good(folder: Path, updates: int) -> None:
+    state, progress = read_checkpoint(_checkpoints(folder)[-1])
+    assert progress["updates_done"] == int(state["step"]) == updates
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 @pytest.mark.full
 def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL of the command: the same command with --resume does the rest."""
+    """SIGKILL of the command on a Ray that goes on: the same command with --resume does the rest."""
     folder = tmp_path / "run"
     file = tmp_path / "config.json"
     file.write_text(to_json(dataclasses.replace(config, output_dir=str(folder))))
     command = [sys.executable, "-m", "ctrl_ray.train", "--config", str(file)]
-    first = subprocess.Popen(command, start_new_session=True)
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, start_new_session=True, env=environment)
     deadline = time.monotonic() + 300
     while not any(row["kind"] == "update" and row["update"] >= 4 for row in _rows(folder)):
         assert first.poll() is None and time.monotonic() < deadline, "the run ended or hangs before its fourth update"
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    subprocess.run([*command, "--resume"], check=True, timeout=300)
+    subprocess.run([*command, "--resume"], check=True, timeout=300, env=environment)
     updates = [row["update"] for row in read_metrics(folder) if row["kind"] == "update"]
     assert updates == [1, 2, 3, 4, 5, 6]
     assert (folder / "adapter" / "adapter.json").is_file() and (folder / "report" / "report.html").is_file()

@@ -31,7 +31,7 @@ from tests.configs import tiny_run
 
 pytestmark = pytest.mark.full
 
-_UPDATES = 60  # with one of a fraction of a second, a stop has time to arrive, on a loaded machine too
+_UPDATES = 40  # of a fraction of a second each: a stop has time to arrive
 _WHICH_PACKAGE = "import ctrl_ray; print('the package is', ctrl_ray.__file__)"
 _WITHOUT_INIT = """
 import sys
@@ -69,11 +69,15 @@ def cluster(bucket: pyarrow.fs.S3FileSystem) -> Iterator[Head]:
         yield head
 
 
-@pytest.fixture(scope="module")
-def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run with its classifier still to be fitted: the whole of the main job."""
+@pytest.fixture
+def config(tiny_pipeline: Path, base_config: TrainConfig) -> TrainConfig:
+    """A run whose classifier is given; a job that fits its own is in tests/multihost."""
     return dataclasses.replace(
-        tiny_run(tiny_pipeline), num_drawn_images=96, num_updates=_UPDATES, checkpoint_every_updates=10, aim=True
+        tiny_run(tiny_pipeline),
+        controls=base_config.controls,
+        num_updates=_UPDATES,
+        checkpoint_every_updates=10,
+        aim=True,
     )
 
 
@@ -106,19 +110,14 @@ def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_
     cluster: Head, bucket: pyarrow.fs.S3FileSystem, config: TrainConfig, tmp_path: Path
 ) -> None:
     """Bitwise, on CPU with a deterministic pool. The stopped one writes to S3, and goes on from what is there alone."""
-    file, given_file = tmp_path / "config.json", tmp_path / "given.json"
+    file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    classifier = tmp_path / "whole" / "classifier" / "jpeg_size"
     with ThreadPoolExecutor(1) as executor:
         uninterrupted = executor.submit(_submit, cluster, file, str(tmp_path / "whole"), name="whole")
-        # the classifier that the whole run has fitted is given to the other, which runs beside it
-        given = dataclasses.replace(config.controls["jpeg_size"], classifier=str(classifier))
-        given_file.write_text(to_json(dataclasses.replace(config, controls={"jpeg_size": given})))
-        _wait(lambda: (tmp_path / "whole" / "metrics.jsonl").exists() or uninterrupted.done())
-        _stop_and_resume(cluster, given_file, "s3://runs/stopped")
+        _stop_and_resume(cluster, bucket, file)
         whole = uninterrupted.result()
     assert "succeeded" in whole, whole
-    ours = [line for line in whole.splitlines() if line.startswith(("update ", "run ", "job ", "classifier of"))]
+    ours = [line for line in whole.splitlines() if line.startswith(("update ", "run ", "job "))]
     assert f"update {_UPDATES}/{_UPDATES} · reward" in whole
     assert not any(_CONTROL_CHARACTER.search(line) for line in ours), ours
     assert re.search(r"^run +whole, written to ", whole, re.M) and re.search(r"^job +whole: ", whole, re.M)
@@ -131,17 +130,17 @@ def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_
     assert all(torch.equal(expected[name], reached[name]) for name in expected)
 
 
-def _stop_and_resume(cluster: Head, file: Path, uri: str) -> None:
+def _stop_and_resume(cluster: Head, bucket: pyarrow.fs.S3FileSystem, file: Path) -> None:
     """The stop leaves a checkpoint and says how to go on; the head's own copy of the run is lost in between."""
+    uri = "s3://runs/stopped"
     copy = RunFolder(uri).local
     shutil.rmtree(copy, ignore_errors=True)  # of a test run that was killed: its rows would be taken for this job's
     _submit(cluster, file, uri, name="stopped", wait=False)
-    _wait_for_update(cluster, copy, 2, "stopped")
-    cluster.ray("job", "stop", "stopped")
+    _wait_for_a_checkpoint(cluster, bucket, "stopped")
+    _stop(cluster, "stopped")
     log = cluster.ray("job", "logs", "stopped").stdout
-    assert "was stopped" in _status(cluster, "stopped"), log
     done = re.search(rf"stopped after update (\d+) of {_UPDATES}; a checkpoint is in \S+\. Go on with .* --resume", log)
-    assert done and 2 <= int(done[1]) < _UPDATES, log
+    assert done and 10 <= int(done[1]) < _UPDATES, log
 
     shutil.rmtree(copy)
 
@@ -152,19 +151,28 @@ def _stop_and_resume(cluster: Head, file: Path, uri: str) -> None:
     assert f"resumed after update {done[1]}" in again and "succeeded" in again, again
 
 
-def _wait_for_update(cluster: Head, folder: Path, update: int, name: str) -> None:
-    """The command that asks for the status takes a core for seconds, so it is asked seldom."""
-    metrics, asked = folder / "metrics.jsonl", time.monotonic()
+def _stop(cluster: Head, name: str) -> None:
+    """What `ray job stop` asks of the head, without its seconds of imports, in which the run might end."""
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    url, headers = f"{cluster.dashboard}/api/jobs/{name}/stop", {"Authorization": f"Bearer {token}"}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="POST"), timeout=20) as answer:
+        assert json.load(answer) == {"stopped": True}
+    _wait(lambda: "was stopped" in _status(cluster, name), 60)
 
-    def reached() -> bool:
+
+def _wait_for_a_checkpoint(cluster: Head, bucket: pyarrow.fs.S3FileSystem, name: str) -> None:
+    """In the bucket: the driver's rows come later, for it has Aim to start first. The command that asks for the status takes
+    a core for seconds, so it is asked seldom."""
+    selector, asked = pyarrow.fs.FileSelector(f"runs/{name}/checkpoints/{name}", allow_not_found=True), time.monotonic()
+
+    def is_there() -> bool:
         nonlocal asked
         if time.monotonic() > asked + 40:
             assert "failed" not in _status(cluster, name), cluster.ray("job", "logs", name).stdout
             asked = time.monotonic()
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        return any(row["kind"] == "update" and row["update"] >= update for row in rows)
+        return any("checkpoint_20" in info.base_name for info in bucket.get_file_info(selector))
 
-    _wait(reached)
+    _wait(is_there)
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
@@ -174,12 +182,20 @@ def _wait(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("token", ["wrong", "none"])
-def test_no_way_in_without_the_token(cluster: Head, token: str, tmp_path: Path) -> None:
-    """The job CLI, the HTTP API and `ray.init` refuse; ours says why and what to do, at once."""
-    (tmp_path / "token").write_text("f" * 64)
+def test_no_way_in_without_the_token(cluster: Head, tmp_path: Path) -> None:
+    """A wrong one and none: the job CLI, the HTTP API and `ray.init` refuse; ours says why and what to do, at once."""
+    with ThreadPoolExecutor(2) as executor:
+        for checked in [
+            executor.submit(_check_no_way_in, cluster, token, tmp_path / token) for token in ("wrong", "none")
+        ]:
+            checked.result()
+
+
+def _check_no_way_in(cluster: Head, token: str, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "token").write_text("f" * 64)
     given = {
-        "wrong": {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+        "wrong": {"RAY_AUTH_TOKEN_PATH": str(folder / "token")},
         "none": {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""},
     }[token]
     submitted = cluster.ray("job", "submit", "--submission-id", f"bad-{token}", "--", "true", **given)
@@ -196,7 +212,7 @@ def test_no_way_in_without_the_token(cluster: Head, token: str, tmp_path: Path) 
     bare = [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", cluster.address]
     with ThreadPoolExecutor(1) as executor:
         init = executor.submit(subprocess.run, bare, env=environment, capture_output=True, text=True, timeout=180)
-        run = _train(tmp_path / "run", environment)
+        run = _train(folder / "run", environment)
         assert init.result().returncode != 0
     assert run.returncode == 1 and "refuses the token" in run.stderr and "RAY_AUTH_TOKEN_PATH" in run.stderr, run.stderr
     assert run.stderr.count("\n") <= 2, "one clear message, no stack"

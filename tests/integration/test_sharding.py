@@ -16,6 +16,7 @@ from ctrl_ray.distributed.learner import Rank
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.policy.build import build_policy
 from tests.integration.sharding import Case, PlainEngine, make_learner, run_cases
+from tests.tiny import make_tiny_pipeline
 
 pytestmark = pytest.mark.full
 
@@ -31,10 +32,10 @@ SGD_CASES = {(False, name): scaling for name, scaling in STAGES.items()} | {
 
 
 @pytest.fixture(scope="module")
-def base_config(tiny_pipeline: Path) -> TrainConfig:
-    """Two controls on the tiny pipeline."""
+def base_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Two controls on a tiny pipeline."""
     return TrainConfig(
-        base_model=str(tiny_pipeline),
+        base_model=str(make_tiny_pipeline(tmp_path_factory.mktemp("pipeline"), shallow=True)),
         global_batch_size=8,
         micro_batch_size_per_worker=2,
         controls={

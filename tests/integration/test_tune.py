@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from ray.util import placement_group_table
 
 import ctrl_ray
@@ -77,13 +78,15 @@ def _updates(trial: Path) -> list[tuple[int, float]]:
 
 def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Path, tmp_path: Path) -> None:
     folder, trials = tmp_path / "sweep", tmp_path / "sweep" / "trials"
+    command = [sys.executable, "-m", "ctrl_ray.tune", str(sweep_file)]
+    groups = set(placement_group_table())
     first = subprocess.Popen(
-        [sys.executable, "-m", "ctrl_ray.tune", str(sweep_file), "--num-samples", "4", "--output-dir", str(folder)],
+        [*command, "--num-samples", "4", "--max-concurrent", "1", "--output-dir", str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
     )
     try:
         _wait(lambda: len(registered_updates(trials / "00003")) >= 2, first)
@@ -97,7 +100,6 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
     finished = (trials / "00000" / "result.json").stat().st_mtime_ns
     before = _updates(trials / "00003")
 
-    groups = set(placement_group_table())
     result = ctrl_ray.sweep(sweep_file, output_dir=str(folder), resume=True, max_concurrent=1)
 
     assert {trial.name: trial.status for trial in result.trials} == {

@@ -139,5 +139,5 @@ def _check_nothing_runs(hosts: Hosts) -> None:
     for host in hosts.values():
         left = eventually(host.processes, lambda lines: not lines, 10)
         assert not left, f"{host.name}: {left}"
-        assert list((host.folder / "tmp").glob("ctrl-ray-*")) == []
+        assert list((host.folder / "tmp").glob("ctrl-ray-[0-9]*")) == []
         assert not (host.folder / "home" / "ray_bootstrap_config.yaml").exists()
