@@ -17,7 +17,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
-from ctrl_ray.wording import duration, floor_note
+from ctrl_ray.wording import duration, floor_note, gap_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,8 @@ def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
         print(
             f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells) + beside
         )
+    if "gap" in summary["after"]:
+        print(f"\nThe policy is {gap_text(summary['after'])}.")
     print(f"\nreport   {summary['report']}\nadapter  {folder / 'adapter'}\ntime     {seconds / 60:.1f} minutes")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def duration(seconds: float) -> str:
     """'45 s', '3 m 05 s' or '2 h 10 m'."""
@@ -32,3 +35,12 @@ def floor_note(noise_floor: float | None) -> str:
 def floor_text(noise_floor: float) -> str:
     """Two digits of a noise floor, in nats."""
     return f"{noise_floor:.0f}" if noise_floor >= 10 else f"{noise_floor:.2g}"
+
+
+def gap_text(certificate: Mapping[str, Any]) -> str:
+    """'n.n ± n.n nats from the best that any sampler can do', and what it rests on; of `certify_evaluation`'s numbers."""
+    gap, error, ess = (certificate[name] for name in ("gap", "gap_standard_error", "ess"))
+    doubt = "; bounds on it would be too wide to say more" if certificate["too_wide"] else ""
+    return (
+        f"{gap:.1f} ± {error:.1f} nats from the best that any sampler can do (effective sample size {ess:.1%}{doubt})"
+    )

@@ -120,6 +120,22 @@ def step_kl(policy: GaussianStep, ref: GaussianStep, latent_reduction: LatentRed
     return flat.sum(1) if latent_reduction == "sum" else flat.mean(1)
 
 
+def step_log_ratio(policy: GaussianStep, ref: GaussianStep, noise: Tensor) -> Tensor:
+    """log policy(x') / ref(x') at x' = mean + std · noise, drawn from the policy, (B,) float64 in nats.
+
+    With a fixed, shared variance it is z · u + ½ ‖u‖², u = (mean − ref_mean) / std: the noise is taken as it was drawn, because
+    the next latents hold it rounded. Its mean over the noise is `step_kl`.
+    """
+    std = ref.std.double()
+    z, push = noise.double(), (policy.mean.double() - ref.mean.double()) / std
+    if policy.std is ref.std:
+        terms = z * push + push**2 / 2
+    else:
+        ratio = policy.std.double() / std
+        terms = ratio * z * push + push**2 / 2 + (ratio**2 - 1) * z**2 / 2 - ratio.log()
+    return terms.flatten(1).sum(1)
+
+
 def gaussian_sample(step: GaussianStep, noise: Tensor) -> Tensor:
     """next_latents = mean + std · noise."""
     return step.mean + step.std * noise

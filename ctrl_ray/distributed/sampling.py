@@ -19,7 +19,7 @@ from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.errors import naming_memory
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
-from ctrl_ray.gradients.rollout import Sampler, keyed_noise, rollout
+from ctrl_ray.gradients.rollout import Sampler, Trajectory, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
@@ -115,13 +115,12 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             reference=job.reference,
             with_kl=job.with_kl,
         )
-        parts.append(_judged(job, batch, trajectory.clean_latents, trajectory.kl_per_step, scorer))
+        parts.append(_judged(job, batch, trajectory, scorer))
     return concatenate(parts)
 
 
-def _judged(
-    job: SamplingJob, batch: Batch, latents: torch.Tensor, kl: torch.Tensor | None, scorer: Any
-) -> EvaluationSamples:
+def _judged(job: SamplingJob, batch: Batch, trajectory: Trajectory, scorer: Any) -> EvaluationSamples:
+    latents, kl, ratio = trajectory.clean_latents, trajectory.kl_per_step, trajectory.log_ratio
     believed = scorer.class_log_probs(latents, batch.prompts)
     per_step = None if kl is None else kl.double().cpu().numpy()
     return EvaluationSamples(
@@ -132,6 +131,7 @@ def _judged(
         class_log_probs={name: believed[name].float().cpu().numpy() for name in job.controls},
         sample_ids=np.array(batch.sample_ids, dtype=np.int64),
         kl_per_step=per_step,
+        log_ratio=None if ratio is None else ratio.cpu().numpy(),
     )
 
 

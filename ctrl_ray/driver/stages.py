@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ctrl_ray.distributed.worker_group import new_channel
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.errors import GpuMemoryError, own_error
+from ctrl_ray.evaluation.certificate import CERTIFICATE_METRICS, certify_evaluation
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
@@ -202,6 +204,10 @@ def evaluate_and_report(
         fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
+    samples_before, samples_after = (evaluations[name].samples for name in ("before", "after"))
+    certificate: dict[str, Any] = {}
+    if config.latent_reduction == "sum":  # a KL that is a mean over dimensions has no such target
+        certificate = certify_evaluation(samples_before, samples_after, config.controls, config.kl_coef)
     with RunTracker(
         folder.local,
         run_name=folder.name,
@@ -210,7 +216,10 @@ def evaluate_and_report(
         aim_repo=config.aim_repo,
         resume_from_update=updates_done,
     ) as tracker:
-        known = {} if floor is None else {"kl_noise_floor": floor}
+        known = {
+            name: certificate[name] for name in CERTIFICATE_METRICS if math.isfinite(certificate.get(name, math.nan))
+        }
+        known |= {} if floor is None else {"kl_noise_floor": floor}
         tracker.log("evaluation", updates_done, {**evaluation_row(evaluations["after"].judged), **known})
         _log_images(tracker, updates_done, config, evaluations)
         page = write_report(
@@ -225,13 +234,14 @@ def evaluate_and_report(
             adapter=str(folder / ADAPTER),
             images_per_class=config.export_images,
             kl_noise_floor=floor,
+            certificate=certificate,
         )
         for name, picture in report_pictures(folder / REPORT).items():
             tracker.log_images(updates_done, name, [picture], [name])
     folder.upload()
     return FinalEvaluation(
         before=evaluations["before"].judged,
-        after=evaluations["after"].judged,
+        after={**evaluations["after"].judged, **certificate},
         samples=evaluations["after"].samples,
         report=page,
         kl_noise_floor=floor,

@@ -90,6 +90,23 @@ METRICS: dict[str, MetricDefinition] = {
     ),
     "belief_gap/*": MetricDefinition("belief gap of this control", "1"),
     "num_samples": MetricDefinition("samples that were judged", "1"),
+    "objective": MetricDefinition(
+        "Σ guidance_strength / kl_coef · log p(y|x,c) minus the log-ratio of the path's densities, policy over pre-trained "
+        "model, mean over samples",
+        "nats",
+        True,
+    ),
+    "log_z": MetricDefinition(
+        "log of the pre-trained samples' mean of Π p(y|x,c)^(guidance_strength / kl_coef), mean over the labels asked for: no "
+        "sampler's objective is above it",
+        "nats",
+    ),
+    "gap": MetricDefinition("log_z - objective: KL divergence of the policy's paths from the target's", "nats", False),
+    "gap_standard_error": MetricDefinition("standard error of gap", "nats", False),
+    "ess": MetricDefinition(
+        "effective sample size of the samples weighted to the target, as a share of their number", "1", True
+    ),
+    "pareto_k": MetricDefinition("shape of the tail of those weights; above 0.7 they cannot be trusted", "1", False),
 }
 """Name (or `NAME/*`, one per control) to definition."""
 

@@ -38,6 +38,9 @@ class EvaluationSamples:
     """(N,) int64: key of the sample's noise. Samples of two policies with the same id and prompt are a pair."""
     kl_per_step: np.ndarray | None = None
     """(N, T) float64 in nats, in sampling order; None where it was not measured."""
+    log_ratio: np.ndarray | None = None
+    """(N,) float64 in nats: log of the policy's density of the path over the pre-trained model's; None where it was not
+    measured."""
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -49,6 +52,8 @@ class EvaluationSamples:
         }
         if self.kl_per_step is not None:
             expected["kl_per_step"] = (self.kl_per_step, np.float64, self.kl_per_step.ndim == 2)
+        if self.log_ratio is not None:
+            expected["log_ratio"] = (self.log_ratio, np.float64, self.log_ratio.ndim == 1)
         for name, (array, dtype, shape_fits) in expected.items():
             if array.dtype != dtype or not shape_fits or len(array) != n:
                 raise DataError(
@@ -74,6 +79,7 @@ class EvaluationSamples:
             class_log_probs={name: values[index] for name, values in self.class_log_probs.items()},
             sample_ids=self.sample_ids[index],
             kl_per_step=None if self.kl_per_step is None else self.kl_per_step[index],
+            log_ratio=None if self.log_ratio is None else self.log_ratio[index],
         )
 
 
@@ -88,6 +94,7 @@ def concatenate(parts: Sequence[EvaluationSamples]) -> EvaluationSamples:
     if not parts:
         raise DataError("no evaluation samples to join; expected at least one batch")
     per_step = [part.kl_per_step for part in parts if part.kl_per_step is not None]
+    ratios = [part.log_ratio for part in parts if part.log_ratio is not None]
     return EvaluationSamples(
         images=np.concatenate([part.images for part in parts]),
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
@@ -98,14 +105,16 @@ def concatenate(parts: Sequence[EvaluationSamples]) -> EvaluationSamples:
         },
         sample_ids=np.concatenate([part.sample_ids for part in parts]),
         kl_per_step=np.concatenate(per_step) if len(per_step) == len(parts) else None,
+        log_ratio=np.concatenate(ratios) if len(ratios) == len(parts) else None,
     )
 
 
 def save_samples(samples: EvaluationSamples, path: str | Path) -> None:
     """Write the samples to one safetensors file (uncompressed; prompts are in its metadata)."""
     tensors = {name: getattr(samples, name) for name in ("images", "labels", "kl", "sample_ids")}
-    if samples.kl_per_step is not None:
-        tensors["kl_per_step"] = samples.kl_per_step
+    for name in ("kl_per_step", "log_ratio"):
+        if (values := getattr(samples, name)) is not None:
+            tensors[name] = values
     tensors |= {_LOG_PROBS + name: values for name, values in samples.class_log_probs.items()}
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)

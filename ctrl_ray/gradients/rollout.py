@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.diffusion.noise import draw_noise
-from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_sample, step_kl
+from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_sample, step_kl, step_log_ratio
 from ctrl_ray.policy.protocol import Inputs, Policy
 from ctrl_ray.rewards.protocol import Rewards
 
@@ -27,6 +27,9 @@ class Trajectory:
     inputs: Inputs
     kl_per_step: Tensor | None = None
     """(B, T) nats, when it was asked for."""
+    log_ratio: Tensor | None = None
+    """log of the policy's density of the path over the reference's, (B,) float64 in nats, where the KL was asked for: what
+    the path's weight for the target takes away from its reward (`evaluation.certificate`)."""
 
     @property
     def clean_latents(self) -> Tensor:
@@ -87,7 +90,8 @@ def rollout(
 
     Steps that the kernel does not let the policy control (no density, or the last `reference_steps`) are taken by the
     reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
-    in nats. on_step(step_index, next_latents) is told each step as it is done. The rewards are not asked.
+    in nats, and the path's log-ratio. on_step(step_index, next_latents) is told each step as it is done. The rewards are
+    not asked.
 
         noise = keyed_noise(seed, update, sample_ids, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, Inputs(encoder.encode(prompts), labels), noise, with_kl=True)
@@ -96,19 +100,23 @@ def rollout(
     latents = noise(0)
     kept = [latents]
     kls = []
+    log_ratio = torch.zeros(len(latents), dtype=torch.float64, device=latents.device) if with_kl else None
     for step_index in range(kernel.num_steps):
         by_reference = reference or not kernel.controlled(step_index)
         step = policy_step(policy, kernel, step_index, latents, inputs, reference=by_reference)
-        if with_kl:
+        z = noise(step_index + 1) if kernel.std(step_index) > 0 else None
+        if log_ratio is not None:
             kls.append(latents.new_zeros(len(latents)))
             if not by_reference:
                 ref = policy_step(policy, kernel, step_index, latents, inputs, reference=True)
                 kls[-1] = step_kl(step, ref, latent_reduction)
-        latents = gaussian_sample(step, noise(step_index + 1)) if kernel.std(step_index) > 0 else step.mean
+                assert z is not None  # the policy takes no step without a density
+                log_ratio += step_log_ratio(step, ref, z)
+        latents = step.mean if z is None else gaussian_sample(step, z)
         kept.append(latents)
         if on_step is not None:
             on_step(step_index, latents)
-    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None)
+    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None, log_ratio)
 
 
 def policy_step(

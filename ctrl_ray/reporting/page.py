@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, definition
-from ctrl_ray.wording import floor_text
+from ctrl_ray.wording import floor_text, gap_text
 
 
 class ReportFigure(NamedTuple):
@@ -65,6 +65,7 @@ def render_page(
         _headline(summary, controls),
         "<h2>Before and after</h2>",
         _metrics_table(summary),
+        _certificate(summary),
         *(_control_section(name, summary) for name in controls),
         _notes(summary),
         "<h2>Pictures</h2>",
@@ -105,7 +106,36 @@ def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig])
             sentence += (
                 f" The policy is {after['kl']:.2f} nats from the pre-trained model{_floor(summary, ' (floor {})')}."
             )
+    if after.get("gap") is not None:
+        sentence += f" It is {gap_text(after)}."
     return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>"
+
+
+def _certificate(summary: Mapping[str, Any]) -> str:
+    """The distance to the target, class by class."""
+    after = summary["after"]
+    rows = [("all", after)] if after.get("gap") is not None else []
+    rows += [
+        (name.removeprefix("certificate/"), part) for name, part in after.items() if name.startswith("certificate/")
+    ]
+    if not rows:
+        return ""
+    head = ["", "objective / nats", "log Z / nats", "gap / nats", "effective sample size", "Pareto k"]
+    cells = [
+        (
+            text(name.replace("/", ", class ")),
+            *(f"{part[key]:.2f}" for key in ("objective", "log_z")),
+            f"{part['gap']:.2f}{_plus_minus(part['gap_standard_error'])}",
+            f"{part['ess']:.1%}",
+            "not known" if part["pareto_k"] is None else f"{part['pareto_k']:.2f}",
+        )
+        for name, part in rows
+    ]
+    note = (
+        "The gap is log Z minus the objective: the KL divergence of the sampler's paths from those of the target, which no "
+        "training makes negative. log Z comes from the samples before, pooled over prompts."
+    )
+    return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>"
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> str:

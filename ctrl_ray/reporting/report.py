@@ -47,6 +47,7 @@ def write_report(
     adapter: str = "RUN/adapter",
     images_per_class: int = _COLUMNS,
     kl_noise_floor: float | None = None,
+    certificate: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `summary.json`, the PNGs and `report.html` into `folder`, and return the page's path.
 
@@ -62,10 +63,11 @@ def write_report(
         adapter: Where the adapter lies, for the command that samples from it.
         images_per_class: Samples shown of each class.
         kl_noise_floor: Below which a KL cannot be told from rounding, in nats; shown beside the KL.
+        certificate: `certify_evaluation` of the two; becomes part of the summary's `after`.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    summary = make_summary(before, after, kl_noise_floor)
+    summary = make_summary(before, after, kl_noise_floor, certificate)
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class)
     pictures += [
@@ -91,7 +93,12 @@ def report_pictures(folder: str | Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(folder).glob("*.png"))}
 
 
-def make_summary(before: Evaluation | None, after: Evaluation, kl_noise_floor: float | None = None) -> dict[str, Any]:
+def make_summary(
+    before: Evaluation | None,
+    after: Evaluation,
+    kl_noise_floor: float | None = None,
+    certificate: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ...} of finite numbers
     or null; the first, the third and the last where they are known.
 
@@ -99,7 +106,7 @@ def make_summary(before: Evaluation | None, after: Evaluation, kl_noise_floor: f
     ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
     """
     summary: dict[str, Any] = {} if before is None else {"before": summary_of(before.judged)}
-    summary["after"] = summary_of(after.judged)
+    summary["after"] = {**summary_of(after.judged), **(certificate or {})}
     if before is not None:
         summary["changes"] = _changes(before, after)
     if kl_noise_floor is not None:

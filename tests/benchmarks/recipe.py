@@ -1,12 +1,8 @@
 """How near to its target a recipe comes, in one process: `python -m tests.benchmarks.recipe`.
 
-Each recipe trains `shapes` for so many CPU seconds (of one thread, updates only) and is then judged on samples of its own:
-
-    gap = log Z − J,   log Z(y) = log E_pre[p̂(y|x_0)^λ],   J = E[log w],
-    log w = λ log p̂(y|x_0) − Σ_k (z_k · u_k + ½ ‖u_k‖²),   u_k = (policy's mean − reference's mean) / std_k
-
-with λ = guidance_strength / kl_coef: the distance KL(policy's paths ‖ target's paths) in nats, 0 for an exact sampler. log Z
-is estimated once, from samples of the pre-trained model, and shared by all recipes.
+Each recipe trains `shapes` for so many CPU seconds (of one thread, updates only) and is then judged on samples of its own by
+the gap of `ctrl_ray.evaluation.certificate`: KL(policy's paths ‖ target's paths) in nats, 0 for an exact sampler. log Z is
+estimated once, from samples of the pre-trained model, and shared by all recipes.
 
 A recipe is a `Method` and a config. `today()` is the recipe of the main job as it stood when this benchmark was written, its
 settings written out, so that it stays what it was when the preset moves.
@@ -42,8 +38,9 @@ from ctrl_ray.distributed.engine import learning_rate_factor, make_optimizer
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method
 from ctrl_ray.distributed.update import CTRL
+from ctrl_ray.evaluation.certificate import Paths, certify, log_mean_weight
 from ctrl_ray.evaluation.judging import oracle_labels
-from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
+from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -171,8 +168,8 @@ def _batches(learner: Learner, first: int, num_samples: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def log_z(learner: Learner, num_samples: int) -> tuple[Tensor, Tensor]:
-    """(log Z, its standard error) of each class, (K,) each, from samples of the pre-trained model, pooled over prompts."""
+def pre_trained_tilts(learner: Learner, num_samples: int) -> np.ndarray:
+    """(n, K): λ log p̂ of every class, of samples of the pre-trained model, which all recipes share."""
     found = []
     for batch in _batches(learner, _PRE_TRAINED_IDS, num_samples):
         shape, steps = learner.engine.latent_shape, learner.kernel.num_steps
@@ -180,10 +177,8 @@ def log_z(learner: Learner, num_samples: int) -> tuple[Tensor, Tensor]:
         inputs = Inputs(learner.encoder.encode(batch.prompts), batch.labels, Guidance.of(learner.config.sampler))
         trajectory = rollout(learner.engine, learner.kernel, inputs, noise, reference=True)
         found.append(learner.rewards.class_log_probs(trajectory.clean_latents, batch.prompts)[CONTROL])
-    weights = _exponent(learner) * torch.cat(found).double()
-    value = torch.logsumexp(weights, 0) - math.log(len(weights))
-    ess = (2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0)).exp()
-    return value, (1 / ess - 1 / len(weights)).clamp_min(0).sqrt()
+    tilts: np.ndarray = _exponent(learner) * torch.cat(found).double().numpy()
+    return tilts
 
 
 @dataclass(frozen=True)
@@ -201,43 +196,31 @@ class Judged:
 
 
 @torch.no_grad()
-def judge_recipe(learner: Learner, z: tuple[Tensor, Tensor], num_samples: int) -> Judged:
-    """Sample the trained policy (the same noise every time) and measure its distance from log Z."""
+def judge_recipe(learner: Learner, tilts: np.ndarray, num_samples: int) -> Judged:
+    """Sample the trained policy (the same noise every time) and certify every class."""
     control = learner.config.controls[CONTROL]
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for batch in _batches(learner, _TUNED_IDS, num_samples):
-        trajectory = learner.roll_out(batch, _TUNED_SEED, 0)
-        shape, steps = learner.engine.latent_shape, learner.kernel.num_steps
-        noise = keyed_noise(_TUNED_SEED, 0, batch.sample_ids, shape, steps)
-        log_ratio, kl = torch.zeros(len(batch)).double(), torch.zeros(len(batch)).double()
-        for k in range(steps):
-            if not learner.kernel.controlled(k):
-                continue
-            policy, reference = (
-                policy_step(learner.engine, learner.kernel, k, trajectory.latents[k], trajectory.inputs, reference=by)
-                for by in (False, True)
-            )
-            push = ((policy.mean - reference.mean) / reference.std).double().flatten(1)
-            kl += 0.5 * push.square().sum(1)
-            log_ratio += (noise(k + 1).double().flatten(1) * push + 0.5 * push.square()).sum(1)
+        trajectory = learner.roll_out(batch, _TUNED_SEED, 0, with_kl=True)
+        assert trajectory.log_ratio is not None and trajectory.kl_per_step is not None
         log_prob = learner.submit(batch, trajectory.clean_latents).result().log_probs[:, 0].double()
         true = oracle_labels(CONTROL, control, learner.rewards.decode(trajectory.clean_latents).numpy()).classes
-        labels = batch.labels[:, 0]
-        parts.append((labels, _exponent(learner) * log_prob - log_ratio, kl, torch.from_numpy(true) == labels))
-    labels, log_weights, kl, right = (torch.cat(column) for column in zip(*parts, strict=True))
-    gaps, errors, ess = [], [], []
-    for label, (value, error) in enumerate(zip(*z, strict=True)):
-        mine = log_weights[labels == label]
-        gaps.append(float(value - mine.mean()))
-        errors.append(math.hypot(float(error), float(mine.std()) / math.sqrt(len(mine))))
-        ess.append(float((2 * torch.logsumexp(mine, 0) - torch.logsumexp(2 * mine, 0)).exp()) / len(mine))
+        labels, kl = batch.labels[:, 0], trajectory.kl_per_step.double().sum(1)
+        right = torch.from_numpy(true) == labels
+        parts.append((labels, _exponent(learner) * log_prob, trajectory.log_ratio, kl, right))
+    labels, ours, log_ratios, kl, right = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    certificates = [
+        certify(Paths(ours[labels == label], log_ratios[labels == label]), Paths(tilts[:, label], None))
+        for label in range(control.num_classes)
+    ]
     return Judged(
-        gap=float(np.mean(gaps)),
-        standard_error=math.sqrt(sum(e * e for e in errors)) / len(errors),
-        gaps=tuple(gaps),
-        ess=tuple(ess),
+        gap=float(np.mean([certificate.gap.value for certificate in certificates])),
+        standard_error=math.hypot(*(certificate.gap.standard_error for certificate in certificates))
+        / len(certificates),
+        gaps=tuple(certificate.gap.value for certificate in certificates),
+        ess=tuple(certificate.ess for certificate in certificates),
         kl=float(kl.mean()),
-        accuracy=float(right.double().mean()),
+        accuracy=float(right.mean()),
     )
 
 
@@ -277,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     recipes = [today]
     rewards = shared_rewards(today().config)
-    z = log_z(make_learner(today().config, rewards), arguments.pre_trained_samples)
-    print("log Z  " + ", ".join(f"{v:.2f} ± {e:.2f}" for v, e in zip(*(part.tolist() for part in z), strict=True)))
+    tilts = pre_trained_tilts(make_learner(today().config, rewards), arguments.pre_trained_samples)
+    print("log Z  " + ", ".join("{:.2f} ± {:.2f}".format(*log_mean_weight(column)) for column in tilts.T))
     rows = []
     for seed in arguments.seeds:
         for make in recipes:  # in turns, so that a machine that slows down slows all of them
@@ -286,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(recipe.config, num_updates=arguments.num_updates)
             learner = make_learner(config, rewards)
             spent, updates = train_recipe(recipe, learner, arguments.cpu_s)
-            judged = judge_recipe(learner, z, arguments.samples)
+            judged = judge_recipe(learner, tilts, arguments.samples)
             rows.append(
                 f"{recipe.name:<12}{seed:>5}{spent:>8.0f}{updates * config.global_batch_size:>13}"
                 f"{judged.gap:>8.2f} ± {judged.standard_error:<6.2f}{judged.kl:>6.2f}{judged.accuracy:>10.3f}   "

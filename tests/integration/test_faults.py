@@ -37,12 +37,12 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalPendingRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.protocol import PendingRewards
+from tests.clusters import ROOT
 from tests.integration.elastic import read_rows
 from tests.integration.faulty import Faulty
 from tests.registered import registered_updates
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-ROOT = Path(__file__).resolve().parents[2]
 Rows = list[Row]
 
 
@@ -78,15 +78,17 @@ def whole(config: TrainConfig, pool: PooledRewards, tmp_path_factory: pytest.Tem
 
 def _left(trained: TrainingResult, folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors and the last checkpoint's."""
-    tensors: dict[str, Tensor] = {}
-    for file in export_adapter(trained, folder / "adapter").glob("*.safetensors"):
-        tensors |= load_file(file)
     state, _ = read_checkpoint(_checkpoints(folder)[-1])
-    return tensors | {f"state {key}": value for key, value in state.items()}
+    adapter = _tensors(export_adapter(trained, folder / "adapter"))
+    return adapter | {f"state {key}": value for key, value in state.items()}
+
+
+def _tensors(adapter: Path) -> dict[str, Tensor]:
+    return {name: value for file in adapter.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def _check_equal(left: dict[str, Tensor], whole: dict[str, Tensor], what: str) -> None:
-    assert left.keys() == whole.keys() and len(whole) > 10
+    assert left.keys() == whole.keys() and len(whole) > 5
     for key, value in whole.items():
         assert torch.equal(value, left[key]), f"{key}: {what}"
 
@@ -233,7 +235,7 @@ def _check_last_good(folder: Path, updates: int) -> None:
 
 
 @pytest.mark.full
-def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_killed_driver_is_resumed(config: TrainConfig, whole: dict[str, Tensor], tmp_path: Path) -> None:
     """SIGKILL of the command on a Ray that goes on: the same command with --resume does the rest."""
     folder = tmp_path / "run"
     file = tmp_path / "config.json"
@@ -250,6 +252,8 @@ def test_a_killed_driver_is_resumed(config: TrainConfig, tmp_path: Path) -> None
     subprocess.run([*command, "--resume"], check=True, timeout=300, env=environment)
     updates = [row["update"] for row in read_metrics(folder) if row["kind"] == "update"]
     assert updates == [1, 2, 3, 4, 5, 6]
+    adapter = _tensors(folder / "adapter")
+    _check_equal(adapter, {name: value for name, value in whole.items() if name in adapter}, "after a killed driver")
     assert (folder / "adapter" / "adapter.json").is_file() and (folder / "report" / "report.html").is_file()
 
 

@@ -130,10 +130,14 @@ def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:
         assert summary[when]["num_samples"] == 8
     assert summary["before"]["kl"] == 0
     assert summary["after"]["kl"] > 0
+    after = summary["after"]
+    assert after["gap"] == pytest.approx(after["log_z"] - after["objective"]) and after["gap_standard_error"] > 0
+    assert 0 < after["ess"] <= 1 and after["bounds"][0] >= after["objective"] - 1e-9
     rows = read_metrics(finished.folder)
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [row["update"] for row in evaluations] == [0, 3, 6, 6]
+    assert evaluations[-1]["gap"] == after["gap"]
     assert evaluations[0]["kl"] == 0  # policy = reference before the first update
     moved = _adapter(finished)["jpeg_size"]
     assert moved[:-1].abs().max() > 0

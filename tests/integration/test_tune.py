@@ -21,11 +21,11 @@ from ctrl_ray.config import EvaluationConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.tuning.trial import seconds_before
+from tests.clusters import ROOT
 from tests.registered import registered_updates
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).resolve().parents[2]
 STRENGTH = "controls.jpeg_size.guidance_strength"
 SWEEP_FILE = f'''
 from ray import tune

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.judging import judge
+from ctrl_ray.evaluation.metric_names import definition
 from ctrl_ray.reporting.report import Evaluation, make_summary, write_report
 from ctrl_ray.reporting.sample_grid import thumbnail
 from tests.pictures import dots, heights, line, recorded, texts
@@ -16,6 +17,19 @@ from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
 
 CONTROLS = {"light": CONTROL}
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1]
+NUMBERS = {"objective": -4.5, "log_z": -1.5, "gap": 3.0, "gap_standard_error": 0.21, "ess": 0.034, "pareto_k": 1.2}
+CERTIFICATE = {
+    **NUMBERS,
+    "bounds": [-2.5, None],
+    "too_wide": True,
+    "certificate/light/dark": {
+        **NUMBERS,
+        "gap": 2.25,
+        "pareto_k": float("nan"),
+        "bounds": [-2.0, None],
+        "too_wide": True,
+    },
+}
 
 
 def _evaluation(values, by):
@@ -48,6 +62,7 @@ def written(tmp_path_factory):
             classifier_figures={"Reliability of <light>": reliability},
             facts={"wall-clock time": "7 min"},
             kl_noise_floor=0.00617,
+            certificate=CERTIFICATE,
         )
     return page, figures
 
@@ -79,6 +94,23 @@ def test_the_floor_of_the_kl_is_beside_it(report):
     assert re.search(r"The policy is [\d.]+ nats from the pre-trained model \(floor 0\.0062\)\.", page)
     assert "<td>KL / nats (floor 0.0062)</td>" in page and "below its floor, 0.0062 nats, cannot" in page
     assert json.loads((report.parent / "summary.json").read_text())["kl_noise_floor"] == 0.00617
+
+
+def test_the_distance_to_the_target_is_told_in_words_and_by_class(report):
+    """And stands among the numbers after; a number that is not known is null."""
+    page = report.read_text(encoding="utf-8")
+    assert (
+        "It is 3.0 ± 0.2 nats from the best that any sampler can do (effective sample size 3.4%; bounds on it would be too wide"
+        in page
+    )
+    rows = re.findall(r"<tr><td>(all|light, class dark)</td>(.*?)</tr>", page)
+    cells = {name: re.sub(r"<[^>]*>", " ", row).split() for name, row in rows}
+    assert cells["all"] == ["-4.50", "-1.50", "3.00", "±", "0.210", "3.4%", "1.20"]
+    assert cells["light, class dark"][2] == "2.25" and cells["light, class dark"][-2:] == ["not", "known"]
+    after = json.loads((report.parent / "summary.json").read_text())["after"]
+    assert after["gap"] == 3.0 and after["bounds"] == [-2.5, None]
+    assert after["certificate/light/dark"]["pareto_k"] is None
+    assert all(definition(name).meaning for name in NUMBERS)
 
 
 def test_page_needs_nothing_from_outside_and_escapes_text(report):
