@@ -65,7 +65,7 @@ def sweep_file(base_config: TrainConfig, tmp_path: Path) -> Path:
     return tmp_path / "mine.py"
 
 
-def _wait(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 300.0) -> None:
+def _wait(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 600.0) -> None:
     limit = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None and time.monotonic() < limit, "the sweep ended before it could be killed"
@@ -76,6 +76,7 @@ def _updates(trial: Path) -> list[tuple[int, float]]:
     return [(row["update"], row["time"]) for row in read_metrics(trial) if row["kind"] == "update"]
 
 
+@pytest.mark.timeout(1200)  # minutes, and several times as many on a busy machine
 def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Path, tmp_path: Path) -> None:
     folder, trials = tmp_path / "sweep", tmp_path / "sweep" / "trials"
     command = [sys.executable, "-m", "ctrl_ray.tune", str(sweep_file)]
