@@ -99,7 +99,8 @@ def _controls(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def plot_kl_against_accuracy(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Accuracy over KL, one point for each evaluation of the run, with its update; None with no such evaluation."""
+    """Accuracy over KL, one point for each evaluation of the run, with its update (the report's own, of the same update as the
+    one before it: "final"); None with no such evaluation."""
     points = [
         (row["kl"], row["accuracy"], row["update"])
         for row in rows
@@ -112,8 +113,10 @@ def plot_kl_against_accuracy(path: Path, rows: Sequence[Mapping[str, Any]]) -> P
         axis = figure.subplots()
         axis.plot(kl, accuracy, color=AFTER, marker="o", markersize=5, linewidth=1.2)
         for index in np.unique(np.linspace(0, len(kl) - 1, min(len(kl), 10)).round().astype(int)):
-            text = f"{'update ' if index == 0 else ''}{updates[index]:.0f}"
-            axis.annotate(text, (kl[index], accuracy[index]), xytext=(4, -11), textcoords="offset points", fontsize=7.5)
+            final = index > 0 and updates[index] == updates[index - 1]
+            text = "final" if final else f"{'update ' if index == 0 else ''}{updates[index]:.0f}"
+            place = (-4, 5) if final else (4, -11)  # they lie close together
+            axis.annotate(text, (kl[index], accuracy[index]), xytext=place, textcoords="offset points", fontsize=7.5)
         axis.set_xlabel("KL to the pre-trained model / nats")
         axis.set_ylabel("accuracy (true class)")
         axis.set_ylim(0, 1.02)

@@ -48,6 +48,7 @@ def written(tmp_path_factory):
         {"kind": "update", "update": 1, "time": 0.0, "reward": -1.0, "kl": 0.1, "update_s": 2.0},
         {"kind": "evaluation", "update": 1, "time": 1.0, "accuracy": 0.5, "kl": 0.2},
         {"kind": "evaluation", "update": 2, "time": 1.0, "accuracy": 0.75, "kl": 0.9},
+        {"kind": "evaluation", "update": 2, "time": 2.0, "accuracy": 0.8, "kl": 1.0},  # the report's own
     ]
     reliability = folder / "reliability.png"
     Image.new("RGB", (8, 8)).save(reliability)
@@ -145,11 +146,11 @@ def test_curves_are_the_rows_of_the_run(drawn):
     reward, kl, accuracy = drawn["curves.png"].axes
     assert line(reward, "training batch").tolist() == [[1, -1.0]]
     assert line(kl, "training batch").tolist() == [[1, 0.1]]
-    assert line(kl, "evaluation").tolist() == [[1, 0.2], [2, 0.9]]
-    assert line(accuracy, "evaluation").tolist() == [[1, 0.5], [2, 0.75]]
+    assert line(kl, "evaluation").tolist() == [[1, 0.2], [2, 0.9], [2, 1.0]]
+    assert line(accuracy, "evaluation").tolist() == [[1, 0.5], [2, 0.75], [2, 0.8]]
     [axis] = drawn["kl_against_accuracy.png"].axes
-    assert axis.lines[0].get_xydata().tolist() == [[0.2, 0.5], [0.9, 0.75]]
-    assert texts(axis) == ["update 1", "2"]
+    assert axis.lines[0].get_xydata().tolist() == [[0.2, 0.5], [0.9, 0.75], [1.0, 0.8]]
+    assert texts(axis) == ["update 1", "2", "final"]
     [axis] = drawn["kl_per_step.png"].axes
     assert heights(axis) == [0.25] * 4 and "1.00 nats in all" in axis.get_title(loc="left")
 
