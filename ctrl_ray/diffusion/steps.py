@@ -127,12 +127,8 @@ def step_log_ratio(policy: GaussianStep, ref: GaussianStep, noise: Tensor) -> Te
     the next latents hold it rounded. Its mean over the noise is `step_kl`.
     """
     std = ref.std.double()
-    z, push = noise.double(), (policy.mean.double() - ref.mean.double()) / std
-    if policy.std is ref.std:
-        terms = z * push + push**2 / 2
-    else:
-        ratio = policy.std.double() / std
-        terms = ratio * z * push + push**2 / 2 + (ratio**2 - 1) * z**2 / 2 - ratio.log()
+    z, push, ratio = noise.double(), (policy.mean.double() - ref.mean.double()) / std, policy.std.double() / std
+    terms = ratio * z * push + push**2 / 2 + (ratio**2 - 1) * z**2 / 2 - ratio.log()
     return terms.flatten(1).sum(1)
 
 

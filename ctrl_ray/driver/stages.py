@@ -204,10 +204,7 @@ def evaluate_and_report(
         fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
-    samples_before, samples_after = (evaluations[name].samples for name in ("before", "after"))
-    certificate: dict[str, Any] = {}
-    if config.latent_reduction == "sum":  # a KL that is a mean over dimensions has no such target
-        certificate = certify_evaluation(samples_before, samples_after, config.controls, config.kl_coef)
+    certificate = _certificate(config, evaluations)
     with RunTracker(
         folder.local,
         run_name=folder.name,
@@ -246,6 +243,13 @@ def evaluate_and_report(
         report=page,
         kl_noise_floor=floor,
     )
+
+
+def _certificate(config: TrainConfig, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    if config.latent_reduction == "mean":
+        return {}  # a KL that is a mean over dimensions has no such target
+    before, after = (evaluations[name].samples for name in ("before", "after"))
+    return certify_evaluation(before, after, config.controls, config.kl_coef)
 
 
 def _reliability(config: TrainConfig) -> dict[str, Path]:

@@ -188,9 +188,11 @@ def label_targets(
         class_log_probs: Control to (m, K), of samples of the pre-trained model.
     """
     combinations, targets = np.unique(labels, axis=0, return_inverse=True)
-    padded = {name: np.pad(values.astype(np.float64), ((0, 0), (0, 1))) for name, values in class_log_probs.items()}
+    log_probs = {name: _with_null(values) for name, values in class_log_probs.items()}
     log_tilts = [
-        sum(exponent * padded[name][:, label] for (name, exponent), label in zip(exponents.items(), row, strict=True))
+        sum(
+            exponent * log_probs[name][:, label] for (name, exponent), label in zip(exponents.items(), row, strict=True)
+        )
         for row in combinations
     ]
     return targets.reshape(-1), np.stack([np.asarray(column) for column in log_tilts])
@@ -213,8 +215,8 @@ def certify_evaluation(
     exponents = {name: control.guidance_strength / kl_coef for name, control in controls.items()}
     log_weights = -after.log_ratio
     for column, (name, exponent) in enumerate(exponents.items()):
-        padded = np.pad(after.class_log_probs[name].astype(np.float64), ((0, 0), (0, 1)))
-        log_weights = log_weights + exponent * padded[np.arange(len(after)), after.labels[:, column]]
+        log_probs = _with_null(after.class_log_probs[name])
+        log_weights = log_weights + exponent * log_probs[np.arange(len(after)), after.labels[:, column]]
 
     def certified(rows: np.ndarray) -> dict[str, Any]:
         targets, log_tilts = label_targets(after.labels[rows], exponents, before.class_log_probs)
@@ -229,6 +231,11 @@ def certify_evaluation(
             if rows.sum() > 1:
                 found[f"certificate/{name}/{class_name}"] = certified(rows)
     return found
+
+
+def _with_null(class_log_probs: np.ndarray) -> np.ndarray:
+    """(n, K + 1) float64: the null label asks for nothing, so its log-probability counts as 0."""
+    return np.pad(class_log_probs.astype(np.float64), ((0, 0), (0, 1)))
 
 
 def _summary(certificate: Certificate) -> dict[str, Any]:

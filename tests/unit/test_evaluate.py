@@ -26,6 +26,21 @@ from ctrl_ray.evaluate import evaluate_adapter, sample_before_and_after
 from ctrl_ray.planning.preflight import _adapter_info
 from ctrl_ray.policy.adapter import ADAPTER_FILE, make_adapter_info
 
+CONTROLS = {"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")}
+
+
+def _write_adapter(folder: Path, pipeline: Path, training: dict[str, Any]) -> None:
+    """What says which run made it."""
+    info = make_adapter_info(
+        base_model=str(pipeline),
+        base_revision=None,
+        controls=CONTROLS,
+        sampler=SamplerConfig(num_steps=2),
+        lora=LoraConfig(rank=2),
+        training=training,
+    )
+    (folder / ADAPTER_FILE).write_text(info.to_json())
+
 
 @pytest.mark.parametrize(
     ("training", "batch_size", "expected"),
@@ -45,16 +60,7 @@ def test_precision_and_sizes_are_those_of_the_run(
     expected: tuple[str, int, int],
 ) -> None:
     """Of a run that fitted a GPU of 24 GB."""
-    control = ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")
-    info = make_adapter_info(
-        base_model=str(tiny_pipeline),
-        base_revision=None,
-        controls={"jpeg_size": control},
-        sampler=SamplerConfig(num_steps=2),
-        lora=LoraConfig(rank=2),
-        training=training,
-    )
-    (tmp_path / ADAPTER_FILE).write_text(info.to_json())
+    _write_adapter(tmp_path, tiny_pipeline, training)
     asked: list[tuple[str, int, int]] = []
 
     def sample_policy(job: Any, rewards: Any, scaling: Any) -> None:
@@ -74,7 +80,7 @@ def test_an_adapter_says_what_fitted_its_run(tiny_pipeline: Path) -> None:
     """From the config to the checkpoint's adapter.json, with how far the training is."""
     config = TrainConfig(
         base_model=str(tiny_pipeline),
-        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")},
+        controls=CONTROLS,
         scaling=ScalingConfig(precision="bf16"),
         evaluation=EvaluationConfig(batch_size=16),
         rewards=RewardPoolConfig(decode_chunk_size=2),
@@ -91,15 +97,7 @@ def test_an_adapter_says_what_fitted_its_run(tiny_pipeline: Path) -> None:
 def test_the_runs_floor_is_told_in_the_runs_precision_alone(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, floor: float | None
 ) -> None:
-    info = make_adapter_info(
-        base_model=str(tiny_pipeline),
-        base_revision=None,
-        controls={"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")},
-        sampler=SamplerConfig(num_steps=2),
-        lora=LoraConfig(rank=2),
-        training={"precision": "bf16", "kl_noise_floor": 0.25},
-    )
-    (tmp_path / ADAPTER_FILE).write_text(info.to_json())
+    _write_adapter(tmp_path, tiny_pipeline, {"precision": "bf16", "kl_noise_floor": 0.25})
     told: list[float | None] = []
     monkeypatch.setattr(evaluate, "sample_before_and_after", lambda *_, **__: (None, None))
     monkeypatch.setattr(evaluate, "report_on", lambda *_, kl_noise_floor, **__: told.append(kl_noise_floor))
