@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ class Hosts(Mapping[str, Host]):
         self._stack = contextlib.ExitStack()
         self._hosts: dict[str, Host] = {}
         self._namespaces: set[str] = set()
-        self._before = _outside()
+        self._before = _outside(folder)
 
     def __getitem__(self, name: str) -> Host:
         return self._hosts[name]
@@ -184,8 +185,8 @@ class Hosts(Mapping[str, Host]):
                 for kind in _NAMESPACES
                 if _namespace(pid, kind) in self._namespaces
             ]
-            left += [f"new: {thing}" for thing in sorted(_outside() - self._before)]
-            left += [f"gone: {thing}" for thing in sorted(self._before - _outside())]
+            left += [f"new: {thing}" for thing in sorted(_outside(self.folder) - self._before)]
+            left += [f"gone: {thing}" for thing in sorted(self._before - _outside(self.folder))]
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(0.1)
@@ -281,11 +282,16 @@ def _read(file: Path) -> str:
     return ""
 
 
-def _outside() -> set[str]:
+def _outside(folder: Path) -> set[str]:
     """What a test with namespaces may leave on the machine: links, mounts, files in the places that hosts have their own
-    of. The rest of the file system is read-only for them."""
+    of. The rest of the file system is read-only for them. Other tests may run meanwhile: what they mount in folders for
+    temporary files, beside this test's `folder`, and clusters of other names are theirs."""
     links = [f"link {name}" for name in os.listdir("/sys/class/net")]
-    mounts = [f"mount {' '.join(line.split()[3:5])}" for line in _read(Path("/proc/self/mountinfo")).splitlines()]
+    points = [Path(line.split()[4]) for line in _read(Path("/proc/self/mountinfo")).splitlines()]
+    temporary = Path(tempfile.gettempdir())
+    mounts = [
+        f"mount {point}" for point in points if point.is_relative_to(folder) or not point.is_relative_to(temporary)
+    ]
     files = []
     for place in ("/run", "/run/netns", "/etc", str(Path.home()), str(Path.home() / ".ssh"), pwd.getpwuid(0).pw_dir):
         with contextlib.suppress(OSError):
@@ -295,5 +301,5 @@ def _outside() -> set[str]:
         for path in map(Path, ("/etc/hosts", "/etc/resolv.conf", "/etc/shadow"))
         if path.exists()
     ]
-    ray_state = [f"file {path}" for path in Path("/tmp").glob("ray/cluster-*")]
+    ray_state = [f"file {path}" for path in Path("/tmp").glob("ray/cluster-ctrl-ray-onprem*")]
     return {*links, *mounts, *files, *ray_state}
