@@ -211,7 +211,8 @@ def report_on(
     """
     from ctrl_ray.evaluation.fidelity import choose_fidelity
     from ctrl_ray.evaluation.judging import judge
-    from ctrl_ray.reporting.report import Evaluation, write_report
+    from ctrl_ray.reporting.report import write_report
+    from ctrl_ray.reporting.summary import Evaluation
 
     height, width = after.images.shape[1:3]
     prompts = after.prompts if before is None else after.prompts + before.prompts

@@ -31,7 +31,8 @@ from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.planning.planner import memory_advice
 from ctrl_ray.planning.preflight import CheckedRun
-from ctrl_ray.reporting.report import REPORT, Evaluation, report_pictures, write_report
+from ctrl_ray.reporting.report import REPORT, report_pictures, write_report
+from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec

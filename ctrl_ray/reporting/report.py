@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
-from ctrl_ray.evaluation.judging import summary_of
-from ctrl_ray.evaluation.metrics import paired_difference
-from ctrl_ray.evaluation.samples import EvaluationSamples
-from ctrl_ray.reporting import figures
+from ctrl_ray.reporting import curves, figures
 from ctrl_ray.reporting.facts import environment_facts
-from ctrl_ray.reporting.page import ReportFigure, render_page
+from ctrl_ray.reporting.markup import ReportFigure
+from ctrl_ray.reporting.page import render_page
 from ctrl_ray.reporting.sample_grid import GridLine, plot_sample_grid
+from ctrl_ray.reporting.summary import Evaluation, make_summary
 
 REPORT = "report"
 """Its folder within a run's."""
 SUMMARY_FILE, PAGE_FILE = "summary.json", "report.html"
 _COLUMNS = 8
-
-
-class Evaluation(NamedTuple):
-    """What was judged, with the samples it was judged on."""
-
-    judged: Mapping[str, Any]
-    """The answer of `judge`."""
-    samples: EvaluationSamples
 
 
 def write_report(
@@ -93,55 +83,6 @@ def report_pictures(folder: str | Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(folder).glob("*.png"))}
 
 
-def make_summary(
-    before: Evaluation | None,
-    after: Evaluation,
-    kl_noise_floor: float | None = None,
-    certificate: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ...} of finite numbers
-    or null; the first, the third and the last where they are known.
-
-    `changes` holds, for the same samples before and after, the paired difference of accuracy and prompt_fidelity
-    ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
-    """
-    summary: dict[str, Any] = {} if before is None else {"before": summary_of(before.judged)}
-    summary["after"] = {**summary_of(after.judged), **(certificate or {})}
-    if before is not None:
-        summary["changes"] = _changes(before, after)
-    if kl_noise_floor is not None:
-        summary["kl_noise_floor"] = kl_noise_floor
-    return _finite(summary)
-
-
-def _changes(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    changes: dict[str, Any] = {"diversity_ratio": None}
-    if before.judged["diversity"] and after.judged["diversity"] is not None:
-        changes["diversity_ratio"] = after.judged["diversity"] / before.judged["diversity"]
-    same = np.array_equal(before.samples.sample_ids, after.samples.sample_ids)
-    if not same or before.samples.prompts != after.samples.prompts:
-        return changes
-    was, now = (evaluation.judged["per_sample"]["prompt_scores"] for evaluation in (before, after))
-    if was is not None and now is not None:
-        changes["prompt_fidelity"] = paired_difference(was, now)._asdict()
-    right_before, right_after = _right(before), _right(after)
-    same_labels = np.array_equal(before.samples.labels, after.samples.labels)
-    if right_before is not None and right_after is not None and same_labels:
-        changes["accuracy"] = paired_difference(right_before, right_after)._asdict()
-    return changes
-
-
-def _right(evaluation: Evaluation) -> np.ndarray | None:
-    """Whether each sample hit its class, for a single judged control and the rows that ask for one."""
-    controls, classes = evaluation.judged["controls"], evaluation.judged["per_sample"]["classes"]
-    if len(controls) != 1 or len(classes) != 1:
-        return None
-    [(name, measured)] = classes.items()
-    labels = evaluation.samples.labels[:, 0]
-    asked = labels < len(controls[name]["classes"])
-    return (labels == measured)[asked]
-
-
 def draw_figures(
     folder: Path,
     controls: Mapping[str, ControlConfig],
@@ -156,14 +97,14 @@ def draw_figures(
         drawn += _control_figures(folder, column, name, control, before, after, images_per_class)
     drawn.append(
         _figure(
-            figures.plot_curves(folder / "curves.png", metrics_rows),
+            curves.plot_curves(folder / "curves.png", metrics_rows),
             "Curves",
             "Over the run's updates. Accuracy is by the true measure, never by the reward classifier.",
         )
     )
     drawn.append(
         _figure(
-            figures.plot_kl_against_accuracy(folder / "kl_against_accuracy.png", metrics_rows),
+            curves.plot_kl_against_accuracy(folder / "kl_against_accuracy.png", metrics_rows),
             "KL against accuracy",
             "One point for each evaluation of the run: what accuracy has cost in distance from the pre-trained model.",
         )
@@ -275,14 +216,3 @@ def _run_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if known:
             facts[text] = f"{np.median(known):.2f}{' s' if name.endswith('_s') and name != 'samples_per_s' else ''}"
     return facts
-
-
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None, arrays and tuples as lists: what strict JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
 from ctrl_ray.planning.preflight import CheckedRun
-from ctrl_ray.reporting.report import Evaluation
+from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.runs.files import whole_file
 from ctrl_ray.tuning.results.report import SweepFindings
 from ctrl_ray.tuning.results.trials import SweepTrial, best_trial, finished_trials

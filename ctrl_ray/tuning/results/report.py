@@ -12,9 +12,11 @@ import numpy as np
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.reporting.facts import environment_facts
-from ctrl_ray.reporting.page import ReportFigure, html_page, picture, sampling_commands, table, text
-from ctrl_ray.reporting.report import Evaluation, grid_line
+from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
+from ctrl_ray.reporting.page import sampling_commands
+from ctrl_ray.reporting.report import grid_line
 from ctrl_ray.reporting.sample_grid import plot_sample_grid
+from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.tuning.results import figures as sweep_figures
 from ctrl_ray.tuning.results.parallel_figure import plot_parallel
 from ctrl_ray.tuning.results.trials import (

@@ -10,8 +10,9 @@ from PIL import Image
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.metric_names import definition
-from ctrl_ray.reporting.report import Evaluation, make_summary, write_report
+from ctrl_ray.reporting.report import write_report
 from ctrl_ray.reporting.sample_grid import thumbnail
+from ctrl_ray.reporting.summary import Evaluation, make_summary
 from tests.pictures import dots, heights, line, recorded, texts
 from tests.unit.evaluation.helpers import CONTROL, brightness, flat_samples
 

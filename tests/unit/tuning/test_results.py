@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ctrl_ray.evaluation.judging import judge
-from ctrl_ray.reporting.report import Evaluation
+from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.tuning.results import figures as sweep_figures
 from ctrl_ray.tuning.results import parallel_figure
 from ctrl_ray.tuning.results.report import SweepFindings, dial_gaps, write_sweep_report

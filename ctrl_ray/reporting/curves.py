@@ -1,0 +1,83 @@
+"""Curves of a run, from the rows of its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from ctrl_ray.reporting.figures import AFTER, INK, new_figure
+
+
+def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Reward, KL and accuracy over updates, from the rows of `metrics.jsonl`; None when no row holds any of them."""
+    panels = {
+        "reward": "reward / nats",
+        "kl": "KL to the\npre-trained model / nats",
+        "accuracy": "accuracy (true class)",
+    }
+    present = [name for name in panels if any(row.get(name) is not None for row in rows)]
+    if not present:
+        return None
+    with new_figure(path, 6.4, 0.6 + 1.75 * len(present)) as figure:
+        axes = np.atleast_1d(figure.subplots(len(present), 1, sharex=True))
+        for axis, name in zip(axes, present, strict=True):
+            updates, evaluations = _series(rows, "update", name), _series(rows, "evaluation", name)
+            if len(updates):
+                axis.plot(*updates.T, color=AFTER, linewidth=1.4, label="training batch")
+            if len(evaluations):
+                style = {"marker": "o", "markersize": 4, "linewidth": 1.0}
+                axis.plot(*evaluations.T, color=INK, linestyle="--", label="evaluation", **style)
+            for control in _controls(rows, name):
+                points = _series(rows, "evaluation", f"{name}/{control}")
+                axis.plot(*points.T, linewidth=1, linestyle=":", marker=".", label=control)
+            axis.set_ylabel(panels[name])
+            axis.legend(loc="best")
+        if "accuracy" in present:
+            axes[-1].set_ylim(0, 1.02)
+        if "kl" in present:
+            axes[present.index("kl")].set_ylim(bottom=0)
+        axes[-1].set_xlabel("update")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return path
+
+
+def _series(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> np.ndarray:
+    """(n, 2) update and value."""
+    points = [(row["update"], row[name]) for row in rows if row.get("kind") == kind and row.get(name) is not None]
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def _controls(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Controls with a curve of their own; with one control it would lie on the curve of the mean."""
+    found = sorted({key.partition("/")[2] for row in rows for key in row if key.startswith(f"{name}/")})
+    return found if len(found) > 1 else []
+
+
+def plot_kl_against_accuracy(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Accuracy over KL, one point for each evaluation of the run, with its update (the report's own, of the same update as the
+    one before it: "final"); None with no such evaluation."""
+    points = [
+        (row["kl"], row["accuracy"], row["update"])
+        for row in rows
+        if row.get("kind") == "evaluation" and row.get("kl") is not None and row.get("accuracy") is not None
+    ]
+    if not points:
+        return None
+    kl, accuracy, updates = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+    with new_figure(path, 5.2, 3.9) as figure:
+        axis = figure.subplots()
+        axis.plot(kl, accuracy, color=AFTER, marker="o", markersize=5, linewidth=1.2)
+        for index in np.unique(np.linspace(0, len(kl) - 1, min(len(kl), 10)).round().astype(int)):
+            final = index > 0 and updates[index] == updates[index - 1]
+            text = "final" if final else f"{'update ' if index == 0 else ''}{updates[index]:.0f}"
+            place = (-4, 5) if final else (4, -11)  # they lie close together
+            axis.annotate(text, (kl[index], accuracy[index]), xytext=place, textcoords="offset points", fontsize=7.5)
+        axis.set_xlabel("KL to the pre-trained model / nats")
+        axis.set_ylabel("accuracy (true class)")
+        axis.set_ylim(0, 1.02)
+        axis.set_xlim(left=min(0.0, float(kl.min())), right=float(kl.max()) * 1.12 + 1e-3)
+    return path
