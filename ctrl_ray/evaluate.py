@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ctrl_ray import command
 from ctrl_ray.config import ControlConfig, Precision, ScalingConfig
 from ctrl_ray.errors import ConfigError, own_error
-from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
-from ctrl_ray.wording import floor_note
 
 if TYPE_CHECKING:
     from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -265,20 +263,6 @@ def _pair(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def format_summary(summary: Mapping[str, Any]) -> str:
-    """A few lines for the terminal: one for each number that was measured."""
-    sides = [side for side in ("before", "after") if side in summary]
-    lines = [f"{'':<16}" + "".join(f"{side:>10}" for side in sides)]
-    for name in EVALUATION_METRICS:
-        values = [summary[side][name] for side in sides]
-        if any(value is not None for value in values):
-            texts = ["-" if v is None else str(v) if name == "num_samples" else f"{v:.3f}" for v in values]
-            lines.append(f"{name:<16}" + "".join(f"{text:>10}" for text in texts))
-            if name == "kl":
-                lines[-1] += floor_note(summary.get("kl_noise_floor"))
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; `ctrl_ray.command` says what the exit statuses mean."""
     return command.run(_main, argv)
@@ -296,10 +280,11 @@ def _main(argv: Sequence[str]) -> None:
         print(f"{format_runs(results)}\npicture: {picture}")
         return
     from ctrl_ray.reporting.report import SUMMARY_FILE
+    from ctrl_ray.reporting.summary_text import closing_lines, format_summary
 
     page = run(options)
-    print(format_summary(json.loads((page.parent / SUMMARY_FILE).read_text(encoding="utf-8"))))
-    print(f"report: {page}")
+    summary = json.loads((page.parent / SUMMARY_FILE).read_text(encoding="utf-8"))
+    print("\n".join([format_summary(summary), *closing_lines(summary), f"report: {page}"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
-from ctrl_ray.wording import duration, floor_note, gap_text
+from ctrl_ray.wording import duration
+
+_END_METRICS = ("accuracy", "joint_accuracy", "macro_f1", "prompt_fidelity", "kl", "gap", "diversity")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,15 +106,11 @@ def fit(
 
 
 def _print_end(folder: Path, summary: dict[str, Any], seconds: float) -> None:
-    print(f"\n{'':18}{'before':>10}{'after':>10}")
-    for name in ("accuracy", "macro_f1", "prompt_fidelity", "kl", "diversity"):
-        cells = [summary[when][name] for when in ("before", "after")]
-        beside = floor_note(summary["kl_noise_floor"]) if name == "kl" else ""
-        print(
-            f"{name:18}" + "".join(f"{'–' if value is None else format(value, '.3f'):>10}" for value in cells) + beside
-        )
-    if "gap" in summary["after"]:
-        print(f"\nThe policy is {gap_text(summary['after'])}.")
+    from ctrl_ray.reporting.summary_text import closing_lines, format_summary
+
+    print(f"\n{format_summary(summary, _END_METRICS)}")
+    if lines := closing_lines(summary):
+        print("\n" + "\n".join(lines))
     print(f"\nreport   {summary['report']}\nadapter  {folder / 'adapter'}\ntime     {seconds / 60:.1f} minutes")
 
 

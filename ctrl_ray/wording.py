@@ -1,4 +1,4 @@
-"""Numbers as people read them: durations, sizes, KLs."""
+"""Numbers as people read them: durations, sizes, KLs, what was reached."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def floor_note(noise_floor: float | None) -> str:
 def floor_text(noise_floor: float) -> str:
     """Two digits of a noise floor, in nats."""
     return f"{noise_floor:.0f}" if noise_floor >= 10 else f"{noise_floor:.2g}"
+
+
+def accuracy_text(metrics: Mapping[str, float]) -> str:
+    """'accuracy n.nnn', of several controls 'accuracy of A n.nnn, of B n.nnn (mean n.nnn)'; '' where nothing measured it."""
+    mean = metrics.get("accuracy")
+    if mean is None:
+        return ""
+    each = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("accuracy/")}
+    if len(each) < 2:
+        return f"accuracy {mean:.3f}"
+    return f"accuracy {', '.join(f'of {name} {value:.3f}' for name, value in each.items())} (mean {mean:.3f})"
 
 
 def gap_text(certificate: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ctrl_ray.distributed.rows import (
 from ctrl_ray.driver.progress import RunProgress
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
 from ctrl_ray.runs.folder import RunFolder
-from ctrl_ray.wording import floor_text, kl_text
+from ctrl_ray.wording import accuracy_text, floor_text, kl_text
 
 
 class RunLog:
@@ -93,9 +93,10 @@ class RunLog:
         known = {} if floor is None else {"kl_noise_floor": floor}
         self._tracker.log("evaluation", row.update, {**row.metrics, **known})
         self._folder.upload(METRICS_FILE)
-        accuracy = row.metrics.get("accuracy")
-        text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        self._note(f"evaluation after update {row.update}: {text}{kl_text(row.metrics['kl'], floor)}")
+        gap, error = row.metrics.get("gap"), row.metrics.get("gap_standard_error")
+        parts = [accuracy_text(row.metrics), kl_text(row.metrics["kl"], floor)]
+        parts.append("" if gap is None or error is None else f"{gap:.2f} ± {error:.2f} nats from the target")
+        self._note(f"evaluation after update {row.update}: {', '.join(part for part in parts if part)}")
 
     def _note(self, text: str) -> None:
         if self._progress is not None:

@@ -32,7 +32,7 @@ from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.planning.planner import memory_advice
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import REPORT, report_pictures, write_report
-from ctrl_ray.reporting.summary import Evaluation
+from ctrl_ray.reporting.summary import Evaluation, not_learned_of
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
@@ -239,7 +239,7 @@ def evaluate_and_report(
     folder.upload()
     return FinalEvaluation(
         before=evaluations["before"].judged,
-        after={**evaluations["after"].judged, **certificate},
+        after={**evaluations["after"].judged, **certificate, "not_learned": not_learned_of(*evaluations.values())},
         samples=evaluations["after"].samples,
         report=page,
         kl_noise_floor=floor,

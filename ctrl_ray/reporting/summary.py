@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ctrl_ray.evaluation.findings import not_learned
 from ctrl_ray.evaluation.judging import summary_of
 from ctrl_ray.evaluation.metrics import paired_difference
 from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -30,13 +31,15 @@ def make_summary(
     """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ...} of finite numbers
     or null; the first, the third and the last where they are known.
 
-    `changes` holds, for the same samples before and after, the paired difference of accuracy and prompt_fidelity
-    ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
+    `changes` holds, for the same samples before and after, the paired difference of accuracy (the mean over controls, and
+    `accuracy/CONTROL`) and prompt_fidelity ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
+    `after` has the certificate's numbers and `not_learned` beside those of `judge`, where they are known.
     """
     summary: dict[str, Any] = {} if before is None else {"before": summary_of(before.judged)}
     summary["after"] = {**summary_of(after.judged), **(certificate or {})}
     if before is not None:
         summary["changes"] = _changes(before, after)
+        summary["after"]["not_learned"] = not_learned_of(before, after)
     if kl_noise_floor is not None:
         summary["kl_noise_floor"] = kl_noise_floor
     return _finite(summary)
@@ -52,22 +55,32 @@ def _changes(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     was, now = (evaluation.judged["per_sample"]["prompt_scores"] for evaluation in (before, after))
     if was is not None and now is not None:
         changes["prompt_fidelity"] = paired_difference(was, now)._asdict()
-    right_before, right_after = _right(before), _right(after)
-    same_labels = np.array_equal(before.samples.labels, after.samples.labels)
-    if right_before is not None and right_after is not None and same_labels:
-        changes["accuracy"] = paired_difference(right_before, right_after)._asdict()
+    if np.array_equal(before.samples.labels, after.samples.labels):
+        was_right, now_right = _right(before), _right(after)
+        both = [name for name in now_right if name in was_right]
+        changes |= {f"accuracy/{name}": paired_difference(was_right[name], now_right[name])._asdict() for name in both}
+        if both and (len(both) == 1 or all(len(now_right[name]) == len(after.samples) for name in both)):
+            means = [np.mean([right[name] for name in both], axis=0) for right in (was_right, now_right)]
+            changes["accuracy"] = paired_difference(*means)._asdict()
     return changes
 
 
-def _right(evaluation: Evaluation) -> np.ndarray | None:
-    """Whether each sample hit its class, for a single judged control and the rows that ask for one."""
+def _right(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Judged control to whether each sample that asks for one of its classes hit it."""
     controls, classes = evaluation.judged["controls"], evaluation.judged["per_sample"]["classes"]
-    if len(controls) != 1 or len(classes) != 1:
-        return None
-    [(name, measured)] = classes.items()
-    labels = evaluation.samples.labels[:, 0]
-    asked = labels < len(controls[name]["classes"])
-    return (labels == measured)[asked]
+    right = {}
+    for column, (name, control) in enumerate(controls.items()):
+        if name in classes:
+            labels = evaluation.samples.labels[:, column]
+            right[name] = (labels == classes[name])[labels < len(control["classes"])]
+    return right
+
+
+def not_learned_of(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """What the policy has not learned, by the two evaluations (`ctrl_ray.evaluation.findings`)."""
+    classes = {name: control["classes"] for name, control in after.judged["controls"].items()}
+    true_before, true_after = (part.judged["per_sample"]["classes"] for part in (before, after))
+    return not_learned(classes, before.samples, after.samples, true_before, true_after)
 
 
 def _finite(value: Any) -> Any:
