@@ -42,6 +42,7 @@ img.wide { max-width: none; width: max(100%, 46rem); }
 figcaption, .note { color: #5a6370; font-size: .9rem; }
 pre { background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
 summary { cursor: pointer; }
+.findings { border-left: 3px solid #b5402a; padding: .1em 0 .1em 1.6em; margin: 1em 0; }
 """
 
 
@@ -78,3 +79,8 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
 def text(value: str) -> str:
     """`value` as HTML shows it."""
     return html.escape(str(value), quote=True)
+
+
+def plus_minus(error: float | None) -> str:
+    """A standard error behind its number; '' where it is not known."""
+    return "" if error is None else f" <small>± {error:.3f}</small>"

@@ -6,9 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctrl_ray.config import ControlConfig
+from ctrl_ray.config import ControlConfig, SamplerConfig
+from ctrl_ray.evaluation.findings import findings_text
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, definition
-from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
+from ctrl_ray.reporting.distance import distance_section
+from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, plus_minus, table, text
+from ctrl_ray.reporting.summary_text import number_of, rows_by_control
 from ctrl_ray.wording import floor_text, gap_text
 
 
@@ -21,13 +24,15 @@ def render_page(
     adapter: str,
     facts: Mapping[str, str],
     config_json: str | None,
+    sampler: SamplerConfig | None = None,
 ) -> str:
-    """The page's text (UTF-8). `summary` is that of `make_summary`; every text from outside is escaped."""
+    """The page's text (UTF-8). `summary` is that of `make_summary`; every text from outside is escaped. `sampler`: the one
+    that the policy was trained for, where it is known."""
     sections = [
         _headline(summary, controls),
         "<h2>Before and after</h2>",
         _metrics_table(summary),
-        _certificate(summary),
+        distance_section(summary["after"], sampler),
         *(_control_section(name, summary) for name in controls),
         _notes(summary),
         "<h2>Pictures</h2>",
@@ -45,47 +50,41 @@ def render_page(
 
 
 def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig]) -> str:
-    after, before = summary["after"], summary.get("before")
-    names = ", ".join(controls)
+    after, names = summary["after"], ", ".join(controls)
     if after["accuracy"] is None:
         sentence = f"{after['num_samples']} samples; their accuracy could not be measured (see the notes)."
     else:
-        was = "" if before is None or before["accuracy"] is None else f", {before['accuracy']:.1%} before training"
-        sentence = f"Of {after['num_samples']} samples, {after['accuracy']:.1%} are truly of the class that was asked for{was}."
+        sentence = f"Of {after['num_samples']} samples, {_accuracies(summary)}."
         if after["kl"] is not None:
             sentence += (
                 f" The policy is {after['kl']:.2f} nats from the pre-trained model{_floor(summary, ' (floor {})')}."
             )
     if after.get("gap") is not None:
         sentence += f" It is {gap_text(after)}."
-    return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>"
-
-
-def _certificate(summary: Mapping[str, Any]) -> str:
-    """The distance to the target, class by class."""
-    after = summary["after"]
-    rows = [("all", after)] if after.get("gap") is not None else []
-    rows += [
-        (name.removeprefix("certificate/"), part) for name, part in after.items() if name.startswith("certificate/")
-    ]
-    if not rows:
-        return ""
-    head = ["", "objective / nats", "log Z / nats", "gap / nats", "effective sample size", "Pareto k"]
-    cells = [
-        (
-            text(name.replace("/", ", class ")),
-            *(f"{part[key]:.2f}" for key in ("objective", "log_z")),
-            f"{part['gap']:.2f}{_plus_minus(part['gap_standard_error'])}",
-            f"{part['ess']:.1%}",
-            "not known" if part["pareto_k"] is None else f"{part['pareto_k']:.2f}",
-        )
-        for name, part in rows
-    ]
-    note = (
-        "The gap is log Z minus the objective: the KL divergence of the sampler's paths from those of the target, which no "
-        "training makes negative. log Z comes from the samples before, pooled over prompts."
+    found = "".join(f"<li>{text(words)}</li>" for words in findings_text(after.get("not_learned", ())))
+    return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>" + (
+        f"<ul class='findings'>{found}</ul>" if found else ""
     )
-    return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>"
+
+
+def _accuracies(summary: Mapping[str, Any]) -> str:
+    """What share hit the class asked for, before and after: of every judged control, with several of them the mean beside."""
+    names = [name for name, control in summary["after"]["controls"].items() if control["accuracy"] is not None]
+    if len(names) == 1:
+        return _share(summary, "accuracy", None, "are truly of the class that was asked for")
+    words = ["are truly of the {} class asked for", *["of the {} class"] * (len(names) - 1)]
+    each = [_share(summary, "accuracy", name, part.format(name)) for name, part in zip(names, words, strict=True)]
+    parts = [", ".join(each), f"the mean is {_share(summary, 'accuracy', None)}"]
+    if summary["after"]["joint_accuracy"] is not None:
+        parts.append(_share(summary, "joint_accuracy", None, "have every class asked for"))
+    return "; ".join(parts)
+
+
+def _share(summary: Mapping[str, Any], name: str, control: str | None, words: str = "") -> str:
+    was, now = (number_of(summary[side], name, control) if side in summary else None for side in ("before", "after"))
+    assert now is not None
+    earlier = "" if was is None else f"({was:.1%} before training)"
+    return " ".join(part for part in (f"{now:.1%}", words, earlier) if part)
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> str:
@@ -94,17 +93,13 @@ def _metrics_table(summary: Mapping[str, Any]) -> str:
     if "changes" in summary:
         head.append("<th class='n'>change</th>")
     rows = []
+    controls = list(summary["after"]["controls"])
     for name in EVALUATION_METRICS:
-        if all(summary[side][name] is None for side in sides):
+        if name == "joint_accuracy" and len(controls) == 1:
             continue
-        if name == "joint_accuracy" and len(summary["after"]["controls"]) == 1:
-            continue
-        label = _label(name) + (_floor(summary, " (floor {})") if name == "kl" else "")
-        cells = [f"<td>{text(label)}</td>"]
-        cells += [_cell(name, summary[side][name], summary[side]["standard_errors"][name]) for side in sides]
-        if "changes" in summary:
-            cells.append(_change(name, summary))
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+        for label, control in rows_by_control(name, controls):
+            if any(number_of(summary[side], name, control) is not None for side in sides):
+                rows.append(_metrics_row(summary, sides, name, label, control))
     return (
         f"<div class='scroll'><table><tr>{''.join(head)}</tr>{''.join(rows)}</table></div>"
         + (
@@ -118,15 +113,29 @@ def _metrics_table(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _metrics_row(summary: Mapping[str, Any], sides: Sequence[str], name: str, label: str, control: str | None) -> str:
+    """One number, of all controls or of one, with its change where both sides are there."""
+    words = _label(name, label) + (_floor(summary, " (floor {})") if name == "kl" else "")
+    cells = [f"<td>{text(words)}</td>"]
+    for side in sides:
+        part = summary[side] if control is None else summary[side]["controls"][control]
+        cells.append(_cell(name, part[name], part["standard_errors"][name]))
+    if "changes" in summary:
+        cells.append(_change(name, summary, control))
+    return f"<tr>{''.join(cells)}</tr>"
+
+
 def _floor(summary: Mapping[str, Any], sentence: str) -> str:
     """The sentence with the KL's noise floor in it; '' where that is not known."""
     floor = summary.get("kl_noise_floor")
     return "" if floor is None else sentence.format(floor_text(floor))
 
 
-def _label(name: str) -> str:
+def _label(name: str, label: str) -> str:
+    """`label` is `name`, or `name` with more behind it, which stays as it is."""
     unit = definition(name).unit
-    return name.replace("_", " ").replace("kl", "KL").replace("f1", "F1") + (f" / {unit}" if unit != "1" else "")
+    words = name.replace("_", " ").replace("kl", "KL").replace("f1", "F1") + (f" / {unit}" if unit != "1" else "")
+    return words + label.removeprefix(name).replace("/", " of ", 1)
 
 
 def _cell(name: str, value: float | None, error: float | None) -> str:
@@ -134,20 +143,17 @@ def _cell(name: str, value: float | None, error: float | None) -> str:
         return "<td class='n'>not measured</td>"
     if name == "num_samples":
         return f"<td class='n'>{value:.0f}</td>"
-    return f"<td class='n'>{value:.3f}{_plus_minus(error)}</td>"
+    return f"<td class='n'>{value:.3f}{plus_minus(error)}</td>"
 
 
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" <small>± {error:.3f}</small>"
-
-
-def _change(name: str, summary: Mapping[str, Any]) -> str:
-    changes, before, after = summary["changes"], summary["before"][name], summary["after"][name]
+def _change(name: str, summary: Mapping[str, Any], control: str | None) -> str:
+    changes, key = summary["changes"], name if control is None else f"{name}/{control}"
+    before, after = (number_of(summary[side], name, control) for side in ("before", "after"))
     if name == "diversity" and changes["diversity_ratio"] is not None:
         return f"<td class='n'>× {changes['diversity_ratio']:.2f}</td>"
-    if name in changes and changes[name]["mean"] is not None:
-        paired = changes[name]
-        return f"<td class='n'>{paired['mean']:+.3f}{_plus_minus(paired['standard_error'])}</td>"
+    if key in changes and changes[key]["mean"] is not None:
+        paired = changes[key]
+        return f"<td class='n'>{paired['mean']:+.3f}{plus_minus(paired['standard_error'])}</td>"
     if name == "num_samples" or before is None or after is None:
         return "<td></td>"
     return f"<td class='n'>{after - before:+.3f}</td>"

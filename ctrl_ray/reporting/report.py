@@ -12,6 +12,7 @@ import numpy as np
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.reporting import curves, figures
+from ctrl_ray.reporting.distance import distance_rows, plot_distance
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure
 from ctrl_ray.reporting.page import render_page
@@ -59,7 +60,7 @@ def write_report(
     root.mkdir(parents=True, exist_ok=True)
     summary = make_summary(before, after, kl_noise_floor, certificate)
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class)
+    pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class, summary["after"])
     pictures += [
         ReportFigure(title, "Stage 1, on held-out data.", Path(path))
         for title, path in (classifier_figures or {}).items()
@@ -72,6 +73,7 @@ def write_report(
         adapter=adapter,
         facts={**_run_facts(metrics_rows), **(facts or {}), **environment_facts()},
         config_json=None if config is None else to_json(config),
+        sampler=None if config is None else config.sampler,
     )
     path = root / PAGE_FILE
     path.write_text(page, encoding="utf-8")
@@ -89,10 +91,19 @@ def draw_figures(
     before: Evaluation | None,
     after: Evaluation,
     metrics_rows: Sequence[Mapping[str, Any]],
-    images_per_class: int = _COLUMNS,
+    images_per_class: int,
+    numbers: Mapping[str, Any],
 ) -> list[ReportFigure]:
-    """Every picture of the report that the data allows, written to `folder`."""
-    drawn: list[ReportFigure | None] = []
+    """Every picture of the report that the data allows, written to `folder`; `numbers` are those of the summary's `after`."""
+    drawn = [
+        _figure(
+            plot_distance(folder / "distance.png", distance_rows(numbers)),
+            "Distance to the target",
+            "The line from the objective to log Z is the gap; no training makes it negative. The red marks bound log Z. A "
+            "hollow bar: bounds and weights say too little about it.",
+            wide=True,
+        )
+    ]
     for column, (name, control) in enumerate(controls.items()):
         drawn += _control_figures(folder, column, name, control, before, after, images_per_class)
     drawn.append(

@@ -65,6 +65,7 @@ def test_rows_become_metrics_and_lines(
         SamplesDrawn(0, images, captions),
         _updated(1),
         EvaluationDone(1, {"kl": 1.5}),  # no control has an oracle
+        EvaluationDone(1, {"kl": 1.5, "gap": 2.125, "gap_standard_error": 0.1875}),
         _updated(2, reward=-0.5),
         Stopping("SIGINT"),
         Notice("a line"),
@@ -72,13 +73,14 @@ def test_rows_become_metrics_and_lines(
     ):
         log(row)
     log.close()
-    assert _rows(tmp_path) == [("evaluation", 0), ("update", 1), ("evaluation", 1), ("update", 2)]
-    assert [row.get("reward") for row in read_metrics(tmp_path)] == [None, -1.0, None, -0.5]
+    assert _rows(tmp_path) == [("evaluation", 0), ("update", 1), ("evaluation", 1), ("evaluation", 1), ("update", 2)]
+    assert [row.get("reward") for row in read_metrics(tmp_path)] == [None, -1.0, None, None, -0.5]
     assert shown == [(0, "during", images, captions)]
     assert capsys.readouterr().out.splitlines() == [
         "waiting for machines",
         "evaluation after update 0: accuracy 0.250, KL 0.00 nats",
         "evaluation after update 1: KL 1.50 nats",
+        "evaluation after update 1: KL 1.50 nats, 2.12 ± 0.19 nats from the target",
         "SIGINT: leaving a checkpoint after this update (once more to stop at once)",
         "a line",
         "stopped after update 2: SIGINT received",

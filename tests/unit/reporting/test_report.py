@@ -1,5 +1,6 @@
 """The report: complete, strict JSON, and a page that needs nothing from outside."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,8 @@ from PIL import Image
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.metric_names import definition
+from ctrl_ray.reporting.curves import plot_curves, plot_kl_against_accuracy
+from ctrl_ray.reporting.page import render_page
 from ctrl_ray.reporting.report import write_report
 from ctrl_ray.reporting.sample_grid import thumbnail
 from ctrl_ray.reporting.summary import Evaluation, make_summary
@@ -48,7 +51,15 @@ def written(tmp_path_factory):
     rows = [
         {"kind": "update", "update": 1, "time": 0.0, "reward": -1.0, "kl": 0.1, "update_s": 2.0},
         {"kind": "evaluation", "update": 1, "time": 1.0, "accuracy": 0.5, "kl": 0.2},
-        {"kind": "evaluation", "update": 2, "time": 1.0, "accuracy": 0.75, "kl": 0.9},
+        {
+            "kind": "evaluation",
+            "update": 2,
+            "time": 1.0,
+            "accuracy": 0.75,
+            "kl": 0.9,
+            "gap": 4.5,
+            "gap_standard_error": 0.5,
+        },
         {"kind": "evaluation", "update": 2, "time": 2.0, "accuracy": 0.8, "kl": 1.0},  # the report's own
     ]
     reliability = folder / "reliability.png"
@@ -118,7 +129,7 @@ def test_the_distance_to_the_target_is_told_in_words_and_by_class(report):
 def test_page_needs_nothing_from_outside_and_escapes_text(report):
     text = re.sub(r"base64,[^\"]*", "base64,", report.read_text(encoding="utf-8"))
     sources = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'>\s]{0,30})""", text)
-    assert len(sources) == 8  # seven figures and the classifier's
+    assert len(sources) == 9  # eight figures and the classifier's
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert not re.search(r"<script|@import|url\(|<b>", text)
@@ -137,6 +148,7 @@ def test_page_shows_every_picture_that_was_written(report):
         "curves.png",
         "kl_against_accuracy.png",
         "kl_per_step.png",
+        "distance.png",
     }
     for path in report.parent.glob("*.png"):
         with Image.open(path) as image:
@@ -144,11 +156,14 @@ def test_page_shows_every_picture_that_was_written(report):
 
 
 def test_curves_are_the_rows_of_the_run(drawn):
-    reward, kl, accuracy = drawn["curves.png"].axes
+    reward, kl, accuracy, gap = drawn["curves.png"].axes
     assert line(reward, "training batch").tolist() == [[1, -1.0]]
     assert line(kl, "training batch").tolist() == [[1, 0.1]]
     assert line(kl, "evaluation").tolist() == [[1, 0.2], [2, 0.9], [2, 1.0]]
     assert line(accuracy, "evaluation").tolist() == [[1, 0.5], [2, 0.75], [2, 0.8]]
+    assert line(gap, "evaluation").tolist() == [[2, 4.5]]
+    [bars] = gap.collections
+    assert bars.get_segments()[0].tolist() == [[2, 3.5], [2, 5.5]]  # two standard errors
     [axis] = drawn["kl_against_accuracy.png"].axes
     assert axis.lines[0].get_xydata().tolist() == [[0.2, 0.5], [0.9, 0.75], [1.0, 0.8]]
     assert texts(axis) == ["update 1", "2", "final"]
@@ -186,6 +201,67 @@ def test_samples_are_shown_with_what_was_measured(drawn):
     assert "".join(text[-1] for text in marks) == "✓✗✗" + "✓✓✓" + "✗✓✗" + "✓✓✓" + "✗✗" + "✓✓"
     pixels = np.asarray(axis.images[0].get_array())
     assert [int(pixels[34 + 64, 76 + column * 134 + 64, 0]) for column in range(3)] == [10, 100, 200]  # the first line
+
+
+@pytest.fixture(scope="module")
+def of_two_controls():
+    """The summary and the page: all six combinations of two controls, four times each. Light is hit in 3 of 24 before and
+    always after, the other one in half, before and after."""
+    other = dataclasses.replace(CONTROL, thresholds=(128.0,), classes=("pale", "vivid"))
+    controls = {"light": CONTROL, "other": other}
+    asked = np.stack([np.arange(24) % 3, np.arange(24) // 3 % 2], axis=1)
+    evaluations = []
+    for shift, by in ((1, "oracle"), (0, "label")):
+        classes = np.where(np.arange(24) < 3, asked[:, 0], (asked[:, 0] + shift) % 3)
+        samples = flat_samples([(30, 100, 200)[index] for index in classes], [0] * 24)
+        samples = dataclasses.replace(samples, labels=asked)
+        oracles = {"light": brightness, "other": lambda image: 0.0}
+        evaluations.append(Evaluation(judge(samples, controls, oracles=oracles, by=by), samples))
+    summary = make_summary(*evaluations)
+    return summary, render_page(
+        summary, [], controls=controls, prompt="a circle", adapter="a", facts={}, config_json=None
+    )
+
+
+def test_several_controls_stand_beside_their_mean(of_two_controls):
+    _, page = of_two_controls
+    sentence = (
+        "Of 24 samples, 100.0% are truly of the light class asked for (12.5% before training), 50.0% of the other class (50.0% "
+        "before training); the mean is 75.0% (31.2% before training); 50.0% have every class asked for (12.5% before training)."
+    )
+    assert sentence in page
+    rows = dict(re.findall(r"<tr><td>(accuracy[^<]*)</td>(.*?)</tr>", page))
+    cells = {name: re.sub(r"<[^>]*>", " ", row).split() for name, row in rows.items()}
+    error = np.sqrt(1 / 8 * 7 / 8 / 23)  # of a share of 1/8 in 24
+    light = ["0.125", "±", f"{error:.3f}", "1.000", "±", "0.000", "+0.875", "±", f"{error:.3f}"]
+    assert cells["accuracy of light"] == light
+    assert cells["accuracy of other"][-3:] == ["+0.000", "±", "0.000"]
+    assert cells["accuracy, mean"][-3:] == ["+0.438", "±", f"{error / 2:.3f}"]
+
+
+def test_what_was_not_learned_is_in_the_head_and_in_the_summary(of_two_controls):
+    summary, page = of_two_controls
+    [words] = re.findall(r"<ul class='findings'>(.*?)</ul>", page)
+    assert words.startswith("<li>other: accuracy 0.500 after, 0.500 before (difference +0.000 ± 0): not above")
+    assert page.index("findings'>") < page.index("<h2>") and "light" not in words
+    found = summary["after"]["not_learned"]
+    assert [(entry["control"], entry["class"]) for entry in found] == [("other", c) for c in (None, "pale", "vivid")]
+    assert found[0]["accuracy"]["difference"] == 0.0 and found[0]["log_prob"] is None
+
+
+def test_several_controls_have_a_curve_each(tmp_path, figures):
+    rows = [
+        {"kind": "evaluation", "update": u, "kl": kl, "accuracy": a, "accuracy/light": b, "accuracy/other": 0.5}
+        for u, kl, a, b in ((0, 0.0, 0.4, 0.3), (2, 3.0, 0.75, 1.0))
+    ]
+    plot_kl_against_accuracy(tmp_path / "kl.png", rows)
+    plot_curves(tmp_path / "curves.png", [{key: value for key, value in row.items() if key != "kl"} for row in rows])
+    [accuracy] = figures["curves.png"].axes
+    assert line(accuracy, "mean of the controls").tolist() == [[0, 0.4], [2, 0.75]]
+    assert line(accuracy, "light").tolist() == [[0, 0.3], [2, 1.0]]
+    [axis] = figures["kl.png"].axes
+    assert line(axis, "mean of the controls").tolist() == [[0, 0.4], [3, 0.75]]
+    assert line(axis, "other").tolist() == [[0, 0.5], [3, 0.5]]
 
 
 def test_without_a_before_there_is_only_an_after():
