@@ -1,8 +1,8 @@
-"""Numbers as people read them: durations, sizes, KLs, what was reached."""
+"""Numbers as people read them: durations, sizes, KLs, what was reached; tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -55,3 +55,16 @@ def gap_text(certificate: Mapping[str, Any]) -> str:
     return (
         f"{gap:.1f} ± {error:.1f} nats from the best that any sampler can do (effective sample size {ess:.1%}{doubt})"
     )
+
+
+def text_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Cells under each other, two spaces apart; the columns of `left` begin at their left, the others end at their right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
