@@ -17,7 +17,7 @@ from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_sa
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.runs.files import whole_file
-from ctrl_ray.tuning.results.report import SweepFindings
+from ctrl_ray.tuning.results.findings import SweepFindings
 from ctrl_ray.tuning.results.trials import SweepTrial, best_trial, finished_trials
 from ctrl_ray.tuning.space import Space
 from ctrl_ray.tuning.sweep_folder import SweepFolder

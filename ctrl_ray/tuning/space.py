@@ -19,7 +19,7 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
 from ctrl_ray.ray_internals import longest_time_of
 
-METRICS = tuple(name for name in EVALUATION_METRICS if name != "num_samples")
+METRICS = (*(name for name in EVALUATION_METRICS if name != "num_samples"), "gap")
 """What every trial logs at its end."""
 EARLY_METRICS = ("accuracy", "kl")
 """What a trial logs at every evaluation on its way: what a scheduler can stop it by."""
@@ -47,7 +47,9 @@ class Space:
     values: Mapping[str, Any]
     """Dotted path of a setting → a Ray Tune distribution or grid. A plain value is the same for all trials."""
     metric: tuple[str, ...] = ("accuracy",)
-    """What makes a trial good. The first one chooses the best trial; more than one need a `search` that knows them."""
+    """What makes a trial good. The first one chooses the best trial; more than one need a `search` that knows them. "gap",
+    with mode "min", is the distance to a trial's own target: it compares trials of equal guidance_strength / kl_coef, such as
+    those of a sweep over learning rates; over the exponent itself it would choose the weakest."""
     mode: tuple[str, ...] = ("max",)
     """"max" or "min" for each metric."""
     preset: str = DEFAULT_PRESET
@@ -227,7 +229,12 @@ def _check_metric(space: Space) -> None:
 
 
 def _check_judged(space: Space, base: TrainConfig) -> None:
-    """Accuracy and its kin exist only where something measures the truth."""
+    """Accuracy and its kin exist only where something measures the truth; the gap only where there is a target."""
+    if "gap" in space.metric and base.latent_reduction == "mean":
+        raise ConfigError(
+            f"sweep {space.name}: METRIC 'gap' is logged by no trial, because with latent_reduction 'mean' there is no target "
+            "to be away from; set latent_reduction to 'sum', or use another metric"
+        )
     without = [name for name, control in base.controls.items() if control.oracle is None and control.classifier is None]
     judged = [metric for metric in space.metric if metric in _BY_ORACLE]
     if judged and without and len(without) == len(base.controls):

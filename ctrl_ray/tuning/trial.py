@@ -94,10 +94,19 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
     final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
     save_samples(final.samples, folder / SAMPLES_FILE)
-    errors = {f"{name}_error": final.after["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
-    result = {**evaluation_row(final.after), **{name: value for name, value in errors.items() if value is not None}}
-    result |= {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
-    return {**result, "final": True, "seconds": before_s + time.monotonic() - started}
+    result = {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
+    return {**numbers_of(final.after), **result, "final": True, "seconds": before_s + time.monotonic() - started}
+
+
+def numbers_of(after: Mapping[str, Any]) -> dict[str, float]:
+    """A final evaluation as a trial's result: everything that was measured, and NAME_error, the standard error, of what the
+    sweep's tables show."""
+    errors = {f"{name}_error": after["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
+    errors |= {
+        f"accuracy/{name}_error": control["standard_errors"]["accuracy"] for name, control in after["controls"].items()
+    }
+    errors["gap_error"] = after.get("gap_standard_error")
+    return {**evaluation_row(after), **{name: value for name, value in errors.items() if value is not None}}
 
 
 def seconds_before(folder: Path) -> float:

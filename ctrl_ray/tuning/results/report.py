@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ctrl_ray.config import ControlConfig
-from ctrl_ray.reporting.facts import environment_facts
-from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
-from ctrl_ray.reporting.page import sampling_commands
+from ctrl_ray.reporting.markup import ReportFigure
 from ctrl_ray.reporting.report import grid_line
 from ctrl_ray.reporting.sample_grid import plot_sample_grid
-from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.tuning.results import figures as sweep_figures
+from ctrl_ray.tuning.results.findings import SweepFindings
+from ctrl_ray.tuning.results.page import sweep_page
 from ctrl_ray.tuning.results.parallel_figure import plot_parallel
 from ctrl_ray.tuning.results.trials import (
     Prediction,
@@ -26,36 +22,10 @@ from ctrl_ray.tuning.results.trials import (
     exponent_correlation,
     finished_trials,
     predict_optimum,
-    short_names,
-    shown,
 )
 
 PAGE_FILE, RESULTS_FILE, FIGURES = "report.html", "results.json", "figures"
 _COLUMNS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepFindings:
-    """What a sweep came to."""
-
-    name: str
-    trials: Sequence[SweepTrial]
-    knobs: Sequence[str]
-    """Paths that vary, in the order of the columns."""
-    metric: str
-    mode: str
-    controls: Mapping[str, ControlConfig]
-    before: Evaluation
-    """The pre-trained model's."""
-    best: SweepTrial | None = None
-    shown: Mapping[str, tuple[SweepTrial, Evaluation]] = field(default_factory=dict)
-    """Title (two short lines) to a trial and its evaluation, on the same prompts and noise as `before`."""
-    dial_of: SweepTrial | None = None
-    dial: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
-    """Adapter scale to {"accuracy", "kl"} of the adapter of `dial_of`."""
-    adapter: str = ""
-    """Where the best trial's adapter was exported to."""
-    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_sweep_report(folder: Path, findings: SweepFindings) -> tuple[Path, dict[str, Path]]:
@@ -64,7 +34,7 @@ def write_sweep_report(folder: Path, findings: SweepFindings) -> tuple[Path, dic
     results = json.dumps(sweep_results(findings), indent=2, allow_nan=False)
     (folder / RESULTS_FILE).write_text(results + "\n", encoding="utf-8")
     page = folder / PAGE_FILE
-    page.write_text(_page(findings, figures), encoding="utf-8")
+    page.write_text(sweep_page(findings, figures), encoding="utf-8")
     return page, {figure.title: figure.path for figure in figures}
 
 
@@ -93,7 +63,8 @@ def sweep_results(findings: SweepFindings) -> dict[str, Any]:
 
 
 def _plain(trial: SweepTrial) -> dict[str, Any]:
-    names = ("accuracy", "accuracy_error", "macro_f1", "prompt_fidelity", "kl", "kl_error", "diversity", "belief_gap")
+    names = ["accuracy", "accuracy_error", "macro_f1", "prompt_fidelity", "kl", "kl_error", "diversity", "belief_gap"]
+    names += ["gap", "gap_error", *sorted(name for name in trial.metrics if name.startswith("accuracy/"))]
     return {
         "name": trial.name,
         "status": trial.status,
@@ -225,87 +196,3 @@ def _plot_samples(path: Path, findings: SweepFindings) -> Path | None:
         unit = f" {control.unit}" if control.unit else ""
         rows.append((f"{name}, class {index}: {class_name}{unit}", lines))
     return plot_sample_grid(path, rows)
-
-
-def _page(findings: SweepFindings, figures: Sequence[ReportFigure]) -> str:
-    prompt = findings.before.samples.prompts[0] if len(findings.before.samples) else "PROMPT"
-    sections = [
-        _headline(findings),
-        "<h2>Trials</h2>",
-        _trials_table(findings),
-        "<h2>Is it the exponent?</h2>",
-        _ratio_section(findings),
-        "<h2>Pictures</h2>",
-        *(picture(figure) for figure in figures),
-    ]
-    if findings.adapter:
-        sections += [
-            "<h2>Sample from the best</h2>",
-            sampling_commands(findings.controls, prompt, findings.adapter),
-            "<p>A weaker pull without training again: add <code>--adapter-scale 0.6</code>.</p>",
-        ]
-    facts = {**findings.facts, **environment_facts()}
-    sections += ["<h2>Made with</h2>", table([(text(key), text(value)) for key, value in facts.items()])]
-    return html_page(f"ctrl_ray sweep: {findings.name}", sections)
-
-
-def _headline(findings: SweepFindings) -> str:
-    counts = {
-        status: sum(trial.status == status for trial in findings.trials)
-        for status in ("finished", "stopped early", "failed")
-    }
-    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    sentence = f"{len(findings.trials)} trials: {words}."
-    if findings.best is not None:
-        names = short_names(list(findings.knobs))
-        knobs = ", ".join(f"{names[path]} {shown(value)}" for path, value in findings.best.knobs.items())
-        value = findings.best.metric(findings.metric)
-        sentence += f" The best by {findings.metric} is trial {findings.best.name} ({knobs}): {shown(value)}"
-        kl = findings.best.metric("kl")
-        sentence += (
-            f", {kl:.2f} nats from the pre-trained model." if kl is not None and findings.metric != "kl" else "."
-        )
-    return f"<h1>Sweep: {text(findings.name)}</h1><p class='lead'>{text(sentence)}</p>"
-
-
-def _trials_table(findings: SweepFindings) -> str:
-    names = short_names(list(findings.knobs))
-    head = ["trial", *names.values(), "exponent", "updates", "accuracy", "KL / nats", "fidelity", "minutes", "state"]
-    rows = []
-    for trial in findings.trials:
-        mark = " ★" if findings.best is not None and trial.name == findings.best.name else ""
-        cells = [trial.name + mark, *(shown(trial.knobs.get(path)) for path in findings.knobs)]
-        cells += [shown(trial.exponent), str(trial.updates_done)]
-        for name, digits in (("accuracy", ".3f"), ("kl", ".2f"), ("prompt_fidelity", ".3f")):
-            value, error = trial.metric(name), trial.metric(f"{name}_error")
-            cells.append(
-                "–" if value is None else f"{value:{digits}}" + ("" if error is None else f" ± {error:{digits}}")
-            )
-        cells += [f"{trial.seconds / 60:.1f}", f"failed: {trial.error}" if trial.status == "failed" else trial.status]
-        rows.append([text(cell) for cell in cells])
-    note = "<p class='note'>★ the best; ± is one standard error. A trial that did not finish shows its last evaluation.</p>"
-    return table(rows, head) + note
-
-
-def _ratio_section(findings: SweepFindings) -> str:
-    correlation, pairs = exponent_correlation(findings.trials), equal_exponents(findings.trials)
-    if correlation is None and not pairs:
-        return "<p>Fewer than three exponents guidance_strength / kl_coef finished.</p>"
-    html = ""
-    if correlation is not None:
-        html += f"<p>Rank correlation of log(guidance_strength / kl_coef) and KL over the finished trials: {correlation:.3f}."
-        html += "</p>"
-    if pairs:
-        rows = [
-            (
-                f"{pair.exponent:.3g}",
-                text(", ".join(pair.names)),
-                ", ".join(f"{kl:.2f}" for kl in pair.kl),
-                f"{max(pair.kl) - min(pair.kl):.2f}",
-                f"{pair.allowed:.2f}",
-                "yes" if pair.agree else "no",
-            )
-            for pair in pairs
-        ]
-        html += table(rows, ["exponent", "trials", "KL / nats", "difference", "allowed: 30 % or 0.3 nats", "agree"])
-    return html

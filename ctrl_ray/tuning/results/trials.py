@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import softmax
 from scipy.stats import rankdata
+
+from ctrl_ray.evaluation.certificate import effective_sample_size, log_mean_weight
+from ctrl_ray.wording import text_table
 
 Status = Literal["waiting", "running", "finished", "stopped early", "failed"]
 
@@ -57,36 +61,36 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def result_columns(trials: Sequence[SweepTrial]) -> list[tuple[str, str, str]]:
+    """(title, metric, format) of the results in a sweep's tables: of several controls the accuracy of each, with the mean
+    beside, and the gap where a trial has one."""
+    known = {name for trial in trials for name in trial.metrics}
+    controls = sorted(name for name in known if name.startswith("accuracy/") and not name.endswith("_error"))
+    columns = [(f"accuracy of {name.partition('/')[2]}", name, ".3f") for name in controls] if len(controls) > 1 else []
+    columns.append(("mean accuracy" if columns else "accuracy", "accuracy", ".3f"))
+    if "gap" in known:
+        columns.append(("gap / nats", "gap", ".2f"))
+    return [*columns, ("KL / nats", "kl", ".2f"), ("fidelity", "prompt_fidelity", ".3f")]
+
+
 def format_trials(trials: Sequence[SweepTrial], knobs: Sequence[str]) -> str:
-    """The table of a sweep: trial, knobs, updates, accuracy, KL, prompt fidelity, time, and what happened."""
-    names = short_names(knobs)
-    head = ["trial", *names.values(), "updates", "accuracy", "KL / nats", "fidelity", "minutes", ""]
+    """The table of a sweep: trial, knobs, updates, results (`result_columns`), time, and what happened."""
+    columns = result_columns(trials)
+    head = ["trial", *short_names(knobs).values(), "updates", *(title for title, _, _ in columns), "minutes", ""]
     rows = [head]
     for trial in trials:
-        metrics = [
-            (trial.metric("accuracy"), ".3f"),
-            (trial.metric("kl"), ".2f"),
-            (trial.metric("prompt_fidelity"), ".3f"),
-        ]
+        results = [(trial.metric(name), digits) for _, name, digits in columns]
         rows.append(
             [
                 trial.name,
                 *(shown(trial.knobs.get(path)) for path in knobs),
                 str(trial.updates_done),
-                *("–" if value is None else format(value, digits) for value, digits in metrics),
+                *("–" if value is None else format(value, digits) for value, digits in results),
                 f"{trial.seconds / 60:.1f}",
                 f"failed: {trial.error}" if trial.status == "failed" else trial.status,
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)),
-        ]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)
+    return text_table(rows, left=(0, len(head) - 1))
 
 
 def shown(value: Any) -> str:
@@ -185,16 +189,13 @@ def predict_optimum(log_probs: np.ndarray, true_classes: np.ndarray, exponents: 
         true_classes: (N,) by the oracle.
         exponents: (R,) values of r.
     """
-    classes = np.arange(log_probs.shape[1])
-    right = true_classes[:, None] == classes
+    right = true_classes[:, None] == np.arange(log_probs.shape[1])
     accuracy, kl, effective = [], [], []
     for exponent in exponents:
         scores = exponent * log_probs.astype(np.float64)
-        highest = scores.max(axis=0)
-        weights = np.exp(scores - highest)
-        log_mean = highest + np.log(weights.mean(axis=0))
-        weights /= weights.sum(axis=0)
+        weights = softmax(scores, axis=0)
+        log_means = np.array([log_mean_weight(column).value for column in scores.T])
         accuracy.append(float((weights * right).sum(axis=0).mean()))
-        kl.append(float(((weights * scores).sum(axis=0) - log_mean).mean()))
-        effective.append(float((1 / (weights**2).sum(axis=0)).min()))
+        kl.append(float(((weights * scores).sum(axis=0) - log_means).mean()))
+        effective.append(min(effective_sample_size(column) for column in scores.T))
     return Prediction(np.asarray(exponents, dtype=np.float64), np.array(accuracy), np.array(kl), np.array(effective))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from PIL import Image
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.tuning.results import figures as sweep_figures
-from ctrl_ray.tuning.results import parallel_figure
-from ctrl_ray.tuning.results.report import SweepFindings, dial_gaps, write_sweep_report
+from ctrl_ray.tuning.results import parallel_figure, report
+from ctrl_ray.tuning.results.findings import SweepFindings
+from ctrl_ray.tuning.results.report import dial_gaps, write_sweep_report
 from ctrl_ray.tuning.results.tracking import SweepTracker, _Tail
 from ctrl_ray.tuning.results.trials import (
     SweepTrial,
@@ -70,6 +72,26 @@ def test_the_table_tells_what_happened_to_each() -> None:
     assert lines[1].split() == ["0", "2", "0.6", "28", "0.300", "0.20", "0.900", "1.5", "finished"]
     assert lines[6].endswith("stopped early")
     assert lines[7].split()[4:7] == ["–", "–", "–"] and lines[7].endswith("failed: ConfigError: <b>no</b>")
+
+
+def test_the_table_has_every_control_and_the_gap_where_they_are_known() -> None:
+    """Sorted by name, the mean beside; a trial without an end has a mean only."""
+    several = {
+        "accuracy": 0.69,
+        "accuracy/size": 0.87,
+        "accuracy/size_error": 0.02,
+        "accuracy/colour": 0.51,
+        "gap": 2.125,
+    }
+    ended = _trial("0", 1.0, 2.0, 5.0, 0.69, metrics={**several, "kl": 6.25})
+    running = _trial("1", 1.0, 2.0, 5.0, 0.5, status="running", metrics={"accuracy": 0.5, "kl": 1.0})
+    head, first, second = format_trials([ended, running], ["kl_coef"]).splitlines()
+    results = ["accuracy of colour", "accuracy of size", "mean accuracy", "gap / nats", "KL / nats", "fidelity"]
+    assert re.split(r"  +", head)[3:-1] == results
+    assert first.split()[3:-2] == ["0.510", "0.870", "0.690", "2.12", "6.25", "–"]
+    assert second.split()[3:-2] == ["–", "–", "0.500", "–", "1.00", "–"]
+    least = best_trial([ended, dataclasses.replace(ended, name="2", metrics={**several, "gap": 1.5})], "gap", "min")
+    assert least is not None and least.name == "2"
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
@@ -210,6 +232,19 @@ def _check_pictures(figures: dict[str, Figure]) -> None:
     axis = figures["samples.png"].axes[0]
     marks = [text.split()[0] + text[-1] for text in texts(axis) if text.endswith(("✓", "✗"))]
     assert marks == [*("30✓", "90✗") * 2, *("100✓", "220✗") * 2, *("200✓", "40✗") * 2]  # before and best: equal here
+
+
+def test_a_sweeps_page_has_every_control_and_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_figures", lambda *_: [])
+    numbers = {"accuracy": 0.69, "kl": 6.25, "gap": 2.125, "gap_error": 0.25}
+    numbers |= {"accuracy/size": 0.87, "accuracy/size_error": 0.02, "accuracy/colour": 0.51}
+    best = _trial("0", 1.0, 2.0, 5.0, 0.69, metrics=numbers)
+    page, _ = write_sweep_report(tmp_path, dataclasses.replace(_findings(tmp_path), trials=[best], best=best))
+    html = page.read_text()
+    assert "0.69 (accuracy of colour 0.510, accuracy of size 0.870 ± 0.020), 6.25 nats from" in html
+    assert "<td>0.510</td><td>0.870 ± 0.020</td><td>0.690</td><td>2.12 ± 0.25</td><td>6.25</td>" in html
+    [stored] = json.loads((tmp_path / "results.json").read_text())["trials"]
+    assert (stored["gap"], stored["gap_error"], stored["accuracy/size"]) == (2.125, 0.25, 0.87)
 
 
 def test_a_sweep_of_which_nothing_finished_has_a_report_too(tmp_path: Path) -> None:
