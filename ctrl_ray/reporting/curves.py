@@ -70,9 +70,11 @@ def _series(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> np.ndarr
 
 
 def _controls(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """Controls with a curve of their own; with one control it would lie on the curve of the mean."""
-    found = sorted({key.partition("/")[2] for row in rows for key in row if key.startswith(f"{name}/")})
-    return found if len(found) > 1 else []
+    """Controls with a curve of their own, NAME/CONTROL; with one control it would lie on the curve of the mean. What is
+    measured of single classes, NAME/CONTROL/CLASS, would be too many curves."""
+    found = {key.partition("/")[2] for row in rows for key in row if key.startswith(f"{name}/")}
+    controls = sorted(control for control in found if "/" not in control)
+    return controls if len(controls) > 1 else []
 
 
 def plot_kl_against_accuracy(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:

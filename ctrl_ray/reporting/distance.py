@@ -56,7 +56,7 @@ def distance_section(after: Mapping[str, Any], sampler: SamplerConfig | None) ->
     ]
     note = (
         "The gap is log Z minus the objective: the KL divergence of the sampler's paths from those of the target, which no "
-        "training makes negative. log Z comes from the samples before, pooled over prompts."
+        "training makes negative. log Z comes from samples of the pre-trained model, pooled over prompts."
     )
     return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>{_structural(sampler)}"
 

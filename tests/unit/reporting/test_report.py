@@ -252,11 +252,15 @@ def test_what_was_not_learned_is_in_the_head_and_in_the_summary(of_two_controls)
 def test_several_controls_have_a_curve_each(tmp_path, figures):
     rows = [
         {"kind": "evaluation", "update": u, "kl": kl, "accuracy": a, "accuracy/light": b, "accuracy/other": 0.5}
+        | {"gap": a, "gap/light/dark": 2.0, "gap/light/grey": 3.0}
         for u, kl, a, b in ((0, 0.0, 0.4, 0.3), (2, 3.0, 0.75, 1.0))
     ]
     plot_kl_against_accuracy(tmp_path / "kl.png", rows)
     plot_curves(tmp_path / "curves.png", [{key: value for key, value in row.items() if key != "kl"} for row in rows])
-    [accuracy] = figures["curves.png"].axes
+    accuracy, gap = figures["curves.png"].axes
+    assert [each.get_label() for each in gap.lines if len(each.get_xdata()) > 1] == [
+        "evaluation"
+    ]  # none of the classes
     assert line(accuracy, "mean of the controls").tolist() == [[0, 0.4], [2, 0.75]]
     assert line(accuracy, "light").tolist() == [[0, 0.3], [2, 1.0]]
     [axis] = figures["kl.png"].axes
