@@ -12,7 +12,6 @@ import numpy as np
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import DataError
 from ctrl_ray.evaluation import metrics
-from ctrl_ray.evaluation.certificate import CERTIFICATE_METRICS
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.oracles import Oracle, load_oracle, measure
@@ -114,10 +113,8 @@ def summary_of(judged: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_row(judged: Mapping[str, Any]) -> dict[str, float]:
-    """The measured numbers as a row for `RunTracker.log("evaluation", ...)`, with `NAME/<control>` per control, and those of
-    a certificate where `judged` holds them too and they are finite."""
+    """The measured numbers as a row for `RunTracker.log("evaluation", ...)`, with `NAME/<control>` per control."""
     row = {key: judged[key] for key in EVALUATION_METRICS}
-    row |= {key: judged[key] for key in CERTIFICATE_METRICS if math.isfinite(judged.get(key, math.nan))}
     for name, control in judged["controls"].items():
         row |= {f"{key}/{name}": control[key] for key in ("accuracy", "macro_f1", "belief_gap")}
     return {key: value for key, value in row.items() if value is not None}

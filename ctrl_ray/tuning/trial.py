@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.config.overrides import override
 from ctrl_ray.driver.stages import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
 from ctrl_ray.errors import ConfigError, own_error
+from ctrl_ray.evaluation.certificate import CERTIFICATE_METRICS
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
 from ctrl_ray.planning.preflight import preflight
@@ -106,7 +108,12 @@ def numbers_of(after: Mapping[str, Any]) -> dict[str, float]:
         f"accuracy/{name}_error": control["standard_errors"]["accuracy"] for name, control in after["controls"].items()
     }
     errors["gap_error"] = after.get("gap_standard_error")
-    return {**evaluation_row(after), **{name: value for name, value in errors.items() if value is not None}}
+    certificate = {name: after[name] for name in CERTIFICATE_METRICS if math.isfinite(after.get(name, math.nan))}
+    return {
+        **evaluation_row(after),
+        **certificate,
+        **{name: error for name, error in errors.items() if error is not None},
+    }
 
 
 def seconds_before(folder: Path) -> float:
