@@ -67,8 +67,8 @@ def _structural(sampler: SamplerConfig | None) -> str:
     losses = "".join(f"<li>{text(loss)}</li>" for loss in structural_losses(sampler))
     return (
         "<p class='note'>The gap is the sum of a structural part, which the best policy of this sampler has too, and of what "
-        "more training can remove. The structural part is at most the whole gap. How large it is cannot be told from one path "
-        f"for each initial noise; it comes from:</p><ul class='note'>{losses}</ul>"
+        "more training, or a larger policy, can remove. The structural part is at most the whole gap. How large it is cannot "
+        f"be told from one path for each initial noise; it comes from:</p><ul class='note'>{losses}</ul>"
     )
 
 

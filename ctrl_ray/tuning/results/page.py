@@ -78,7 +78,7 @@ def _trials_table(findings: SweepFindings) -> str:
         mark = " ★" if findings.best is not None and trial.name == findings.best.name else ""
         cells = [trial.name + mark, *(shown(trial.knobs.get(path)) for path in findings.knobs)]
         cells += [shown(trial.exponent), str(trial.updates_done)]
-        cells += [_result(trial, name, digits) for _, name, digits in columns]
+        cells += [_result(trial, name, digits).replace(" ", "\N{NO-BREAK SPACE}") for _, name, digits in columns]
         cells += [f"{trial.seconds / 60:.1f}", f"failed: {trial.error}" if trial.status == "failed" else trial.status]
         rows.append([text(cell) for cell in cells])
     note = "★ the best; ± is one standard error. A trial that did not finish shows its last evaluation."

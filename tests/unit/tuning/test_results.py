@@ -240,7 +240,7 @@ def test_a_sweeps_page_has_every_control_and_the_gap(tmp_path: Path, monkeypatch
     numbers |= {"accuracy/size": 0.87, "accuracy/size_error": 0.02, "accuracy/colour": 0.51}
     best = _trial("0", 1.0, 2.0, 5.0, 0.69, metrics=numbers)
     page, _ = write_sweep_report(tmp_path, dataclasses.replace(_findings(tmp_path), trials=[best], best=best))
-    html = page.read_text()
+    html = page.read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "0.69 (accuracy of colour 0.510, accuracy of size 0.870 ± 0.020), 6.25 nats from" in html
     assert "<td>0.510</td><td>0.870 ± 0.020</td><td>0.690</td><td>2.12 ± 0.25</td><td>6.25</td>" in html
     [stored] = json.loads((tmp_path / "results.json").read_text())["trials"]
