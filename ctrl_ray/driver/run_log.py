@@ -95,7 +95,10 @@ class RunLog:
         self._folder.upload(METRICS_FILE)
         accuracy = row.metrics.get("accuracy")
         text = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        self._note(f"evaluation after update {row.update}: {text}{kl_text(row.metrics['kl'], floor)}")
+        distance = ""
+        if "gap" in row.metrics:
+            distance = f", gap {row.metrics['gap']:.1f} ± {row.metrics['gap_standard_error']:.1f} nats"
+        self._note(f"evaluation after update {row.update}: {text}{kl_text(row.metrics['kl'], floor)}{distance}")
 
     def _note(self, text: str) -> None:
         if self._progress is not None:

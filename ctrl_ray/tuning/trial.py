@@ -14,8 +14,10 @@ from ray import tune
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.config.overrides import override
+from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE, PreTrained, sample_pre_trained
 from ctrl_ray.driver.stages import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
 from ctrl_ray.errors import ConfigError, own_error
+from ctrl_ray.evaluation.certificate import certificate_row
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
 from ctrl_ray.planning.preflight import preflight
@@ -88,16 +90,24 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     resume = _begun(folder, checked.asked)
     checked = prepare_classifiers(checked, folder, None)  # a copy of those of the sweep
     tells = EvaluationsToTune(checked.config.num_updates)
-    trained = fine_tune(checked, folder, job.rewards, resume=resume, callbacks=[tells])
-    tells.wait_until_taken()
     own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
-    before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
-    final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
+    known = None if own_before else drawn_by_sweep(Path(job.folder))
+    pre_trained = sample_pre_trained(checked, folder, job.rewards, known)
+    trained = fine_tune(checked, folder, job.rewards, resume=resume, pre_trained=pre_trained, callbacks=[tells])
+    tells.wait_until_taken()
+    final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, pre_trained=pre_trained)
     save_samples(final.samples, folder / SAMPLES_FILE)
     errors = {f"{name}_error": final.after["standard_errors"][name] for name in ("accuracy", "kl", "prompt_fidelity")}
-    result = {**evaluation_row(final.after), **{name: value for name, value in errors.items() if value is not None}}
+    result: dict[str, Any] = evaluation_row(final.after) | certificate_row(final.after)
+    result |= {name: value for name, value in errors.items() if value is not None}
     result |= {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
     return {**result, "final": True, "seconds": before_s + time.monotonic() - started}
+
+
+def drawn_by_sweep(folder: Path) -> PreTrained:
+    """Samples of the pre-trained model that a sweep has kept in its folder for all trials."""
+    scored = folder / PRE_TRAINED_FILE
+    return PreTrained(load_samples(folder / BEFORE_FILE), load_samples(scored) if scored.is_file() else None)
 
 
 def seconds_before(folder: Path) -> float:

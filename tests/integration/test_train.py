@@ -25,8 +25,10 @@ from ctrl_ray.config import ControlConfig, EstimatorConfig, TrainConfig
 from ctrl_ray.distributed.launch import run_training
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.method import make_method
+from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE
 from ctrl_ray.driver.stages import ADAPTER, fine_tune, prepare_classifiers, rewards_of, train_job
 from ctrl_ray.errors import InterruptedRunError
+from ctrl_ray.evaluation.samples import load_samples
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -137,7 +139,12 @@ def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [row["update"] for row in evaluations] == [0, 3, 6, 6]
-    assert evaluations[-1]["gap"] == after["gap"]
+    assert (
+        evaluations[-1]["gap"] == after["gap"] and sum(key.startswith("gap/jpeg_size/") for key in evaluations[1]) == 4
+    )
+    assert all(row["gap"] == pytest.approx(row["log_z"] - row["objective"]) for row in evaluations)
+    assert len({round(row["log_z"], 9) for row in evaluations}) == 1  # of one set of samples, kept with the run
+    assert len(load_samples(finished.folder / PRE_TRAINED_FILE)) == 8
     assert evaluations[0]["kl"] == 0  # policy = reference before the first update
     moved = _adapter(finished)["jpeg_size"]
     assert moved[:-1].abs().max() > 0
