@@ -33,8 +33,8 @@ from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.runs.copies import FolderCopy, folder_here
 
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 45.0
-"""A worker imports its libraries for some of them before it says that it has room."""
+_IMPORT_S = 45.0
+"""A worker may import its libraries for so long before it says that it has room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +96,33 @@ def sample_policy(
         for rank in range(count)
     ]
     asked = {kind: count * amount for kind, amount in worker.items()}
-    limit = scaling.placement_timeout_s
-    wait = ClusterWait(asked, limit, _say, waits=lambda: True, patience_s=_PATIENCE_S)
+    limit = scaling.placement_timeout_s + _IMPORT_S
+    wait = ClusterWait(asked, limit, _say, waits=lambda: True, patience_s=_IMPORT_S)
     samples = concatenate(_collected(streams, wait))
     return samples.select(np.argsort(samples.sample_ids, kind="stable"))
 
 
 def _collected(streams: list[Any], wait: ClusterWait) -> list[EvaluationSamples]:
-    """What the streams of `_started_then_sampled` end with; polls `wait` until the first of them has begun."""
+    """What the streams of `_started_then_sampled` end with; polls `wait` until the first of them has begun. After an error
+    none of them goes on."""
     parts: list[EvaluationSamples] = []
-    begun, ready = False, list[Any]()
-    while streams:
-        ready, streams = ray.wait(streams, num_returns=1, timeout=None if begun else _LOOK_EVERY_S, fetch_local=False)
-        for stream in ready:
-            begun = True
-            item = ray.get(next(stream))
-            if item is None:
-                streams.append(stream)
-            else:
-                parts.append(item)
-        if not begun:
-            wait.poll()
+    open_streams, begun = list(streams), False
+    try:
+        while open_streams:
+            timeout = None if begun else _LOOK_EVERY_S
+            ready: list[Any] = ray.wait(open_streams, num_returns=1, timeout=timeout, fetch_local=False)[0]
+            for stream in ready:
+                begun = True
+                item = ray.get(next(stream))
+                if item is not None:
+                    parts.append(item)
+                    open_streams.remove(stream)
+            if not begun:
+                wait.poll()
+    except BaseException:
+        for stream in open_streams:
+            ray.cancel(stream)
+        raise
     return parts
 
 
