@@ -18,7 +18,7 @@ from ctrl_ray.evaluation.certificate import certificate_row, certify_labels
 from ctrl_ray.policy.controlled import ControlledPolicy
 from tests.learners import learner_on, small_config
 
-COUNT = 10
+COUNT = 8
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     return small_config(tiny_pipeline, tmp_path_factory.mktemp("classifier"))
 
 
-def _learner(config: TrainConfig) -> Learner:
+@pytest.fixture(scope="module")
+def learner(config: TrainConfig) -> Learner:
     """Of a policy that has left the pre-trained model."""
     learner = learner_on(config, torch.device("cpu"), pool=False)
     policy = learner.engine.policy
@@ -39,8 +40,7 @@ def _learner(config: TrainConfig) -> Learner:
     return dataclasses.replace(learner, pre_trained_log_probs={"jpeg_size": beliefs})
 
 
-def test_it_is_the_certificate_of_the_samples(config: TrainConfig) -> None:
-    learner = _learner(config)
+def test_it_is_the_certificate_of_the_samples(config: TrainConfig, learner: Learner) -> None:
     metrics = evaluate_policy(learner, COUNT)
     batch = learner.evaluation_batch(range(COUNT))
     trajectory = learner.roll_out(batch, config.evaluation.seed, 0, with_kl=True)
@@ -64,9 +64,8 @@ def test_it_is_the_certificate_of_the_samples(config: TrainConfig) -> None:
     )
 
 
-def test_ranks_share_the_paths(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_paths(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What two ranks give to the sums adds up to what one rank alone has."""
-    learner = _learner(config)
     tables: list[Tensor] = []
 
     def all_reduce_sum(values: Tensor, device: torch.device) -> Tensor:
@@ -83,6 +82,5 @@ def test_ranks_share_the_paths(config: TrainConfig, monkeypatch: pytest.MonkeyPa
         assert first.any() and second.any()
 
 
-def test_without_log_z_there_is_none(config: TrainConfig) -> None:
-    learner = dataclasses.replace(_learner(config), pre_trained_log_probs={})
-    assert "gap" not in evaluate_policy(learner, COUNT)
+def test_without_log_z_there_is_none(learner: Learner) -> None:
+    assert "gap" not in evaluate_policy(dataclasses.replace(learner, pre_trained_log_probs={}), 2)
