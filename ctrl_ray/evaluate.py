@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ctrl_ray import command
-from ctrl_ray.config import ControlConfig, Precision, ScalingConfig
+from ctrl_ray.config import ControlConfig, EvaluationConfig, Precision, ScalingConfig
 from ctrl_ray.errors import ConfigError, own_error
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class EvaluateOptions:
     """With --images: a second folder to compare with, such as samples without a control."""
     num_samples: int = 512
     """Samples before and after. The standard error of an accuracy near 0.9 is 0.013 at 512."""
+    log_z_samples: int = 512
+    """Samples of the pre-trained model that the distance to the target is measured from; at least."""
+    max_log_z_samples: int = 4096
+    """The same at most: more are drawn until log Z of every class is known to 0.1 nats."""
     prompts_file: str | None = None
     """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
     seed: int = 1_000_003
@@ -56,7 +60,7 @@ class EvaluateOptions:
             raise ConfigError("give either --adapter RUN/adapter, to judge it, or --runs RUN RUN …, to compare them")
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples", "log_z_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
@@ -87,6 +91,8 @@ def evaluate_adapter(
     output_dir: str | Path,
     *,
     num_samples: int = 512,
+    log_z_samples: int = 512,
+    max_log_z_samples: int = 4096,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
     batch_size: int | None = None,
@@ -94,24 +100,31 @@ def evaluate_adapter(
     classifiers: Mapping[str, str] | None = None,
     precision: Precision | None = None,
 ) -> Path:
-    """Sample the adapter and its pre-trained model with the same prompts, labels and noise, judge both, and write the
-    report; returns the page's path. ModelError when the adapter or its base model cannot be loaded.
+    """Sample the adapter and its pre-trained model with the same prompts, labels and noise, judge both, measure the distance
+    to the target, and write the report; returns the page's path. ModelError when the adapter or its base model cannot be
+    loaded.
 
     precision: None, as for `sample_before_and_after`. The KL's noise floor of the run is told where it is the run's.
     """
+    from ctrl_ray.evaluation.certificate import certify_evaluation
     from ctrl_ray.policy.adapter import read_adapter_info
 
     info = read_adapter_info(adapter)
     precision = precision or _precision(info)
-    before, after = sample_before_and_after(
+    before, after, scored = sample_before_and_after(
         adapter,
         num_samples=num_samples,
+        log_z_samples=log_z_samples,
+        max_log_z_samples=max_log_z_samples,
         prompts=prompts,
         seed=seed,
         batch_size=batch_size,
         classifiers=classifiers,
         precision=precision,
     )
+    certificate = {}
+    if scored is not None:
+        certificate = certify_evaluation(scored, after, info.controls, info.training["kl_coef"])
     floor = info.training.get("kl_noise_floor") if precision == info.training.get("precision") else None
     return report_on(
         after,
@@ -121,19 +134,31 @@ def evaluate_adapter(
         clip_model=clip_model,
         adapter=str(adapter),
         kl_noise_floor=floor,
+        certificate=certificate,
     )
+
+
+class BeforeAndAfter(NamedTuple):
+    """What `sample_before_and_after` drew."""
+
+    before: EvaluationSamples
+    after: EvaluationSamples
+    scored: EvaluationSamples | None
+    """Of the pre-trained model, without images: as many as log Z needs. None where the adapter's run has no target."""
 
 
 def sample_before_and_after(
     adapter: str | Path,
     *,
     num_samples: int,
+    log_z_samples: int = 512,
+    max_log_z_samples: int = 4096,
     prompts: Sequence[str] | None = None,
     seed: int = 1_000_003,
     batch_size: int | None = None,
     classifiers: Mapping[str, str] | None = None,
     precision: Precision | None = None,
-) -> tuple[EvaluationSamples, EvaluationSamples]:
+) -> BeforeAndAfter:
     """Samples of the pre-trained model and of the adapter: the same prompts, labels and noise, row by row.
 
     Prompts and classifiers (whose belief is compared with the truth) default to those of the run around the adapter, the
@@ -145,6 +170,7 @@ def sample_before_and_after(
     import torch
 
     from ctrl_ray.cluster.connection import connected
+    from ctrl_ray.distributed.log_z import draw_for_log_z
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
     from ctrl_ray.policy.adapter import read_adapter_info
     from ctrl_ray.rewards.model import RewardModelSpec
@@ -176,12 +202,17 @@ def sample_before_and_after(
         with connected():
             before = sample_policy(job, rewards, scaling)
             after = sample_policy(dataclasses.replace(job, reference=False), rewards, scaling)
+            scored, kl_coef = None, info.training.get("kl_coef", 0.0)
+            if kl_coef > 0 and info.training.get("latent_reduction", "sum") == "sum":
+                settings = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
+                first = before.without_images()
+                scored = draw_for_log_z(first, job, rewards, scaling, info.controls, kl_coef, settings)
     except Exception as error:
         own = own_error(error)
         if own is None:
             raise
         raise own from error
-    return before, after
+    return BeforeAndAfter(before, after, scored)
 
 
 def _precision(info: AdapterInfo) -> Precision:
@@ -245,6 +276,8 @@ def run(options: EvaluateOptions) -> Path:
         options.adapter,
         options.output_dir or Path(options.adapter).parent / "evaluation",
         num_samples=options.num_samples,
+        log_z_samples=options.log_z_samples,
+        max_log_z_samples=options.max_log_z_samples,
         prompts=None if options.prompts_file is None else read_prompts(options.prompts_file),
         seed=options.seed,
         batch_size=options.batch_size,

@@ -56,6 +56,7 @@ def fit(
     from ctrl_ray.cluster.connection import connected, ray_job
     from ctrl_ray.cluster.resources import check_cluster
     from ctrl_ray.cluster.shared_storage import check_shared
+    from ctrl_ray.driver.pre_trained import sample_pre_trained
     from ctrl_ray.driver.stages import (
         ADAPTER,
         evaluate_and_report,
@@ -87,14 +88,15 @@ def fit(
         folder.prepare(checked.asked, resume=resume)
         checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts))
         with rewards_of(checked.config) as rewards:
-            trained = fine_tune(checked, folder, rewards, resume=resume)
+            pre_trained = sample_pre_trained(checked, folder, rewards)
+            trained = fine_tune(checked, folder, rewards, resume=resume, pre_trained=pre_trained)
             if trained.stopped is not None and trained.stopped.kind == "asked":
                 raise InterruptedRunError(
                     f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
                     f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
                 )
             facts = {"time until the evaluation": duration(time.monotonic() - started)}
-            final = evaluate_and_report(checked, folder, rewards, trained, facts)
+            final = evaluate_and_report(checked, folder, rewards, trained, facts, pre_trained=pre_trained)
     summary = {
         "before": final.before,
         "after": final.after,

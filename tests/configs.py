@@ -33,6 +33,8 @@ def tiny_run(pipeline: Path) -> TrainConfig:
         sampler=SamplerConfig(num_steps=3),
         lora=LoraConfig(rank=2, alpha=2.0),
         scaling=ScalingConfig(max_failures=0),
-        evaluation=EvaluationConfig(every_updates=0, final_num_samples=8, batch_size=8),
+        evaluation=EvaluationConfig(
+            every_updates=0, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, batch_size=8
+        ),
         aim=False,
     )

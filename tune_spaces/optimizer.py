@@ -2,8 +2,7 @@
 
 Here a trial that lags is a bad one: ASHA looks at every evaluation and goes on with the better half.
 
-All trials have one target here. METRIC = "gap", MODE = "min" asks instead which of them comes nearest to it, in nats; it is
-measured at a trial's end, so leave scheduler() out.
+All trials have one target here. METRIC = "gap", MODE = "min" asks instead which of them comes nearest to it, in nats.
 """
 
 from __future__ import annotations

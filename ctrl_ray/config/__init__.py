@@ -451,6 +451,12 @@ class EvaluationConfig:
     """Samples of each evaluation during training. The best evaluation decides which checkpoint is exported."""
     final_num_samples: int = 512
     """Samples of the evaluations before and after training, which the report shows."""
+    log_z_samples: int = 512
+    """Samples of the pre-trained model that log Z, the most that a sampler can reach, is estimated from; at least."""
+    max_log_z_samples: int = 4096
+    """The same at most: more are drawn until log_z_standard_error is met."""
+    log_z_standard_error: float = 0.1
+    """Nats: how well log Z of every class is to be known."""
     batch_size: int | Auto = 128
     """Samples drawn at a time by each worker. 'auto': up to 16, as they fit."""
     prompts_file: str | None = None
@@ -469,15 +475,29 @@ class EvaluationConfig:
         _require(self.num_cpus >= 0, f"evaluation.num_cpus is {self.num_cpus}; expected 0 or more")
         _require(self.num_gpus >= 0, f"evaluation.num_gpus is {self.num_gpus}; expected 0 or more")
         _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
-        for name in ("num_samples", "final_num_samples", "batch_size"):
+        for name in ("num_samples", "final_num_samples", "log_z_samples", "batch_size"):
             _require(
                 _is_auto_or(getattr(self, name), 1), f"evaluation.{name} is {getattr(self, name)}; expected at least 1"
             )
+
+        _require(
+            self.max_log_z_samples >= self.log_z_samples,
+            f"evaluation.max_log_z_samples is {self.max_log_z_samples}; expected at least log_z_samples, {self.log_z_samples}",
+        )
+        _require(
+            self.log_z_standard_error > 0,
+            f"evaluation.log_z_standard_error is {self.log_z_standard_error}; expected a number above 0",
+        )
 
     @property
     def fixed_batch_size(self) -> int:
         """batch_size as a number; ConfigError while it is still to be decided."""
         return _fixed(self.batch_size, "evaluation.batch_size")
+
+    @property
+    def fewest_pre_trained(self) -> int:
+        """Samples of the pre-trained model that are drawn in any case, for the report and for log Z."""
+        return max(self.final_num_samples, self.log_z_samples)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

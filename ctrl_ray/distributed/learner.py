@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
-from ctrl_ray.distributed.batches import Batch
+from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, rollout
 from ctrl_ray.policy.protocol import Encoder, Inputs
@@ -39,6 +40,10 @@ class Learner:
     """The policy's, in column order; the config's controls first."""
     prompts: Sequence[str]
     rank: Rank
+    evaluation_prompts: Sequence[str] = ()
+    """Of the evaluations; none: those of training."""
+    pre_trained_log_probs: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Control to (m, K): beliefs about samples of the pre-trained model; with them an evaluation has a certificate."""
 
     @property
     def guidance(self) -> Guidance:
@@ -49,6 +54,11 @@ class Learner:
     def num_rewarded(self) -> int:
         """Label columns that the rewards know: the config's controls."""
         return len(self.config.controls)
+
+    def evaluation_batch(self, sample_ids: Sequence[int]) -> Batch:
+        """What is asked for in samples of an evaluation, the same in all of them."""
+        prompts = self.evaluation_prompts or self.prompts
+        return evaluation_batch(sample_ids, prompts, self.controls, tuple(self.config.controls))
 
     def roll_out(self, batch: Batch, seed: int, update: int, *, with_kl: bool = False) -> Trajectory:
         """Sample a batch under the policy, its noise keyed by (seed, update, sample id)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import ray
 import torch
 
 from ctrl_ray.cluster.shared_storage import copies_of
+from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
@@ -30,6 +31,10 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.runs.copies import FolderCopy, folder_here
+
+_LOOK_EVERY_S = 1.0
+_IMPORT_S = 45.0
+"""A worker may import its libraries for so long before it says that it has room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class SamplingJob:
     reference: bool
     """Sample the pre-trained model instead of the adapter's policy (labels are still recorded)."""
     with_kl: bool = True
+    with_images: bool = True
+    """Decode the samples to be looked at; without, the images that come back have no pixels."""
     draw: Sampler = rollout
     """How trajectories are drawn; a module's function, which travels by name."""
     precision: Precision = "fp32"
@@ -64,21 +71,23 @@ def sample_policy(
 ) -> EvaluationSamples:
     """Sample `job` on `scaling.num_workers` Ray actors and return the decoded, believed samples in id order.
 
-    Sample i depends on (seed, i) alone: not on the number of workers or on the batch size.
+    Sample i depends on (seed, i) alone: not on the number of workers or on the batch size. Says what it waits for while none
+    of the actors has room, and raises ResourceError after `scaling.placement_timeout_s`.
     """
     count, worker = min(scaling.fixed_num_workers, len(job.sample_ids)), scaling.worker_resources
     if job.adapter is not None:
         job = dataclasses.replace(job, copies=copies_of([job.adapter]))
     if isinstance(rewards, RewardModelSpec):
         rewards = dataclasses.replace(rewards, copies=copies_of(list(rewards.classifiers.values())))
-    remote = ray.remote(_sample_part).options(
+    remote = ray.remote(_started_then_sampled).options(
+        num_returns="streaming",
         num_cpus=worker["CPU"],
         num_gpus=worker.get("GPU", 0.0),
         max_retries=scaling.max_failures,
         scheduling_strategy="DEFAULT",  # not the placement group of a Tune trial, which holds its driver alone
         runtime_env={"env_vars": worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads)},
     )
-    parts = [
+    streams = [
         remote.remote(
             dataclasses.replace(job, sample_ids=job.sample_ids[rank::count]),
             rewards.for_worker(rank) if isinstance(rewards, PooledRewards) else rewards,
@@ -86,8 +95,46 @@ def sample_policy(
         )
         for rank in range(count)
     ]
-    samples = concatenate(ray.get(parts))
+    asked = {kind: count * amount for kind, amount in worker.items()}
+    limit = scaling.placement_timeout_s + _IMPORT_S
+    wait = ClusterWait(asked, limit, _say, waits=lambda: True, patience_s=_IMPORT_S)
+    samples = concatenate(_collected(streams, wait))
     return samples.select(np.argsort(samples.sample_ids, kind="stable"))
+
+
+def _collected(streams: list[Any], wait: ClusterWait) -> list[EvaluationSamples]:
+    """What the streams of `_started_then_sampled` end with; polls `wait` until the first of them has begun. After an error
+    none of them goes on."""
+    parts: list[EvaluationSamples] = []
+    open_streams, begun = list(streams), False
+    try:
+        while open_streams:
+            timeout = None if begun else _LOOK_EVERY_S
+            ready: list[Any] = ray.wait(open_streams, num_returns=1, timeout=timeout, fetch_local=False)[0]
+            for stream in ready:
+                begun = True
+                item = ray.get(next(stream))
+                if item is not None:
+                    parts.append(item)
+                    open_streams.remove(stream)
+            if not begun:
+                wait.poll()
+    except BaseException:
+        for stream in open_streams:
+            ray.cancel(stream)
+        raise
+    return parts
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _started_then_sampled(
+    job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str
+) -> Iterator[EvaluationSamples | None]:
+    yield None  # it has room
+    yield _sample_part(job, rewards, device)
 
 
 @naming_memory("sampling for an evaluation")
@@ -124,7 +171,7 @@ def _judged(job: SamplingJob, batch: Batch, trajectory: Trajectory, scorer: Any)
     believed = scorer.class_log_probs(latents, batch.prompts)
     per_step = None if kl is None else kl.double().cpu().numpy()
     return EvaluationSamples(
-        images=scorer.decode(latents).cpu().numpy(),
+        images=scorer.decode(latents).cpu().numpy() if job.with_images else np.empty((len(batch), 0, 0, 3), np.uint8),
         prompts=batch.prompts,
         labels=batch.labels[:, : len(job.controls)].numpy(),
         kl=np.full(len(batch), np.nan) if per_step is None else per_step.sum(1),

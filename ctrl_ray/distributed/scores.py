@@ -12,6 +12,9 @@ UNSCORED = -1e6
 OVER_TARGET_KL = -1e9
 """Score of a checkpoint whose KL exceeds target_kl: worse than one without an evaluation."""
 
+TOLD_WITH_CHECKPOINT = ("accuracy", "kl", "gap", "gap_standard_error")
+"""What a checkpoint's report says of its evaluation beside the score: a sweep's schedulers read it."""
+
 
 def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> Stop | None:
     """The stop that an evaluation with these metrics asks for; None where its KL is within target_kl."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -22,7 +23,7 @@ from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.noise_floor import add_noise_floor
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
-from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.scores import TOLD_WITH_CHECKPOINT, UNSCORED, evaluation_score, exceeds_target_kl
 from ctrl_ray.errors import HOPELESS, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
@@ -43,6 +44,10 @@ class TrainJob:
     controls: Mapping[str, ControlConfig]
     """The policy's, in column order."""
     prompts: tuple[str, ...]
+    evaluation_prompts: tuple[str, ...] = ()
+    """Of the evaluations; none: those of training."""
+    pre_trained_log_probs: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Control to (m, K): beliefs about samples of the pre-trained model, by which evaluations know log Z."""
     rewards: PooledRewards | RewardModelSpec
     """The pool's client, or what each worker loads for itself."""
     info: AdapterInfo
@@ -132,7 +137,7 @@ def _info(job: TrainJob, progress: Mapping[str, Any]) -> AdapterInfo:
 def _evaluate(job: TrainJob, learner: Learner, progress: dict[str, Any]) -> dict[str, float]:
     with naming_memory(f"the evaluation after update {progress['updates_done']}"):
         metrics = evaluate_policy(learner, job.config.evaluation.num_samples)
-    progress |= {name: metrics[name] for name in ("accuracy", "kl") if name in metrics}
+    progress |= {name: metrics[name] for name in TOLD_WITH_CHECKPOINT if name in metrics}
     _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics
 
@@ -182,6 +187,8 @@ def make_learner(job: TrainJob, rank: Rank, engine: Any) -> Learner:
         rewards=_rewards(job, rank),
         controls=job.controls,
         prompts=job.prompts,
+        evaluation_prompts=job.evaluation_prompts,
+        pre_trained_log_probs=job.pre_trained_log_probs,
         rank=rank,
     )
 

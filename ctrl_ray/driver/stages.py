@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +18,17 @@ from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_training
-from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
+from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.distributed.worker_group import new_channel
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
+from ctrl_ray.driver.pre_trained import PreTrained, has_target, reference_job
+from ctrl_ray.driver.remedies import with_remedies
 from ctrl_ray.driver.run_log import RunLog
-from ctrl_ray.errors import GpuMemoryError, own_error
-from ctrl_ray.evaluation.certificate import CERTIFICATE_METRICS, certify_evaluation
+from ctrl_ray.evaluation.certificate import certificate_row, certify_evaluation
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
-from ctrl_ray.planning.planner import memory_advice
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import REPORT, report_pictures, write_report
 from ctrl_ray.reporting.summary import Evaluation, not_learned_of
@@ -40,6 +39,7 @@ from ctrl_ray.rewards.pool import start_reward_pool
 from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
 
 ADAPTER, CLASSIFIER = "adapter", "classifier"
+NOT_DRAWN = PreTrained()
 Scorer = PooledRewards | RewardModelSpec
 
 
@@ -115,16 +115,17 @@ def fine_tune(
     rewards: Scorer,
     *,
     resume: bool,
+    pre_trained: PreTrained = NOT_DRAWN,
     callbacks: Sequence[UserCallback] = (),
 ) -> TrainingResult:
     """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter.
 
-    callbacks: Ray Train's, such as the one that tells Ray Tune.
+    pre_trained: with them every evaluation has a certificate. callbacks: Ray Train's, such as the one that tells Ray Tune.
     """
     log = RunLog(checked.config, folder, resume=resume)
-    job = train_job(checked, rewards)
+    job = train_job(checked, rewards, pre_trained)
     try:
-        with _with_remedies(checked):
+        with with_remedies(checked):
             trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
     finally:
@@ -133,46 +134,18 @@ def fine_tune(
     return trained
 
 
-@contextmanager
-def _with_remedies(checked: CheckedRun) -> Iterator[None]:
-    """Inside, a GpuMemoryError of any process of the run gets what the planner would change, and what a card then needs."""
-    try:
-        yield
-    except Exception as error:
-        found = own_error(error)
-        if not isinstance(found, GpuMemoryError):
-            raise
-        raise GpuMemoryError(f"{found}. {memory_advice(checked.config, checked.controls)}") from error
-
-
-def train_job(checked: CheckedRun, rewards: Scorer) -> TrainJob:
+def train_job(checked: CheckedRun, rewards: Scorer, pre_trained: PreTrained = NOT_DRAWN) -> TrainJob:
     """What the workers of a checked run get, with a channel of their own to this process."""
     return TrainJob(
         config=checked.config,
         controls=checked.controls,
         prompts=checked.prompts,
+        evaluation_prompts=checked.evaluation_prompts,
+        pre_trained_log_probs={} if pre_trained.scored is None else pre_trained.scored.class_log_probs,
         rewards=rewards,
         info=checked.info,
         channel=new_channel(),
         copies=copies_of([checked.config.init_adapter] if checked.config.init_adapter else []),
-    )
-
-
-def reference_job(checked: CheckedRun) -> SamplingJob:
-    """Sampling the pre-trained model for the final evaluation of a checked run."""
-    config = checked.config
-    return SamplingJob(
-        adapter=None,
-        base_model=config.base_model,
-        revision=config.base_revision,
-        controls=config.controls,
-        sampler=config.sampler,
-        prompts=checked.evaluation_prompts,
-        sample_ids=tuple(evaluation_ids(config.evaluation.final_num_samples)),
-        seed=config.evaluation.seed,
-        batch_size=config.evaluation.fixed_batch_size,
-        reference=True,
-        precision=config.scaling.precision,
     )
 
 
@@ -183,29 +156,30 @@ def evaluate_and_report(
     trained: TrainingResult,
     facts: Mapping[str, str],
     *,
-    before: EvaluationSamples | None = None,
+    pre_trained: PreTrained = NOT_DRAWN,
 ) -> FinalEvaluation:
     """Sample before and after with the same prompts and noise, judge both by the oracles, write the report.
 
-    facts: what else the report should tell, such as times. before: samples of the pre-trained model that are there already
-    (`reference_job` of the same config).
+    facts: what else the report should tell, such as times. pre_trained: what is there already.
     """
     updates_done, floor = trained.updates_done, trained.kl_noise_floor
     config = checked.config
     job = reference_job(checked)
     evaluations = {}
     for name, reference in (("before", True), ("after", False)):
-        if reference and before is not None:
-            samples = before
+        if reference and pre_trained.shown is not None:
+            samples = pre_trained.shown
         else:
             part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
-            with _with_remedies(checked):
+            with with_remedies(checked):
                 samples = sample_policy(part, rewards, config.scaling)
         height, width = samples.images.shape[1:3]
         fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
-    certificate = _certificate(config, evaluations)
+    scored = pre_trained.scored or evaluations["before"].samples
+    after = evaluations["after"].samples
+    certificate = certify_evaluation(scored, after, config.controls, config.kl_coef) if has_target(config) else {}
     with RunTracker(
         folder.local,
         run_name=folder.name,
@@ -214,11 +188,9 @@ def evaluate_and_report(
         aim_repo=config.aim_repo,
         resume_from_update=updates_done,
     ) as tracker:
-        known = {
-            name: certificate[name] for name in CERTIFICATE_METRICS if math.isfinite(certificate.get(name, math.nan))
-        }
-        known |= {} if floor is None else {"kl_noise_floor": floor}
-        tracker.log("evaluation", updates_done, {**evaluation_row(evaluations["after"].judged), **known})
+        known = {} if floor is None else {"kl_noise_floor": floor}
+        row = evaluation_row(evaluations["after"].judged) | certificate_row(certificate) | known
+        tracker.log("evaluation", updates_done, row)
         _log_images(tracker, updates_done, config, evaluations)
         page = write_report(
             folder / REPORT,
@@ -244,13 +216,6 @@ def evaluate_and_report(
         report=page,
         kl_noise_floor=floor,
     )
-
-
-def _certificate(config: TrainConfig, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    if config.latent_reduction == "mean":
-        return {}  # a KL that is a mean over dimensions has no such target
-    before, after = (evaluations[name].samples for name in ("before", "after"))
-    return certify_evaluation(before, after, config.controls, config.kl_coef)
 
 
 def _reliability(config: TrainConfig) -> dict[str, Path]:

@@ -16,6 +16,8 @@ the policy never visits, and the policy's see what is rare without it.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from ctrl_ray.config import ControlConfig
+from ctrl_ray.evaluation.metric_names import CERTIFICATE_METRICS
 from ctrl_ray.evaluation.metrics import mean_standard_error
 from ctrl_ray.evaluation.samples import EvaluationSamples
 
@@ -31,9 +34,9 @@ GROUP_SIZE = 16
 """Paths whose mean weight makes the lower bound; more come nearer to log Z and leave fewer groups."""
 TRUSTED_PARETO_K = 0.7
 """Above it a mean of weights has no useful error (Vehtari et al. 2024, PSIS)."""
+CLASS_CERTIFICATE = "certificate/"
+"""Prefix of what `certify_evaluation` says of one class: 'certificate/CONTROL/CLASS'."""
 _FEWEST_IN_TAIL = 5
-CERTIFICATE_METRICS = ("objective", "log_z", "gap", "gap_standard_error", "ess", "pareto_k")
-"""Of `certify_evaluation`, the numbers that trackers draw as curves."""
 
 
 class Estimate(NamedTuple):
@@ -208,29 +211,77 @@ def certify_evaluation(
     bound of the mean of the prompts' own log Z, and so is the gap. Empty where the log-ratio or a control's beliefs were not
     measured; a class of which fewer than two samples were asked is left out.
     """
-    if after.log_ratio is None or not all(
-        name in part.class_log_probs for name in controls for part in (before, after)
-    ):
+    if after.log_ratio is None or not all(name in after.class_log_probs for name in controls):
         return {}
-    exponents = {name: control.guidance_strength / kl_coef for name, control in controls.items()}
-    log_weights = -after.log_ratio
-    for column, (name, exponent) in enumerate(exponents.items()):
-        log_probs = _with_null(after.class_log_probs[name])
-        log_weights = log_weights + exponent * log_probs[np.arange(len(after)), after.labels[:, column]]
+    rows = np.arange(len(after))
+    asked = [
+        _with_null(after.class_log_probs[name])[rows, after.labels[:, column]] for column, name in enumerate(controls)
+    ]
+    return certify_labels(
+        after.log_ratio, after.labels, np.stack(asked, axis=1), controls, kl_coef, before.class_log_probs
+    )
+
+
+def certify_labels(
+    log_ratios: np.ndarray,
+    labels: np.ndarray,
+    asked_log_probs: np.ndarray,
+    controls: Mapping[str, ControlConfig],
+    kl_coef: float,
+    class_log_probs: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """`certify_evaluation` of paths by their numbers alone.
+
+    Args:
+        log_ratios: (n,) log of the policy's density of its path over the pre-trained model's.
+        labels: (n, C) asked for, in the order of `controls`.
+        asked_log_probs: (n, C) log p̂ of that class; 0 for a null label.
+        controls: Their names, classes and guidance strengths.
+        kl_coef: β; with 0 there is no target, and the answer is empty.
+        class_log_probs: Control to (m, K), of samples of the pre-trained model.
+    """
+    known = all(name in class_log_probs for name in controls)
+    if not known or kl_coef == 0 or min(len(log_ratios), *(len(class_log_probs[name]) for name in controls)) < 2:
+        return {}
+    exponents = exponents_of(controls, kl_coef)
+    log_weights = asked_log_probs.astype(np.float64) @ np.array(list(exponents.values())) - log_ratios
 
     def certified(rows: np.ndarray) -> dict[str, Any]:
-        targets, log_tilts = label_targets(after.labels[rows], exponents, before.class_log_probs)
+        targets, log_tilts = label_targets(labels[rows], exponents, class_log_probs)
         return _summary(certify_targets(log_weights[rows], targets, log_tilts))
 
-    if min(len(before), len(after)) < 2:
-        return {}
-    found = certified(np.ones(len(after), dtype=bool))
+    found = certified(np.ones(len(labels), dtype=bool))
     for column, (name, control) in enumerate(controls.items()):
         for label, class_name in enumerate(control.class_names):
-            rows = after.labels[:, column] == label
+            rows = labels[:, column] == label
             if rows.sum() > 1:
-                found[f"certificate/{name}/{class_name}"] = certified(rows)
+                found[f"{CLASS_CERTIFICATE}{name}/{class_name}"] = certified(rows)
     return found
+
+
+def exponents_of(controls: Mapping[str, ControlConfig], kl_coef: float) -> dict[str, float]:
+    """γ / β of each control, by which the target raises its p̂."""
+    return {name: control.guidance_strength / kl_coef for name, control in controls.items()}
+
+
+def certificate_row(certificate: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of `certify_labels` by the names that trackers know: 'gap' and 'gap/CONTROL/CLASS'."""
+    parts = {"": certificate} | {
+        f"/{name.removeprefix(CLASS_CERTIFICATE)}": part
+        for name, part in certificate.items()
+        if name.startswith(CLASS_CERTIFICATE)
+    }
+    rows = {f"{key}{suffix}": part[key] for suffix, part in parts.items() for key in CERTIFICATE_METRICS if key in part}
+    return {name: value for name, value in rows.items() if math.isfinite(value)}
+
+
+def log_z_errors(
+    controls: Mapping[str, ControlConfig], kl_coef: float, class_log_probs: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Standard error of log Z of every combination of classes, from the beliefs (m, K) about pre-trained samples."""
+    combinations = np.array(list(itertools.product(*(range(control.num_classes) for control in controls.values()))))
+    _, log_tilts = label_targets(combinations, exponents_of(controls, kl_coef), class_log_probs)
+    return np.array([log_mean_weight(row).standard_error for row in log_tilts])
 
 
 def _with_null(class_log_probs: np.ndarray) -> np.ndarray:

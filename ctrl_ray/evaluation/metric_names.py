@@ -5,6 +5,7 @@ Add a metric here, and nowhere else; the report, `metrics.jsonl` and Aim read th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -109,6 +110,16 @@ METRICS: dict[str, MetricDefinition] = {
     "pareto_k": MetricDefinition("shape of the tail of those weights; above 0.7 they cannot be trusted", "1", False),
 }
 """Name (or `NAME/*`, one per control) to definition."""
+
+CERTIFICATE_METRICS = ("objective", "log_z", "gap", "gap_standard_error", "ess", "pareto_k")
+"""Of the certificate (`ctrl_ray.evaluation.certificate`), the numbers that are curves, also as `NAME/CONTROL/CLASS`."""
+
+METRICS |= {
+    f"{name}/*": dataclasses.replace(
+        METRICS[name], meaning=f"{METRICS[name].meaning}; of the samples that ask for this class"
+    )
+    for name in CERTIFICATE_METRICS
+}
 
 EVALUATION_METRICS: tuple[str, ...] = (
     "accuracy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,10 @@ class EvaluationSamples:
             kl_per_step=None if self.kl_per_step is None else self.kl_per_step[index],
             log_ratio=None if self.log_ratio is None else self.log_ratio[index],
         )
+
+    def without_images(self) -> EvaluationSamples:
+        """The same with images of no pixels: what statistics of paths and beliefs need."""
+        return dataclasses.replace(self, images=np.empty((len(self), 0, 0, 3), np.uint8))
 
 
 def caption(prompt: str, controls: Sequence[str], labels: Sequence[int]) -> str:

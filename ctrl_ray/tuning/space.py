@@ -21,7 +21,7 @@ from ctrl_ray.ray_internals import longest_time_of
 
 METRICS = (*(name for name in EVALUATION_METRICS if name != "num_samples"), "gap")
 """What every trial logs at its end."""
-EARLY_METRICS = ("accuracy", "kl")
+EARLY_METRICS = ("accuracy", "kl", "gap")
 """What a trial logs at every evaluation on its way: what a scheduler can stop it by."""
 SHARED = (
     *("output_dir", "base_model", "base_revision", "data", "num_drawn_images", "classifier", "rewards", "scaling"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from ray import tune
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.config.overrides import override
+from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE, PreTrained, sample_pre_trained
 from ctrl_ray.driver.stages import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
 from ctrl_ray.errors import ConfigError, own_error
-from ctrl_ray.evaluation.certificate import CERTIFICATE_METRICS
+from ctrl_ray.evaluation.certificate import certificate_row
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
 from ctrl_ray.planning.preflight import preflight
@@ -90,11 +90,12 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     resume = _begun(folder, checked.asked)
     checked = prepare_classifiers(checked, folder, None)  # a copy of those of the sweep
     tells = EvaluationsToTune(checked.config.num_updates)
-    trained = fine_tune(checked, folder, job.rewards, resume=resume, callbacks=[tells])
-    tells.wait_until_taken()
     own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
-    before = None if own_before else load_samples(Path(job.folder) / BEFORE_FILE)
-    final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, before=before)
+    known = None if own_before else drawn_by_sweep(Path(job.folder))
+    pre_trained = sample_pre_trained(checked, folder, job.rewards, known)
+    trained = fine_tune(checked, folder, job.rewards, resume=resume, pre_trained=pre_trained, callbacks=[tells])
+    tells.wait_until_taken()
+    final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, pre_trained=pre_trained)
     save_samples(final.samples, folder / SAMPLES_FILE)
     result = {"updates_done": trained.updates_done, "stopped": trained.stopped.text if trained.stopped else ""}
     return {**numbers_of(final.after), **result, "final": True, "seconds": before_s + time.monotonic() - started}
@@ -108,12 +109,14 @@ def numbers_of(after: Mapping[str, Any]) -> dict[str, float]:
         f"accuracy/{name}_error": control["standard_errors"]["accuracy"] for name, control in after["controls"].items()
     }
     errors["gap_error"] = after.get("gap_standard_error")
-    certificate = {name: after[name] for name in CERTIFICATE_METRICS if math.isfinite(after.get(name, math.nan))}
-    return {
-        **evaluation_row(after),
-        **certificate,
-        **{name: error for name, error in errors.items() if error is not None},
-    }
+    known = {name: error for name, error in errors.items() if error is not None}
+    return evaluation_row(after) | certificate_row(after) | known
+
+
+def drawn_by_sweep(folder: Path) -> PreTrained:
+    """Samples of the pre-trained model that a sweep has kept in its folder for all trials."""
+    scored = folder / PRE_TRAINED_FILE
+    return PreTrained(load_samples(folder / BEFORE_FILE), load_samples(scored) if scored.is_file() else None)
 
 
 def seconds_before(folder: Path) -> float:

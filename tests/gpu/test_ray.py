@@ -52,7 +52,13 @@ def small_run(folder: Path, **scaling: Any) -> TrainConfig:
         micro_batch_size_per_worker=8,
         checkpoint_every_updates=2,
         evaluation=dataclasses.replace(
-            shapes.evaluation, every_updates=2, num_samples=8, final_num_samples=8, batch_size=8
+            shapes.evaluation,
+            every_updates=2,
+            num_samples=8,
+            final_num_samples=8,
+            log_z_samples=8,
+            max_log_z_samples=8,
+            batch_size=8,
         ),
         rewards=RewardPoolConfig(num_actors=1),
         scaling=ScalingConfig(max_failures=0, placement_timeout_s=60, **scaling),

@@ -34,7 +34,9 @@ def base_config(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, r
         tiny_run(tiny_pipeline),
         num_updates=6,
         checkpoint_every_updates=3,
-        evaluation=EvaluationConfig(every_updates=3, num_samples=8, final_num_samples=8, batch_size=8),
+        evaluation=EvaluationConfig(
+            every_updates=3, num_samples=8, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, batch_size=8
+        ),
     )
     folder = tmp_path_factory.mktemp("classifier") / "jpeg_size"
     fit_classifier(config, "jpeg_size", output_dir=folder, quiet=True)

@@ -21,12 +21,15 @@ import torch
 from safetensors.torch import load_file
 
 import ctrl_ray
-from ctrl_ray.config import ControlConfig, EstimatorConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, EstimatorConfig, ScalingConfig, TrainConfig
+from ctrl_ray.distributed import sampling
 from ctrl_ray.distributed.launch import run_training
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.method import make_method
+from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE, reference_job
 from ctrl_ray.driver.stages import ADAPTER, fine_tune, prepare_classifiers, rewards_of, train_job
-from ctrl_ray.errors import InterruptedRunError
+from ctrl_ray.errors import InterruptedRunError, ResourceError
+from ctrl_ray.evaluation.samples import load_samples
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -137,11 +140,29 @@ def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [row["update"] for row in evaluations] == [0, 3, 6, 6]
-    assert evaluations[-1]["gap"] == after["gap"]
+    assert (
+        evaluations[-1]["gap"] == after["gap"] and sum(key.startswith("gap/jpeg_size/") for key in evaluations[1]) == 4
+    )
+    assert all(row["gap"] == pytest.approx(row["log_z"] - row["objective"]) for row in evaluations)
+    assert len({round(row["log_z"], 9) for row in evaluations}) == 1  # of one set of samples, kept with the run
+    assert len(load_samples(finished.folder / PRE_TRAINED_FILE)) == 8
     assert evaluations[0]["kl"] == 0  # policy = reference before the first update
     moved = _adapter(finished)["jpeg_size"]
     assert moved[:-1].abs().max() > 0
     assert moved[-1].abs().max() == 0  # the null row
+
+
+def test_sampling_without_room_ends_and_says_what_is_missing(
+    base_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_IMPORT_S", 1.0)
+    job = dataclasses.replace(reference_job(preflight(base_config)), sample_ids=(0, 1))
+    scaling = ScalingConfig(cpus_per_worker=64, placement_timeout_s=2.0)
+    with (
+        rewards_of(_one_update(base_config)) as rewards,
+        pytest.raises(ResourceError, match="asks for 64 CPUs; there: 1"),
+    ):
+        sampling.sample_policy(job, rewards, scaling)
 
 
 def test_six_updates_equal_some_a_stop_and_the_rest_bitwise(

@@ -63,7 +63,7 @@ def test_precision_and_sizes_are_those_of_the_run(
     _write_adapter(tmp_path, tiny_pipeline, training)
     asked: list[tuple[str, int, int]] = []
 
-    def sample_policy(job: Any, rewards: Any, scaling: Any) -> None:
+    def sample_policy(job: Any, rewards: Any, scaling: Any) -> Any:
         assert rewards.precision == job.precision
         asked.append((job.precision, job.batch_size, rewards.decode_chunk_size))
 
@@ -99,7 +99,7 @@ def test_the_runs_floor_is_told_in_the_runs_precision_alone(
 ) -> None:
     _write_adapter(tmp_path, tiny_pipeline, {"precision": "bf16", "kl_noise_floor": 0.25})
     told: list[float | None] = []
-    monkeypatch.setattr(evaluate, "sample_before_and_after", lambda *_, **__: (None, None))
+    monkeypatch.setattr(evaluate, "sample_before_and_after", lambda *_, **__: (None, None, None))
     monkeypatch.setattr(evaluate, "report_on", lambda *_, kl_noise_floor, **__: told.append(kl_noise_floor))
     evaluate_adapter(tmp_path, tmp_path, precision=precision)
     assert told == [floor]

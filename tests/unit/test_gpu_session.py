@@ -40,6 +40,7 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "facts", lambda: {"cards": ["a card"]})
 
 
+@pytest.mark.full
 def test_versions_are_known_and_a_card_that_is_not_there_is_none() -> None:
     """Of the packages that this process has."""
     found = facts()

@@ -336,6 +336,7 @@ def test_a_lost_node_is_noticed_as_soon_as_on_machines_of_your_own(head: dict[st
 # -- the end of a pod
 
 
+@pytest.mark.full
 def test_a_worker_pod_is_drained_before_it_ends(group: dict[str, Any], tmp_path: Path) -> None:
     """The hook, with a stand-in for /proc and one for `ray`."""
     bash, flag, script = _hook(group)
@@ -377,6 +378,7 @@ def test_a_worker_pod_is_drained_before_it_ends(group: dict[str, Any], tmp_path:
         raylet.kill()
 
 
+@pytest.mark.full
 def test_the_head_goes_when_its_jobs_have_ended(head: dict[str, Any], tmp_path: Path) -> None:
     """The hook, with a stand-in for Ray's client of jobs."""
     python, flag, script = _hook(head)

@@ -92,7 +92,7 @@ def exported(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     [
         pytest.param((1.0, None, 0), marks=pytest.mark.full),
         (3.0, None, 1),
-        (3.0, 2.0, 1),
+        pytest.param((3.0, 2.0, 1), marks=pytest.mark.full),
         pytest.param((1.0, 2.0, 0), marks=pytest.mark.full),
     ],
 )

@@ -159,6 +159,7 @@ def test_what_is_missing_is_said_before_anything_starts(job: Job, without: dict[
     assert not (job.folder / "ray").exists() and job.left() == []
 
 
+@pytest.mark.full
 def test_one_run_on_a_ray_of_two_nodes_of_which_nothing_is_left(job: Job) -> None:
     words = ["--preset", "shapes", "--output-dir", "runs/with blank"]
     status, said = job.run(*words, SLURM_JOB_NODELIST="node1,node2", SLURM_MEM_PER_NODE="1000", STATUS="1")
@@ -185,6 +186,7 @@ def test_one_run_on_a_ray_of_two_nodes_of_which_nothing_is_left(job: Job) -> Non
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+@pytest.mark.full
 def test_slurms_signal_becomes_a_checkpoint_and_the_command_that_goes_on(job: Job) -> None:
     process = job.start("--resume", "--preset", "shapes", LASTS="50")
     _wait(lambda: (job.folder / "train").is_file() and (job.folder / "train").stat().st_size > 0)
@@ -202,6 +204,7 @@ def test_a_node_without_ray_ends_the_job_with_what_it_said(job: Job) -> None:
     assert job.left() == []
 
 
+@pytest.mark.full
 def test_nodes_that_did_not_join_are_named(job: Job) -> None:
     nodes = "node1,node2,node3"
     status, said = job.run(SLURM_JOB_NODELIST=nodes, MISSING="node2 node3", CTRL_RAY_JOIN_TIMEOUT_S="7")

@@ -160,6 +160,7 @@ def test_a_notice_drains_this_node_once_with_the_time_that_is_left(node: Node, m
     assert "drain accepted" in node.log.read_text()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # importing Ray's command line imports Ray Serve, with pydantic's deprecations
 def test_ray_knows_the_command_and_its_options(node: Node, metadata: Metadata) -> None:
     """What the shim was given, given to the parser of the real command, which is not run."""

@@ -95,6 +95,7 @@ def test_hashed_text_is_stable_and_tells_prompts_apart() -> None:
     torch.testing.assert_close(features[1], text.table.weight[text.buckets("")].mean(0))
 
 
+@pytest.mark.full
 def test_a_prompt_conditional_network_learns_a_label_that_needs_image_and_prompt() -> None:
     """y = (image is bright) xor (prompt says night): from either alone accuracy is 1/2."""
     torch.manual_seed(1)

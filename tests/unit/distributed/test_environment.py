@@ -53,6 +53,7 @@ def test_ray_is_asked_for_it_wherever_a_process_has_a_card(monkeypatch: pytest.M
     assert told == [worker_environment(use_gpu=True, num_threads=1)] * 3
 
 
+@pytest.mark.full
 def test_engines_of_the_tests_are_for_the_cpu_also_where_there_is_a_card() -> None:
     """DeepSpeed would take the card for the whole process."""
     script = (

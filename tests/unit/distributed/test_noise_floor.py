@@ -65,14 +65,15 @@ def _measured(precision: Precision, sampler: SamplerConfig = SHORT) -> tuple[flo
     return floor, seen[-1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("precision", "sampler", "low", "high"),
     [
         ("bf16", SHORT, 0.0015, 0.01),
-        pytest.param("fp16", SHORT, 1e-4, TRUE_KL, marks=pytest.mark.full),
-        pytest.param("fp32", SHORT, 1e-4, TRUE_KL, marks=pytest.mark.full),
-        pytest.param("bf16", shapes().sampler, 0.004, 0.01, marks=pytest.mark.full),
-        pytest.param("fp16", shapes().sampler, 1e-4, TRUE_KL, marks=pytest.mark.full),
+        ("fp16", SHORT, 1e-4, TRUE_KL),
+        ("fp32", SHORT, 1e-4, TRUE_KL),
+        ("bf16", shapes().sampler, 0.004, 0.01),
+        ("fp16", shapes().sampler, 1e-4, TRUE_KL),
     ],
 )
 def test_it_is_what_precision_adds(precision: Precision, sampler: SamplerConfig, low: float, high: float) -> None:

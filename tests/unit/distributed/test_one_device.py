@@ -29,6 +29,8 @@ from ctrl_ray.rewards.protocol import RewardAnswer
 from tests.learners import learner_on, small_config
 from tests.pretend_device import pretend_device, waits
 
+pytestmark = pytest.mark.full
+
 CPU = torch.device("cpu")
 
 
@@ -67,12 +69,7 @@ def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, flo
 
 @pytest.mark.parametrize(
     ("estimator", "pool"),
-    [
-        ("full", True),
-        pytest.param("full", False, marks=pytest.mark.full),
-        pytest.param("adjoint_matching", True, marks=pytest.mark.full),
-        pytest.param("reinforce", True, marks=pytest.mark.full),
-    ],
+    [("full", True), ("full", False), ("adjoint_matching", True), ("reinforce", True)],
 )
 def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
     config: TrainConfig, estimator: str, pool: bool

@@ -23,7 +23,7 @@ from ctrl_ray.distributed.checkpoints import PROGRESS_FILE
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.rows import Stop
 from ctrl_ray.distributed.worker import TrainJob, train_worker
-from ctrl_ray.driver import stages
+from ctrl_ray.driver import remedies, stages
 from ctrl_ray.errors import HOPELESS, GpuMemoryError, RewardError, naming_memory
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Effort, gaussian
@@ -181,16 +181,16 @@ def test_the_phases_are_functions_that_exist() -> None:
 
 
 def test_the_driver_adds_what_the_planner_would_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "memory_advice", lambda config, controls: f"lower {config} of {controls}")
+    monkeypatch.setattr(remedies, "memory_advice", lambda config, controls: f"lower {config} of {controls}")
     checked: Any = SimpleNamespace(config="it", controls="all")
     behind = RuntimeError("ray")
     behind.__cause__ = GpuMemoryError("out of GPU memory: update 1")
     with (
         pytest.raises(GpuMemoryError, match=r"^out of GPU memory: update 1\. lower it of all$"),
-        stages._with_remedies(checked),
+        remedies.with_remedies(checked),
     ):
         raise behind
-    with pytest.raises(RewardError, match="other"), stages._with_remedies(checked):
+    with pytest.raises(RewardError, match="other"), remedies.with_remedies(checked):
         raise RewardError("other")
 
 
@@ -200,7 +200,6 @@ def test_training_and_the_samples_around_it_get_the_advice(monkeypatch: pytest.M
 
     log, unused = SimpleNamespace(close=lambda: None), None
     for name, stand_in in {
-        "memory_advice": lambda config, controls: "lower it",
         "RunLog": lambda *_, **__: log,
         "train_job": lambda *_: unused,
         "run_training": full,
@@ -208,6 +207,7 @@ def test_training_and_the_samples_around_it_get_the_advice(monkeypatch: pytest.M
         "sample_policy": full,
     }.items():
         monkeypatch.setattr(stages, name, stand_in)
+    monkeypatch.setattr(remedies, "memory_advice", lambda config, controls: "lower it")
     checked: Any = SimpleNamespace(config=TrainConfig(), controls={})
     trained: Any = SimpleNamespace(updates_done=1, kl_noise_floor=None)
     folder, rewards = RunFolder(str(tmp_path)), cast(Any, None)

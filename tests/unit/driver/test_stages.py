@@ -12,7 +12,8 @@ from ctrl_ray.config import ControlConfig, RewardPoolConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.driver import stages
 from ctrl_ray.driver.classifier import FitResult
-from ctrl_ray.driver.stages import prepare_classifiers, reference_job, rewards_of, train_job
+from ctrl_ray.driver.pre_trained import reference_job
+from ctrl_ray.driver.stages import prepare_classifiers, rewards_of, train_job
 from ctrl_ray.planning.counts import PolicyCounter, StepBytes
 from ctrl_ray.planning.preflight import CheckedRun, preflight
 from ctrl_ray.rewards.model import RewardModelSpec

@@ -71,7 +71,8 @@ def _best_mean(name: str, step: int, x: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(column, s.grid.centres, s.policy_means[step]) for s, column in solutions], axis=1)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "T4" else pytest.mark.full) for name in GAPS])
+@pytest.mark.full
+@pytest.mark.parametrize("name", list(GAPS))
 def test_the_gap_of_the_best_policy_is_the_published_one(name: str) -> None:
     certificate = certify(_paths(name, 10_000, 1, pre_trained=False), _paths(name, 10_000, 0, pre_trained=True))
     truth, gap = _log_z(name), certificate.gap

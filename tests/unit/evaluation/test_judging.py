@@ -153,5 +153,5 @@ def test_definitions_are_found_by_family_and_differ():
             "macro_f1",
             "macro_f1/*",
         ),
-        *("prompt_fidelity", "diversity", "objective", "ess"),
+        *("prompt_fidelity", "diversity", "objective", "objective/*", "ess", "ess/*"),
     }

@@ -49,6 +49,7 @@ def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
         assert (other.kl, other.objective) == pytest.approx((one.kl, one.objective), abs=4e-3), name
 
 
+@pytest.mark.full
 def test_the_second_witness_sees_every_gaussian_coordinate_and_a_grid_that_is_too_coarse() -> None:
     """Also where only the last steps are controlled; a grid of 60 bins is caught, and so is an answer to something else."""
     problem = dataclasses.replace(two_controls().problem, sampler=Sampler(num_steps=6))
@@ -64,6 +65,7 @@ def test_the_second_witness_sees_every_gaussian_coordinate_and_a_grid_that_is_to
         check_against_riccati(problem, 0, solve_on_grid(problem, 0, 60))
 
 
+@pytest.mark.full
 def test_mixture_has_the_published_answers() -> None:
     """T4: tilt, best policy with free kernels, with fixed variances; their distance."""
     exact, solution = solve_by_quadrature(logistic().problem), solve_on_grid(logistic().problem, num_bins=600)
@@ -114,6 +116,7 @@ def test_a_policy_is_no_better_than_the_optimum_and_the_reference_has_no_kl() ->
         assert policy_answer(problem, solution.grid, moved).objective < solution.optimum.objective
 
 
+@pytest.mark.full
 def test_propagated_law_is_that_of_simulated_trajectories() -> None:
     """100,000 trajectories of the base chain: mean, std and share above zero within their standard errors."""
     problem = dataclasses.replace(logistic(num_steps=10).problem, mixture=Mixture((-2.0, 1.0), (0.5, 0.4), (1.0, 2.0)))

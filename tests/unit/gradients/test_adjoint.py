@@ -79,7 +79,12 @@ def _whole_graph_gradient(
 
 
 @pytest.mark.parametrize(
-    "guidance", [Guidance(), pytest.param(Guidance(1.7), marks=pytest.mark.full), Guidance(2.0, 1.3)]
+    "guidance",
+    [
+        Guidance(),
+        pytest.param(Guidance(1.7), marks=pytest.mark.full),
+        pytest.param(Guidance(2.0, 1.3), marks=pytest.mark.full),
+    ],
 )
 def test_adjoint_pass_equals_autograd_through_the_whole_graph(tiny_pipeline: str, guidance: Guidance) -> None:
     """float64, T = 4, LoRA and two tables, one sample with a null label, in one and in three micro-batches: 1e-9 relative."""
@@ -124,6 +129,7 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
     assert padded["controls.tables.size.weight"][0].abs().max() > 0
 
 
+@pytest.mark.full
 def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
     """The recomputation must run in the mode (policy or reference) of its own forward."""
     results = []
@@ -185,6 +191,7 @@ def test_non_finite_cotangent_stops_before_the_update(tiny_pipeline: str) -> Non
         full_pass(policy, kernel, trajectory, bad, torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.full
 def test_splitting_a_batch_changes_no_gradient(tiny_pipeline: str) -> None:
     """Eight samples at once, in equal parts, and with a ragged last part that is padded with weight 0."""
 

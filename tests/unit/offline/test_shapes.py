@@ -87,6 +87,7 @@ def test_jpeg_class_is_spread_within_every_prompt():
         assert share.max() < 0.45, (prompt, share)
 
 
+@pytest.mark.full
 def test_detail_and_colourfulness_are_drawn_independently_of_the_prompt_and_of_each_other():
     drawn = list(draw_dataset(1200, seed=0))
     ground = np.stack([np.asarray(image)[0] for image, _ in drawn]).astype(float)  # the top row: nearly always ground

@@ -74,6 +74,7 @@ def _config(base_model: Path, **changes: object) -> TrainConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_a_stated_machine_needs_neither_ray_nor_a_card(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few cards for the workers asked for, by the stated machines' number."""
     step = StepBytes(policy_kept=1, reference_kept=1, backward_peak=1, rollout_peak=1)

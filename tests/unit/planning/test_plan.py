@@ -123,6 +123,7 @@ def test_an_evaluation_is_counted_at_its_own_batch() -> None:
     assert memory_plan(beside, COUNTS, STEP, EVALUATION).evaluation_peak == alone
 
 
+@pytest.mark.full
 def test_a_step_of_an_evaluation_is_counted_as_it_is(tiny_pipeline: Path) -> None:
     """At its own batch, against a real one under the same watch: policy, reference and KL."""
     config = _config(base_model=str(tiny_pipeline))
@@ -139,6 +140,7 @@ def test_a_step_of_an_evaluation_is_counted_as_it_is(tiny_pipeline: Path) -> Non
     assert counted == pytest.approx(live.peak - start, rel=0.01)
 
 
+@pytest.mark.full
 def test_the_planner_counts_an_evaluation_at_its_batch(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
 
@@ -211,8 +213,8 @@ def test_live_bytes_follow_storages() -> None:
     ("precision", "changes"),
     [
         ("fp32", {"full_finetune": True}),
-        ("bf16", {}),
-        ("fp16", {}),
+        pytest.param("bf16", {}, marks=pytest.mark.full),
+        pytest.param("fp16", {}, marks=pytest.mark.full),
         pytest.param("fp32", {}, marks=pytest.mark.full),
         pytest.param("bf16", {"full_finetune": True}, marks=pytest.mark.full),
         pytest.param("fp32", {"lora": LoraConfig(rank=3)}, marks=pytest.mark.full),
@@ -247,6 +249,7 @@ def _stable_diffusion_config(folder: Path) -> TrainConfig:
     )
 
 
+@pytest.mark.full
 def test_decoding_is_counted_as_it_is(tiny_pipeline: Path) -> None:
     """Against the loaded VAE under the same watch, without and with the gradient."""
     backbone = load_backbone(str(tiny_pipeline))
@@ -391,6 +394,7 @@ def test_remedies_name_every_setting_that_helps() -> None:
     assert remedies(evaluating, plan_of, facts)[0].startswith("evaluation.batch_size 8")
 
 
+@pytest.mark.full
 def test_auto_is_recorded_as_asked_and_resumes(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

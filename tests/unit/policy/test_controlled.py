@@ -124,7 +124,9 @@ def test_adapter_round_trip(tiny_pipeline: str, tmp_path: Path, lora: LoraConfig
     assert torch.equal(*pair)
 
 
-@pytest.mark.parametrize("modules", [LoraConfig().target_modules, shapes().lora.target_modules])
+@pytest.mark.parametrize(
+    "modules", [LoraConfig().target_modules, pytest.param(shapes().lora.target_modules, marks=pytest.mark.full)]
+)
 def test_lora_loads_with_diffusers_alone(tiny_pipeline: str, tmp_path: Path, modules: tuple[str, ...]) -> None:
     """`load_lora_weights` on the plain pipeline gives our prediction with null labels: alpha is not rank, and
     convolutions have LoRA too."""

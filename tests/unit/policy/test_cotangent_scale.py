@@ -58,14 +58,15 @@ def _gradients(
     return gradients
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("num_steps", "checkpointed", "lora"),
     [
         (1, False, RANK_2),
         (2, False, None),
         (2, True, RANK_2),
-        pytest.param(2, False, RANK_2, marks=pytest.mark.full),
-        pytest.param(2, True, None, marks=pytest.mark.full),
+        (2, False, RANK_2),
+        (2, True, None),
     ],
 )
 def test_float32_gradients_are_the_same_to_the_bit(
@@ -87,7 +88,8 @@ def _error(gradients: list[Tensor], expected: list[Tensor]) -> float:
     return float((whole - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("lora", [RANK_2, pytest.param(None, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("lora", [RANK_2, None])
 def test_small_cotangents_survive_in_fp16(
     tiny_pipeline: Path, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ def test_lora_on_the_last_convolution(tiny_pipeline: Path) -> None:
     assert gradients[0] is not None and gradients[0].abs().max() > 0
 
 
+@pytest.mark.full
 def test_fp16_rounds_finer_than_bf16(tiny_pipeline: Path) -> None:
     """Three bits more: here at least 4 × less error of the prediction."""
     with torch.no_grad():

@@ -58,6 +58,7 @@ def case() -> Case:
     return logistic(num_steps=10)
 
 
+@pytest.mark.full
 def test_the_optimum_meets_every_bar_and_the_reference_does_not(
     case: Case, tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
@@ -114,6 +115,7 @@ def test_fitted_classifier_comes_closer_with_more_labels(case: Case) -> None:
     assert abs(few.slope - 1) + abs(few.offset) > abs(many.slope - 1) + abs(many.offset)
 
 
+@pytest.mark.full
 def test_causes_can_be_switched_off(case: Case, tmp_path: Path, figures: dict[str, Figure]) -> None:
     """With the exact optimum in place of a training, its link is 0; with the true classifier, the first link is."""
     fitted_case, true_case = budget_cases(case, 200, seed=1)
