@@ -100,18 +100,11 @@ def compare(
 
     exact: (N,) bool, rows of the pool. Empty where there are not FEWEST_A_SIDE samples for each side.
     """
-    reached = np.zeros(len(tuned), dtype=bool)
-    reached[asked_for(tuned, joint)] = True
-    prompts = sorted(set(pool.prompts) & set(tuned.prompts))
-    of_pool, of_tuned = (_rows_by_prompt(samples, prompts) for samples in (pool, tuned))
-    groups = [
-        (theirs[exact[theirs]], ours[reached[ours]], theirs) for theirs, ours in zip(of_pool, of_tuned, strict=True)
-    ]
-    sizes = [min(len(exact_rows) // 2, len(rows)) for exact_rows, rows, _ in groups]
-    if sum(sizes) < FEWEST_A_SIDE:
+    groups = match(pool, exact, tuned, joint)
+    if sum(group.size for group in groups) < FEWEST_A_SIDE:
         return []
     rng = np.random.default_rng(seed)
-    draws = [_Draw.make(rng, groups, sizes) for _ in range(num_bootstraps)]
+    draws = [_Draw.make(rng, groups) for _ in range(num_bootstraps)]
     theirs, ours = (statistics_of(samples, joint, list(controls)) for samples in (pool, tuned))
     of_controls = {*controls, *map(log_prob_name, controls)}
     comparisons = []
@@ -120,14 +113,39 @@ def compare(
             few = draws[:_FEATURE_BOOTSTRAPS] if statistic == "features" else draws
             means = np.mean([_of_draw(distance, draw, theirs[statistic], ours[statistic]) for draw in few], axis=0)
             reached_at, floor, before = means.tolist()
-            of_class = (sum(sizes), sum(size > 0 for size in sizes))
+            of_class = (sum(group.size for group in groups), sum(group.size > 0 for group in groups))
             comparisons.append(Comparison(statistic, name, reached_at, floor, before, *of_class))
     return comparisons
 
 
-def _rows_by_prompt(samples: Measured, prompts: Sequence[str]) -> list[np.ndarray]:
-    known = np.array(samples.prompts)
-    return [np.flatnonzero(known == prompt) for prompt in prompts]
+@dataclass(frozen=True, eq=False)
+class PromptRows:
+    """Row numbers of one prompt."""
+
+    pool: np.ndarray
+    """Of all pre-trained samples."""
+    exact: np.ndarray
+    """Of those that are exact samples of the class."""
+    reached: np.ndarray
+    """Of the fine-tuned samples that were asked for the class."""
+
+    @property
+    def size(self) -> int:
+        """How many can be put on each side, with as many exact ones left for the noise floor."""
+        return min(len(self.exact) // 2, len(self.reached))
+
+
+def match(pool: Measured, exact: np.ndarray, tuned: Measured, joint: JointClass) -> list[PromptRows]:
+    """The rows of every prompt that both sides have."""
+    reached = np.zeros(len(tuned), dtype=bool)
+    reached[asked_for(tuned, joint)] = True
+    of_pool, of_tuned = np.array(pool.prompts), np.array(tuned.prompts)
+    groups = []
+    for prompt in sorted(set(pool.prompts) & set(tuned.prompts)):
+        theirs = of_pool == prompt
+        rows = (np.flatnonzero(each) for each in (theirs, theirs & exact, (of_tuned == prompt) & reached))
+        groups.append(PromptRows(*rows))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -140,18 +158,12 @@ class _Draw:
     any: np.ndarray
 
     @classmethod
-    def make(
-        cls,
-        rng: np.random.Generator,
-        groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        sizes: Sequence[int],
-    ) -> _Draw:
-        """groups: exact, reached and all rows of each prompt; sizes: how many of each."""
+    def make(cls, rng: np.random.Generator, groups: Sequence[PromptRows]) -> _Draw:
         parts = []
-        for (exact, reached, whole), size in zip(groups, sizes, strict=True):
-            shuffled = rng.permutation(exact)
-            chosen = [rng.choice(rows, size, replace=False) for rows in (reached, whole)]
-            parts.append((shuffled[:size], shuffled[size : 2 * size], *chosen))
+        for group in groups:
+            shuffled = rng.permutation(group.exact)
+            chosen = [rng.choice(rows, group.size, replace=False) for rows in (group.reached, group.pool)]
+            parts.append((shuffled[: group.size], shuffled[group.size : 2 * group.size], *chosen))
         return cls(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
-from ctrl_ray.verification.distances import asked_for, statistics_of
+from ctrl_ray.verification.distances import PromptRows, match, statistics_of
 from ctrl_ray.verification.measured import Measured
 from ctrl_ray.verification.rejection import Pool
 from ctrl_ray.verification.target import JointClass
@@ -88,31 +88,28 @@ def plot_statistic(
     tuned: Measured,
     controls: Sequence[str],
     classes: Sequence[JointClass],
-    statistic: str,
+    bar: tuple[str, str],
     label: str,
     results: Mapping[str, Any],
 ) -> Path:
-    """A panel for each joint class: the densities of one statistic of pre-trained, exact and fine-tuned samples.
+    """A panel for each joint class: the densities of one statistic of pre-trained, exact and fine-tuned samples, with the
+    prompts that are compared, as often in all three.
 
-    label: The x axis's, with its unit.
+    bar: The statistic, and the distance whose ratio is told. label: The x axis's, with its unit.
     """
     shown = shown_classes(results)
     columns = 1 if len(shown) <= 4 else 2 if len(shown) <= 12 else 3
     lines = -(-len(shown) // columns)
-    everything = np.concatenate([statistics_of(pool.samples, classes[index], controls)[statistic] for index in shown])
+    everything = np.concatenate([statistics_of(pool.samples, classes[index], controls)[bar[0]] for index in shown])
     low, high = np.percentile(everything, (0.2, 99.8))
     bins = np.linspace(low, high if high > low else low + 1, 60)
     with new_figure(path, (7.2, 10.0, 12.0)[columns - 1], 1.3 * lines + 1) as figure:
         axes = np.atleast_1d(figure.subplots(lines, columns, sharex=True, squeeze=False)).ravel()
         for axis, index in zip(axes, shown, strict=False):
-            of_pool, of_tuned = (
-                statistics_of(samples, classes[index], controls)[statistic] for samples in (pool.samples, tuned)
-            )
-            exact = np.flatnonzero(pool.accepted[index])
-            weights = _equal_prompts([pool.samples.prompts[row] for row in exact])
-            _draw_densities(axis, bins, of_pool, of_pool[exact], weights, of_tuned[asked_for(tuned, classes[index])])
-            ratio = results["classes"][index]["bar_ratio"]
-            axis.set_title(classes[index].name + ("" if ratio is None else f": {ratio:.1f} noise floors"), fontsize=8.5)
+            groups = match(pool.samples, pool.accepted[index], tuned, classes[index])
+            of_pool, of_tuned = (statistics_of(s, classes[index], controls)[bar[0]] for s in (pool.samples, tuned))
+            _draw_densities(axis, bins, of_pool, of_tuned, groups)
+            axis.set_title(classes[index].name + _noise_floors(results["classes"][index], bar), fontsize=8.5)
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -122,19 +119,25 @@ def plot_statistic(
     return path
 
 
-def _equal_prompts(prompts: Sequence[str]) -> np.ndarray:
-    """Weights (N,) by which every prompt counts the same: rejection takes more samples of prompts that suit the class."""
-    _, inverse, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    return 1 / counts[inverse]
+def _noise_floors(row: Mapping[str, Any], bar: tuple[str, str]) -> str:
+    ratios = [d["ratio"] for d in row["distances"] if (d["statistic"], d["distance"]) == bar]
+    return f": {ratios[0]:.1f} noise floors" if ratios and ratios[0] is not None else ": not compared"
 
 
 def _draw_densities(
-    axis: Any, bins: np.ndarray, pool: np.ndarray, exact: np.ndarray, weights: np.ndarray, tuned: np.ndarray
+    axis: Any, bins: np.ndarray, of_pool: np.ndarray, of_tuned: np.ndarray, groups: Sequence[PromptRows]
 ) -> None:
-    style: Any = {"density": True, "histtype": "step"}
-    axis.hist(pool, bins, color=BEFORE, label="pre-trained", linewidth=0.8, **style)
-    if len(exact):
-        axis.hist(exact, bins, weights=weights, color=EXACT, alpha=0.45, density=True, label="exact (rejection)")
-    if len(tuned):
-        axis.hist(tuned, bins, color=AFTER, label="fine-tuned", linewidth=1.4, **style)
+    step: Any = {"histtype": "step"}
+    kinds: list[tuple[str, np.ndarray, list[np.ndarray], dict[str, Any]]] = [
+        ("pre-trained", of_pool, [group.pool for group in groups], {**step, "color": BEFORE, "linewidth": 0.8}),
+        ("exact (rejection)", of_pool, [group.exact for group in groups], {"color": EXACT, "alpha": 0.45}),
+        ("fine-tuned", of_tuned, [group.reached for group in groups], {**step, "color": AFTER, "linewidth": 1.4}),
+    ]
+    compared = any(group.size for group in groups)
+    for name, values, rows, style in kinds:
+        # a prompt counts as often as in the distances; without any, all samples count
+        counts = [group.size / max(len(each), 1) if compared else 1.0 for group, each in zip(groups, rows, strict=True)]
+        weights = np.repeat(counts, [len(each) for each in rows])
+        if weights.sum() > 0:
+            axis.hist(values[np.concatenate(rows)], bins, weights=weights, density=True, label=name, **style)
     axis.set_yticks([])

@@ -107,7 +107,11 @@ def shortages(results: Mapping[str, Any]) -> DataError | None:
     short = [row["shortage"] for row in results["classes"] if row["shortage"]]
     if not short:
         return None
-    return DataError("; ".join(short[:3]) + (f"; and {len(short) - 3} more classes" if len(short) > 3 else ""))
+    more = f"; and {len(short) - 3} more classes" if len(short) > 3 else ""
+    return DataError(
+        f"{'; '.join(short[:3])}{more}. Give --max-pool-samples as many (the samples drawn so far are kept, and results.json "
+        "holds the other classes), or judge an adapter of a smaller guidance_strength / kl_coef"
+    )
 
 
 def _compared(
@@ -156,10 +160,10 @@ def _draw_pictures(
 ) -> list[Path]:
     pictures = [plot_overview(folder / "verification.png", results)]
     for name, control in controls.items():
-        statistic, _ = own_distance(name, control)
-        unit = f"{name} / {control.unit}" if control.oracle and control.unit else statistic
+        bar = own_distance(name, control)
+        label = f"{name} / {control.unit}" if control.oracle and control.unit else bar[0]
         file = folder / f"rejection_{name}.png"
-        pictures.append(plot_statistic(file, pool, tuned, list(controls), classes, statistic, unit, results))
+        pictures.append(plot_statistic(file, pool, tuned, list(controls), classes, bar, label, results))
     return pictures
 
 

@@ -113,14 +113,12 @@ def fewest(num_prompts: int) -> int:
 
 
 def shortage(name: str, pool: Pool, index: int, num_prompts: int) -> str:
-    """Why a joint class has too few exact samples to be compared, and what helps."""
+    """Why a joint class has too few exact samples to be compared, and how many pre-trained ones it takes."""
     count, total, rate = int(pool.accepted[index].sum()), len(pool.samples), float(pool.rates[index])
     needed = fewest(num_prompts)
     return (
         f"class {name!r}: {count} of {total} pre-trained samples were accepted (rate {rate:.2g}), expected about {needed} to "
-        f"put ten on each side with the same prompts; about {_rounded(needed / max(rate, 1e-300))} pre-trained samples would "
-        "give as many. Give --max-pool-samples at least that, or judge an adapter of a smaller guidance_strength / kl_coef; "
-        "the samples drawn so far are kept"
+        f"put ten on each side with the same prompts; it takes about {_rounded(needed / max(rate, 1e-300))} pre-trained samples"
     )
 
 

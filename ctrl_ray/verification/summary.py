@@ -22,17 +22,23 @@ def farthest(comparisons: Sequence[Comparison], bars: Collection[tuple[str, str]
 
 
 def headline(adapter: str, results: Mapping[str, Any]) -> str:
-    """One sentence: how many classes meet the bar, which is the farthest, and the gap."""
+    """How many classes meet the bar, on how many samples, which is the farthest; and the gap."""
     rows = results["classes"]
     met, known = sum(row["bar_met"] for row in rows), [row for row in rows if row["bar_ratio"] is not None]
     worst = max(known, key=lambda row: row["bar_ratio"], default=None)
     where = "" if worst is None else f" (the farthest: {worst['name']!r}, at {worst['bar_ratio']:.1f} of them)"
     many = "all" if met == len(rows) else "none" if not met else f"{met}"
+    sides = sorted(row["distances"][0]["num_samples"] for row in rows if row["distances"])
+    size = (
+        ""
+        if not sides
+        else f", with {sides[0]}" + (f" to {sides[-1]}" if sides[-1] > sides[0] else "") + " on each side"
+    )
     missing = sum(row["shortage"] is not None for row in rows)
     unknown = f"; {missing} could not be compared" if missing else ""
     return (
         f"{adapter}: {many} of {len(rows)} joint classes {'is' if many == '1' else 'are'} within {MAX_RATIO:g} noise floors of "
-        f"exact samples of the target{where}{unknown}. On average the samples are {gap_text(results['certificate'])}."
+        f"exact samples of the target{size}{where}{unknown}. On average the samples are {gap_text(results['certificate'])}."
     )
 
 

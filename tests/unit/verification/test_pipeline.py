@@ -121,7 +121,9 @@ def test_an_exact_adapter_meets_the_bar_in_every_joint_class_and_an_untrained_on
     assert json.loads((tmp_path / "exact" / "results.json").read_text()) == exact
     names = {"verification.png", "rejection_hue.png", "rejection_level.png"}
     assert set(figures) == names and {Path(path).name for path in exact["pictures"]} == names
-    assert "all of 6 joint classes are within 3 noise floors" in exact["headline"]
+    sizes = [row["distances"][0]["num_samples"] for row in exact["classes"]]
+    start = "all of 6 joint classes are within 3 noise floors of exact samples of the target"
+    assert f"{start}, with {min(sizes)} to {max(sizes)} on each side (the farthest: " in exact["headline"]
 
 
 @pytest.mark.parametrize("use_gpu", [False, True])
@@ -184,7 +186,7 @@ def test_a_class_with_too_few_exact_samples_is_named_after_the_rest_is_written(
     drawn = len(jobs)
     assert verify.main([*arguments, "--output-dir", str(out)]) == 2 and len(jobs) == drawn
     many = {"classes": [{"shortage": f"class {index}"} for index in range(5)]}
-    assert str(shortages(many)) == "class 0; class 1; class 2; and 2 more classes"
+    assert str(shortages(many)).startswith("class 0; class 1; class 2; and 2 more classes. Give --max-pool-samples")
     assert shortages({"classes": [{"shortage": None}]}) is None
 
 
@@ -201,31 +203,39 @@ def test_prompts_are_spread_where_there_are_too_many(tmp_path: Path, jobs: list[
 
 
 def test_the_picture_of_a_statistic_shows_three_laws(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    """The exact samples' with every prompt counted the same; a class without any has none."""
+    """Each with its prompts as often as in the distances: 20 of a, 7 of b, none of c. A class without exact samples has no
+    bars, and all of the others."""
     rng = np.random.default_rng(4)
     strength = rng.uniform(size=300)
     log_probs = {"hue": hue_log_probs(strength)}
-    samples = without_images(strength, np.zeros(300), log_probs, prompts=("a", "b", "b"))
-    tuned = without_images(strength[:80], np.zeros(80), {"hue": log_probs["hue"][:80]}, prompts=("a",))
-    accepted = np.stack([rng.uniform(size=300) < 0.5, np.zeros(300, dtype=bool)])
+    samples = without_images(strength, np.zeros(300), log_probs, prompts=("a", "b", "c"))
+    tuned = without_images(strength[:60], np.zeros(60), {"hue": log_probs["hue"][:60]}, prompts=("a", "b", "c"))
+    prompts = np.array(samples.prompts)
+    exact = np.concatenate([np.flatnonzero(prompts == "a")[:50], np.flatnonzero(prompts == "b")[:15]])
+    exact = np.append(exact, np.flatnonzero(prompts == "c")[0])
+    accepted = np.zeros((2, 300), dtype=bool)
+    accepted[0, exact] = True
     pool = Pool(samples, accepted, np.array([0.5, 0.0]))
-    results = _results([1.0, None])
-    plot_statistic(
-        tmp_path / "s.png", pool, tuned, ["hue"], joint_classes({"hue": HUE}), "strength", "strength / 1", results
-    )
+    classes, bar = joint_classes({"hue": HUE}), ("hue", "Wasserstein")
+    samples.values["hue"] = strength
+    tuned.values["hue"] = strength[:60]
+    plot_statistic(tmp_path / "s.png", pool, tuned, ["hue"], classes, bar, "strength / 1", _results([1.0, None]))
     grey, colourful = figures["s.png"].axes
     outline, *bars, tuned_outline = grey.patches
-    edges = np.array([*(bar.get_x() for bar in bars), bars[-1].get_x() + bars[-1].get_width()])
-    of_a = np.arange(300) % 3 == 0
-    weights = np.where(of_a, 1 / accepted[0][of_a].sum(), 1 / accepted[0][~of_a].sum())[accepted[0]]
-    for found, values, each in (
-        (outline.get_xy()[1:-1:2, 1], strength, None),
-        ([bar.get_height() for bar in bars], strength[accepted[0]], weights),
-        (tuned_outline.get_xy()[1:-1:2, 1], strength[:80], None),
+    edges = np.array([*(each.get_x() for each in bars), bars[-1].get_x() + bars[-1].get_width()])
+    size = {"a": 20, "b": 7, "c": 0}
+    for found, rows, counts in (
+        (outline.get_xy()[1:-1:2, 1], np.arange(300), {"a": 100, "b": 100, "c": 100}),
+        ([each.get_height() for each in bars], exact, {"a": 50, "b": 15, "c": 1}),
+        (tuned_outline.get_xy()[1:-1:2, 1], np.arange(60), {"a": 20, "b": 20, "c": 20}),
     ):
-        np.testing.assert_allclose(found, np.histogram(values, edges, weights=each, density=True)[0], atol=1e-6)
-    assert grey.get_title(loc="left") == "grey: 1.0 noise floors" and colourful.get_title(loc="left") == "colourful"
-    assert len(colourful.patches) == 1  # the pool's outline
+        weights = [size[prompt] / counts[prompt] for prompt in prompts[rows]]
+        expected = np.histogram(strength[rows], edges, weights=weights, density=True)[0]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    titles = [axis.get_title(loc="left") for axis in (grey, colourful)]
+    assert titles == ["grey: 1.0 noise floors", "colourful: not compared"]
+    (of_all,) = colourful.patches  # nobody was asked for it either
+    np.testing.assert_allclose(of_all.get_xy()[1:-1:2, 1], np.histogram(strength, edges, density=True)[0], atol=1e-6)
 
 
 def _results(ratios: list[float | None]) -> dict[str, Any]:

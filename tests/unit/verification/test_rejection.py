@@ -110,8 +110,7 @@ def test_a_class_out_of_reach_does_not_make_the_pool_grow_and_says_what_it_takes
     assert text.startswith(
         f"class 'colourful': 0 of {len(pool.samples)} pre-trained samples were accepted (rate 6.1e-06)"
     )
-    assert "expected about 22" in text and "about 3.6e+06 pre-trained samples" in text
-    assert "--max-pool-samples" in text and "guidance_strength / kl_coef" in text
+    assert "expected about 22" in text and text.endswith("it takes about 3.6e+06 pre-trained samples")
 
 
 def test_joint_classes_are_in_the_order_in_which_samples_ask_for_them() -> None:
