@@ -86,8 +86,8 @@ class VerifyOptions:
     num_samples: int = 2048
     """With --adapter: samples of each joint class (a class of every control), on each side."""
     max_pool_samples: int | None = None
-    """With --adapter: pre-trained samples at most; fewer are drawn where fewer do. None: 8 × num_samples × joint
-    classes."""
+    """With --adapter: pre-trained samples at most. Drawing ends before, when every class has enough exact samples. None:
+    8 × num_samples × joint classes."""
     prompts_file: str | None = None
     """With --adapter: file of prompts, one per line. None: the prompts of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
@@ -97,9 +97,9 @@ class VerifyOptions:
     output_dir: str = "runs/verify"
     """Folder of the pictures and results.json."""
     num_workers: int = 2
-    """Workers that share every batch."""
+    """Workers that share every batch of a problem's training."""
     use_gpu: bool = False
-    """One GPU for each worker."""
+    """One GPU for each of these workers. --adapter uses a GPU where there is one."""
 
     def __post_init__(self) -> None:
         judged = self.adapter is not None or self.pipeline is not None
