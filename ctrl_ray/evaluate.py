@@ -260,6 +260,7 @@ def run(options: EvaluateOptions) -> Path:
     """Judge an adapter or a folder of its images; returns the report's page."""
     from ctrl_ray.offline.prompts import read_prompts
     from ctrl_ray.policy.adapter import read_adapter_info
+    from ctrl_ray.runs.finished import named_folders
 
     assert options.adapter is not None
     controls = read_adapter_info(options.adapter).controls
@@ -282,18 +283,9 @@ def run(options: EvaluateOptions) -> Path:
         seed=options.seed,
         batch_size=options.batch_size,
         clip_model=options.clip_model,
-        classifiers=dict(_pair(text) for text in options.classifier),
+        classifiers=named_folders(options.classifier),
         precision=options.precision,
     )
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, _, folder = text.partition("=")
-    if not name or not folder:
-        raise ConfigError(
-            f"--classifier {text!r} is not NAME=FOLDER; e.g. --classifier jpeg_size=RUN/classifier/jpeg_size"
-        )
-    return name, folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""`python -m ctrl_ray.verify`: does training reach the distribution that CTRL promises? On problems with a known answer."""
+"""`python -m ctrl_ray.verify`: does training reach the distribution that CTRL promises? On problems with a known answer, and
+for any adapter against exact samples of its target."""
 
 from __future__ import annotations
 
@@ -8,13 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctrl_ray import command
 from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ctrl_ray.exact.problems import Mixture, Reward
     from ctrl_ray.exact.suite import Case
     from ctrl_ray.verification.cases import ReachedLaw
     from ctrl_ray.verification.table import CaseResult
@@ -30,7 +30,7 @@ _OF_ONE_PROBLEM = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """Train on problems with a known answer, with the code that trains image pipelines, and compare the results with
-    the answers."""
+    the answers; or compare a finished run's adapter with exact samples of its target."""
 
     problem: Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension"] | None = None
     """Run one problem, which the flags below can change. Default: the Gaussian, the logistic and the two-controls
@@ -78,27 +78,46 @@ class VerifyOptions:
     """Split the distance to the true conditional into its causes, on the logistic problem with a fitted classifier."""
     labels: int = 300
     """With --error-budget: how many labelled samples the classifier is fitted on."""
-    pipeline: Literal["shapes"] | None = None
-    """Instead of solving problems, compare a fine-tuned image pipeline with rejection samples, class by class."""
     adapter: str | None = None
-    """With --pipeline: the adapter to judge, trained with guidance_strength = kl_coef. None: train one (about an
-    hour)."""
+    """Instead of solving problems, compare the samples of this adapter with exact samples of its target, class by class.
+    Rejection from the pre-trained model makes them."""
+    pipeline: Literal["shapes"] | None = None
+    """Without --adapter: first train one on the shapes, with the preset shapes-exact (about an hour), and compare it."""
     num_samples: int = 2048
-    """With --pipeline: samples of each class, on each side."""
+    """With --adapter: samples of each joint class (a class of every control), on each side."""
+    max_pool_samples: int | None = None
+    """With --adapter: pre-trained samples at most. Drawing ends before, when every class has enough exact samples. None:
+    8 × num_samples × joint classes."""
+    prompts_file: str | None = None
+    """With --adapter: file of prompts, one per line. None: the prompts of the run that made the adapter."""
+    classifier: tuple[str, ...] = ()
+    """With --adapter: NAME=FOLDER for each control, the classifier it was trained with. Empty: RUN/classifier/NAME."""
     json: bool = False
-    """Print only JSON: the numbers of each case's coordinate 0."""
+    """Print only JSON: the numbers of each case's coordinate 0; with --adapter, the content of results.json."""
     output_dir: str = "runs/verify"
     """Folder of the pictures and results.json."""
     num_workers: int = 2
-    """Workers that share every batch."""
+    """Workers that share every batch of a problem's training."""
     use_gpu: bool = False
-    """One GPU for each worker."""
+    """One GPU for each of these workers. --adapter uses a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if self.pipeline and (self.problem or self.all or self.error_budget):
-            raise ConfigError("--pipeline is a comparison of its own; leave out --problem, --all and --error-budget")
-        if self.adapter and not self.pipeline:
-            raise ConfigError("--adapter is judged by --pipeline; give it too")
+        judged = self.adapter is not None or self.pipeline is not None
+        if judged and (self.problem or self.all or self.error_budget):
+            raise ConfigError(
+                "--adapter and --pipeline are a comparison of their own; leave out --problem, --all and --error-budget"
+            )
+        of_adapters = [name for name in ("max_pool_samples", "prompts_file", "classifier") if getattr(self, name)]
+        if of_adapters and not judged:
+            raise ConfigError(
+                f"{_flags(of_adapters)} belong to the comparison of an adapter; give --adapter RUN/adapter"
+            )
+        for name, least in (("num_samples", 16), ("max_pool_samples", 20)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"{_flags([name])} is {value}; expected at least {least}, or there is nothing to compare"
+                )
         if self.error_budget and (self.problem or self.all):
             raise ConfigError("--error-budget is about one problem, the logistic; leave out --problem and --all")
         if self.all and (self.problem or self._changes()):
@@ -107,84 +126,64 @@ class VerifyOptions:
             from ctrl_ray.exact.suite import PROBLEMS
 
             raise ConfigError(
-                f"{', '.join('--' + name.replace('_', '-') for name in self._changes())} belong to one problem; give "
-                f"--problem, one of {', '.join(PROBLEMS)}"
+                f"{_flags(self._changes())} belong to one problem; give --problem, one of {', '.join(PROBLEMS)}"
             )
 
     def cases(self) -> list[Case]:
         """What is to be run."""
         from ctrl_ray.exact.suite import all_cases, default_cases, named_case
+        from ctrl_ray.verification.changes import changed
 
         if self.problem:
-            return [self._changed(named_case(self.problem))]
+            changes = {name: getattr(self, name) for name in self._changes()}
+            steps = self.estimator_steps
+            return [
+                changed(named_case(self.problem), changes, name=self.problem, estimator_steps=steps, seed=self.seed)
+            ]
         return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
 
     def _changes(self) -> list[str]:
         return [name for name in _OF_ONE_PROBLEM if getattr(self, name) is not None]
 
-    def _changed(self, case: Case) -> Case:
-        from ctrl_ray.exact.problems import Mixture, Sampler
-
-        problem = case.problem
-        sampler = Sampler(
-            num_steps=_first(self.num_steps, problem.sampler.num_steps), eta=_first(self.eta, problem.sampler.eta)
-        )
-        mixture = Mixture(
-            _first(self.means, problem.mixture.means),
-            _first(self.stds, problem.mixture.stds),
-            _first(self.weights, problem.mixture.weights),
-        )
-        problem = dataclasses.replace(
-            problem,
-            name=str(self.problem),
-            mixture=mixture,
-            rewards=tuple(self._reward(reward, mixture) for reward in problem.rewards),
-            guidance_strengths=_first(self.guidance_strength, problem.guidance_strengths),
-            kl_coef=_first(self.kl_coef, problem.kl_coef),
-            sampler=sampler,
-            dimension=_first(self.dimension, problem.dimension),
-        )
-        effort = dataclasses.replace(
-            case.effort,
-            num_updates=_first(self.num_updates, case.effort.num_updates),
-            batch_size=_first(self.batch_size, case.effort.batch_size),
-            learning_rate=_first(self.learning_rate, case.effort.learning_rate),
-        )
-        estimator = _first(self.estimator, case.estimator)
-        steps = self.estimator_steps or (1 if estimator == "last_k" else 0)
-        return dataclasses.replace(
-            case,
-            problem=problem,
-            effort=effort,
-            estimator=estimator,
-            estimator_steps=steps,
-            controlled_from=sampler.num_steps - steps if estimator == "last_k" else 0,
-            latent_reduction=_first(self.latent_reduction, case.latent_reduction),
-            seed=self.seed,
-        )
-
-    def _reward(self, reward: Reward, mixture: Mixture) -> Reward:
-        from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward
-
-        if isinstance(reward, GaussianReward):
-            return GaussianReward(_first(self.reward_target, reward.target), _first(self.reward_std, reward.std))
-        if isinstance(reward, LogisticReward):
-            return LogisticReward(_first(self.reward_slope, reward.slope))
-        assert isinstance(reward, ComponentReward)
-        return ComponentReward(mixture, min(reward.index, len(mixture.means) - 1))
-
 
 def verify(options: VerifyOptions) -> bool:
     """Run what the options ask for, print and write what was reached; returns whether every bar is met."""
-    if options.pipeline:
-        from ctrl_ray.verification.pipeline import verify_pipeline
-
-        folder = Path(options.output_dir)
-        adapter = options.adapter or str(train_exact(folder / "run", options.seed))
-        return verify_pipeline(folder, adapter=adapter, num_samples=options.num_samples, seed=options.seed)
+    if options.adapter or options.pipeline:
+        return verify_adapter(options)
     if options.error_budget:
         return verify_error_budget(options)
     return verify_problems(options)
+
+
+def verify_adapter(options: VerifyOptions) -> bool:
+    """Compare an adapter (or one trained for it) with exact samples of its target; returns whether every bar is met.
+
+    DataError, at the end, where a class has too few exact samples to be compared.
+    """
+    from ctrl_ray.offline.prompts import read_prompts
+    from ctrl_ray.runs.finished import named_folders
+    from ctrl_ray.verification.pipeline import Question, shortages, verify_pipeline
+    from ctrl_ray.verification.summary import format_classes
+
+    folder, started = Path(options.output_dir), time.monotonic()
+    question = Question(
+        adapter=options.adapter or str(train_exact(folder / "run", options.seed)),
+        num_samples=options.num_samples,
+        max_pool_samples=options.max_pool_samples,
+        prompts=None if options.prompts_file is None else tuple(read_prompts(options.prompts_file)),
+        classifiers=named_folders(options.classifier),
+        seed=options.seed,
+    )
+    results = verify_pipeline(folder, question, _Progress(quiet=options.json).say)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        print(f"\n{results['headline']}\n\n{format_classes(results)}\n")
+        print("\n".join(f"picture   {picture}" for picture in results["pictures"]))
+        print(f"results   {folder / 'results.json'}, {time.monotonic() - started:.0f} s")
+    if (error := shortages(results)) is not None:
+        raise error
+    return bool(results["bar"]["met"])
 
 
 def train_exact(folder: Path, seed: int) -> Path:
@@ -278,8 +277,8 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-def _first(given: Any, default: Any) -> Any:
-    return default if given is None else given
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

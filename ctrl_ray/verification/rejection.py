@@ -1,240 +1,129 @@
-"""A fine-tuned sampler against exact samples of its target, which rejection gives at strength 1.
+"""Exact samples of a target, by rejection from the pre-trained model.
 
-A pool of pre-trained samples x with y drawn from the classifier p(y|x,c) holds, among those with y = k, exact samples of
-p_pre(x|c) p(k|x,c) / Z: what CTRL promises for guidance_strength = kl_coef. Each distance to them is shown beside the
-same distance between two disjoint halves of them, the noise floor.
+The target of joint class y is p_pre(x|c) Π_c p̂_c(y_c|x,c)^λ_c / Z(c, y). A pre-trained sample x that is accepted with
+probability a_y(x) = Π_c p̂_c(y_c|x,c)^λ_c (at most 1, for p̂ is a classifier) is an exact sample of it, at any λ ≥ 0
+(von Neumann 1951); Z is the mean of a_y. Where every λ is 1 the a_y of all classes sum to 1: one class is drawn from the
+classifiers for each sample, and none is wasted. Elsewhere each class accepts by itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
-from scipy.stats import ks_2samp, wasserstein_distance
 
-from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import DataError
-from ctrl_ray.evaluation.samples import EvaluationSamples
-from ctrl_ray.oracles import colourfulness, load_oracle, measure
-from ctrl_ray.reporting.figures import AFTER, BEFORE, new_figure
+from ctrl_ray.diffusion.noise import draw_key
+from ctrl_ray.verification.measured import Measured
+from ctrl_ray.verification.target import JointClass, log_tilts
 
-Distance = Callable[[np.ndarray, np.ndarray], float]
-_SMALL_SIDE = 16
+_LARGEST_GROWTH = 8
+_MARGIN = 1.05
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One distance of one class."""
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Pre-trained samples and what was accepted of them."""
 
-    label: int
-    statistic: str
-    distance: str
-    reached: float
-    """Fine-tuned against rejection samples, mean over the bootstraps."""
-    floor: float
-    """Rejection samples against rejection samples."""
-    before: float
-    """All pre-trained samples against rejection samples: where the fine-tuning started."""
-    num_samples: int
-    """Samples on each side."""
-
-    @property
-    def ratio(self) -> float:
-        """reached / floor; 1 is as good as exact."""
-        return self.reached / self.floor if self.floor > 0 else math.inf
+    samples: Measured
+    accepted: np.ndarray
+    """(J, N) bool: for each joint class, which of the samples are exact samples of its target."""
+    rates: np.ndarray
+    """(J,) mean acceptance probability, which is Z of the class over all prompts."""
 
 
-def draw_labels(samples: EvaluationSamples, control: str, seed: int) -> np.ndarray:
-    """y ~ p(y|x,c) of the control's classifier for every sample, (N,)."""
-    cumulative = np.exp(samples.class_log_probs[control]).cumsum(axis=1)
-    uniform = np.random.default_rng(seed).uniform(size=(len(samples), 1))
-    return np.minimum((uniform * cumulative[:, -1:] > cumulative).sum(axis=1), cumulative.shape[1] - 1)
+def accept(
+    class_log_probs: Mapping[str, np.ndarray],
+    exponents: Mapping[str, float],
+    classes: Sequence[JointClass],
+    sample_ids: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Which of N pre-trained samples each of J joint classes accepts, (J, N) bool, by draws keyed by (seed, sample id).
 
-
-def compare(
-    pool: EvaluationSamples,
-    tuned: EvaluationSamples,
-    control: str,
-    config: ControlConfig,
-    *,
-    column: int = 0,
-    seed: int = 0,
-    num_bootstraps: int = 20,
-) -> list[Comparison]:
-    """Distances of each class between `tuned` (labels: what was asked) and the pool's rejection samples.
-
-    Raises DataError where a class has fewer than 20 samples on a side.
+    class_log_probs: Control to (N, K); exponents: λ of each control. At λ = 1 throughout, every sample is of one class.
     """
-    rng = np.random.default_rng(seed)
-    drawn = draw_labels(pool, control, seed)
-    pool_statistics = _statistics(pool, control, config)
-    tuned_statistics = _statistics(tuned, control, config)
-    comparisons = []
-    for label in range(config.num_classes):
-        exact, reached = np.flatnonzero(drawn == label), np.flatnonzero(tuned.labels[:, column] == label)
-        size = min(len(exact) // 2, len(reached))
-        if size < 10:
-            raise DataError(
-                f"class {label} of {control} has {len(exact)} rejection samples and {len(reached)} of the adapter; "
-                "expected at least 20 of each. Draw more with --num-samples"
-            )
-        draws = [_Draw.make(rng, exact, reached, len(pool), size) for _ in range(num_bootstraps)]
-        for statistic, distances in _DISTANCES.items():
-            for name, distance in distances.items():
-                of_pool, of_tuned = pool_statistics(statistic, label), tuned_statistics(statistic, label)
-                count = 3 if statistic == "features" else num_bootstraps
-                values = np.array(
-                    [
-                        (
-                            distance(of_tuned[draw.reached], of_pool[draw.exact]),
-                            distance(of_pool[draw.other], of_pool[draw.exact]),
-                            distance(of_pool[draw.any], of_pool[draw.exact]),
-                        )
-                        for draw in draws[:count]
-                    ]
-                ).mean(axis=0)
-                reached_at, floor, before = values.tolist()
-                comparisons.append(Comparison(label, statistic, name, reached_at, floor, before, size))
-    return comparisons
+    if all(exponent == 1 for exponent in exponents.values()):
+        uniform = _uniform(seed, sample_ids, len(exponents))
+        drawn = [_draw(class_log_probs[name], uniform[:, column]) for column, name in enumerate(exponents)]
+        return np.stack(
+            [np.all([y == label for y, label in zip(drawn, j.labels, strict=True)], axis=0) for j in classes]
+        )
+    uniform = _uniform(seed, sample_ids, len(classes))
+    return np.exp(log_tilts(class_log_probs, exponents, classes)) > uniform.T
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Row numbers of one bootstrap; `exact` and `other` are disjoint."""
+def _draw(log_probs: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """y ~ p̂(y|x,c), (N,) int, of log-probabilities (N, K)."""
+    cumulative = np.exp(log_probs.astype(np.float64)).cumsum(axis=1)
+    return (uniform[:, None] * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
 
-    exact: np.ndarray
-    other: np.ndarray
-    reached: np.ndarray
-    any: np.ndarray
 
-    @classmethod
-    def make(cls, rng: np.random.Generator, exact: np.ndarray, reached: np.ndarray, total: int, size: int) -> _Draw:
-        shuffled = rng.permutation(exact)
-        return cls(
-            shuffled[:size],
-            shuffled[size : 2 * size],
-            rng.choice(reached, size, replace=False),
-            rng.choice(total, size, replace=False),
+def _uniform(seed: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) in [0, 1)."""
+    generators = (np.random.default_rng(draw_key(seed, 0, int(i), "acceptance")) for i in sample_ids)
+    return np.stack([generator.random(count) for generator in generators])
+
+
+def grow_pool(
+    draw: Callable[[int], Measured],
+    exponents: Mapping[str, float],
+    classes: Sequence[JointClass],
+    *,
+    unit: int,
+    worth: int,
+    wanted: int,
+    limit: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> Pool:
+    """Draw pre-trained samples in rounds until every joint class has `wanted` exact ones, or `limit` samples are drawn.
+
+    The acceptance rates found so far say how many a round needs. A class of which `limit` samples would not give even
+    `worth` exact ones asks for no more.
+
+    Args:
+        draw: The first n samples, whatever was drawn of them before.
+        unit: Rounds draw multiples of it, so that all prompts occur equally often; one at least, also above `limit`.
+    """
+    limit = max(unit, limit // unit * unit)
+    total = min(limit, -(-wanted // unit) * unit)
+    while True:
+        samples = draw(total)
+        accepted = accept(samples.class_log_probs, exponents, classes, samples.sample_ids, seed)
+        rates = np.exp(log_tilts(samples.class_log_probs, exponents, classes)).mean(axis=1)
+        counts = accepted.sum(axis=1)
+        open_classes = np.flatnonzero((counts < wanted) & (rates * limit >= worth))
+        if total == limit or not len(open_classes):
+            return Pool(samples, accepted, rates)
+        rarest = open_classes[np.argmin(rates[open_classes])]
+        needed = total + _MARGIN * (wanted - counts[open_classes]) / rates[open_classes]
+        total = min(limit, -(-math.ceil(min(needed.max(), _LARGEST_GROWTH * total)) // unit) * unit)
+        say(
+            f"{counts[rarest]} of {len(samples)} pre-trained samples are exact samples of {classes[rarest].name!r} "
+            f"(wanted: {wanted}); going on to {total}"
         )
 
 
-def mmd(one: np.ndarray, other: np.ndarray) -> float:
-    """Maximum mean discrepancy (Gretton et al. 2012, eq. 5, V-statistic's root), RBF kernel at the median distance."""
-    both = np.concatenate([one, other]).astype(np.float32)
-    squares = (both**2).sum(1)
-    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * both @ both.T, 0)
-    kernel = np.exp(-distances / np.median(distances[distances > 0]))
-    n = len(one)
-    value = kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
-    return float(math.sqrt(max(0.0, float(value))))
+def fewest(num_prompts: int) -> int:
+    """Exact samples of a class that it takes to put ten on each side with the same prompts (a prompt with an odd number of
+    them leaves one over)."""
+    return 20 + num_prompts
 
 
-def image_features(images: np.ndarray) -> np.ndarray:
-    """A fixed feature space: 16 × 16 mean colours and the contrast inside each of these blocks, (N, 1024) in [0, 1]."""
-    count, height, width, _ = images.shape
-    if height % _SMALL_SIDE or width % _SMALL_SIDE:
-        images = np.stack([np.asarray(Image.fromarray(image).resize((64, 64))) for image in images])
-        height = width = 64
-    blocks = images.reshape(count, _SMALL_SIDE, height // _SMALL_SIDE, _SMALL_SIDE, width // _SMALL_SIDE, 3) / 255.0
-    means = blocks.mean(axis=(2, 4)).reshape(count, -1)
-    contrast = blocks.mean(axis=-1).std(axis=(2, 4)).reshape(count, -1)
-    return np.concatenate([means, contrast], axis=1).astype(np.float32)
+def shortage(name: str, pool: Pool, index: int, num_prompts: int) -> str:
+    """Why a joint class has too few exact samples to be compared, and how many pre-trained ones it takes."""
+    count, total, rate = int(pool.accepted[index].sum()), len(pool.samples), float(pool.rates[index])
+    needed = fewest(num_prompts)
+    return (
+        f"class {name!r}: {count} of {total} pre-trained samples were accepted (rate {rate:.2g}), expected about {needed} to "
+        f"put ten on each side with the same prompts; it takes about {_rounded(needed / max(rate, 1e-300))} pre-trained samples"
+    )
 
 
-def texture(images: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of neighbouring grey values, (N,) in [0, 255]."""
-    grey = images.astype(np.float32).mean(axis=-1)
-    return np.abs(np.diff(grey, axis=1)).mean(axis=(1, 2)) + np.abs(np.diff(grey, axis=2)).mean(axis=(1, 2))
-
-
-def _statistics(samples: EvaluationSamples, control: str, config: ControlConfig) -> Callable[[str, int], np.ndarray]:
-    values: dict[str, np.ndarray] = {
-        "colourfulness": measure(colourfulness, samples.images),
-        "texture": texture(samples.images),
-        "features": image_features(samples.images),
-    }
-    if config.oracle:
-        values["measured"] = measure(load_oracle(config.oracle), samples.images)
-    log_probs = samples.class_log_probs[control]
-
-    def of(statistic: str, label: int) -> np.ndarray:
-        return log_probs[:, label] if statistic == "log_prob" else values[statistic]
-
-    return of
-
-
-def _ks(one: np.ndarray, other: np.ndarray) -> float:
-    return float(ks_2samp(one, other).statistic)
-
-
-def _wasserstein(one: np.ndarray, other: np.ndarray) -> float:
-    return float(wasserstein_distance(one, other))
-
-
-_DISTANCES: dict[str, dict[str, Distance]] = {
-    "measured": {"Wasserstein": _wasserstein, "Kolmogorov–Smirnov": _ks},
-    "log_prob": {"Wasserstein": _wasserstein},
-    "colourfulness": {"Wasserstein": _wasserstein},
-    "texture": {"Wasserstein": _wasserstein},
-    "features": {"MMD": mmd},
-}
-
-
-def format_comparisons(comparisons: Sequence[Comparison], classes: Sequence[str]) -> str:
-    """class · statistic · distance · reached · noise floor · ratio · before."""
-    lines = [f"{'class':<14} {'statistic':<14} {'distance':<19} {'reached':>9} {'floor':>9} {'ratio':>7} {'before':>9}"]
-    lines += [
-        f"{classes[c.label]:<14} {c.statistic:<14} {c.distance:<19} {c.reached:9.3f} {c.floor:9.3f} {c.ratio:7.2f} "
-        f"{c.before:9.3f}"
-        for c in comparisons
-    ]
-    return "\n".join(lines)
-
-
-def plot_rejection(
-    path: Path,
-    pool: EvaluationSamples,
-    tuned: EvaluationSamples,
-    control: str,
-    config: ControlConfig,
-    *,
-    column: int = 0,
-    seed: int = 0,
-) -> Path:
-    """Per class: the oracle's value of pre-trained, rejection and fine-tuned samples."""
-    drawn = draw_labels(pool, control, seed)
-    assert config.oracle
-    of_pool, of_tuned = (measure(load_oracle(config.oracle), samples.images) for samples in (pool, tuned))
-    bins = np.linspace(float(np.percentile(of_pool, 0.2)), float(np.percentile(of_pool, 99.8)), 60)
-    with new_figure(path, 7.2, 1.55 * config.num_classes + 0.7) as figure:
-        axes = np.atleast_1d(figure.subplots(config.num_classes, 1, sharex=True))
-        for label, axis in enumerate(axes):
-            style: Any = {"density": True, "histtype": "step"}
-            axis.hist(of_pool, bins, color=BEFORE, label="pre-trained", linewidth=0.8, **style)
-            axis.hist(
-                of_pool[drawn == label], bins, color="#c7791a", alpha=0.45, density=True, label="exact (rejection)"
-            )
-            axis.hist(
-                of_tuned[tuned.labels[:, column] == label],
-                bins,
-                color=AFTER,
-                label="fine-tuned",
-                linewidth=1.4,
-                **style,
-            )
-            axis.set_ylabel(f"{config.class_names[label]}\ndensity", fontsize=8)
-            axis.set_yticks([])
-        axes[-1].set_xlabel(f"{control} / {config.unit}" if config.unit else control)
-        axes[0].legend(loc="upper right", ncols=3)
-    return path
-
-
-def summary_of(comparisons: Sequence[Comparison]) -> list[Mapping[str, Any]]:
-    """The comparisons as plain data."""
-    return [{**dataclasses.asdict(item), "ratio": item.ratio} for item in comparisons]
+def _rounded(count: float) -> str:
+    """Upwards to two digits: '73,000'; from a million on '4.1e+06'."""
+    step = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    rounded = math.ceil(count / step) * step
+    return f"{rounded:,}" if rounded < 1_000_000 else f"{rounded:.1e}"

@@ -7,15 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from ctrl_ray import verify
+from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import Case, Effort, dimension, gaussian
+from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.verification.measured import load
 from tests.analytic import PlainEngine, train
+from tests.classifiers import save_classifier
 from tests.pictures import line
 
 EFFORT = Effort(num_updates=120, batch_size=512)
@@ -50,6 +57,53 @@ def test_command_misses_its_bars_with_too_little_training(
     assert verify.main([*arguments, "--output-dir", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "two-controls [0]" in printed and "two-controls [1]" in printed and "MISSED" in printed
+
+
+@pytest.mark.full
+def test_command_compares_an_adapter_with_exact_samples_of_its_target(
+    ray_session: None, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An untrained adapter of two controls, whose random classifiers hardly tilt anything: it is as good as exact. The paths'
+    log-ratio is 0, so each class's objective is the mean of its tilt; a second look draws nothing anew."""
+    controls = {
+        "size": ControlConfig(classes=("small", "large"), guidance_strength=2.0),
+        "colour": ControlConfig(classes=("dull", "bright"), guidance_strength=0.5),
+    }
+    lora = LoraConfig(rank=2, alpha=2.0)
+    info = make_adapter_info(
+        base_model=str(tiny_pipeline),
+        base_revision=None,
+        controls=controls,
+        sampler=SamplerConfig(num_steps=3),
+        lora=lora,
+        training={"kl_coef": 1.0},
+    )
+    counts = {name: control.num_classes for name, control in controls.items()}
+    policy = load_policy_on(load_backbone(str(tiny_pipeline), None), counts, lora=lora, precision="fp32")
+    save_adapter(tmp_path / "adapter", policy, info)
+    for name, control in controls.items():
+        save_classifier(tmp_path / "classifier" / name, name, control)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--num-samples", "32", "--output-dir", str(tmp_path / "out")]
+    arguments += ["--prompts-file", str(tmp_path / "prompts.txt"), "--json"]
+    assert verify.main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["exponents"] == {"size": 2.0, "colour": 0.5} and len(results["classes"]) == 4
+    (file,) = (tmp_path / "out" / "samples" / "fine-tuned").rglob("*.safetensors")
+    tuned = load(file)
+    np.testing.assert_array_equal(tuned.log_ratio, np.zeros(128))
+    for found in results["classes"]:
+        rows = (tuned.labels == list(found["labels"].values())).all(axis=1)
+        tilt = 2 * tuned.class_log_probs["size"][rows, tuned.labels[rows, 0]]
+        tilt += 0.5 * tuned.class_log_probs["colour"][rows, tuned.labels[rows, 1]]
+        assert rows.sum() == 32 and found["exact_samples"] >= 64 and len(found["distances"]) == 9
+        assert found["certificate"]["objective"] == pytest.approx(tilt.mean(), abs=1e-5)
+        assert abs(found["certificate"]["gap"]) < 0.1 and found["certificate"]["ess"] > 0.9
+    drawn = sorted((tmp_path / "out" / "samples").rglob("*.safetensors"), key=str)
+    changed = [path.stat().st_mtime_ns for path in drawn]
+    assert verify.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == results
+    assert [path.stat().st_mtime_ns for path in drawn] == changed
 
 
 def _trained(case: Case, engine: type[PlainEngine] = PlainEngine, **effort: float) -> Any:

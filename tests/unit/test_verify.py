@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ctrl_ray import verify
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.problems import GaussianReward, LogisticReward
 from ctrl_ray.exact.suite import all_cases, default_cases
+from ctrl_ray.verification.pipeline import Question
 from ctrl_ray.verify import VerifyOptions
 
 
@@ -51,8 +53,11 @@ def test_default_and_all_are_the_suites() -> None:
     [
         ({"means": (0.0,)}, "--means.*--problem"),
         ({"all": True, "problem": "gaussian"}, "--all runs every problem"),
-        ({"adapter": "x"}, "--pipeline"),
-        ({"pipeline": "shapes", "all": True}, "comparison of its own"),
+        ({"pipeline": "shapes", "all": True}, "comparison of their own"),
+        ({"adapter": "x", "problem": "logistic"}, "comparison of their own"),
+        ({"max_pool_samples": 100, "classifier": ("a=b",)}, "--max-pool-samples, --classifier belong to.*--adapter"),
+        ({"adapter": "x", "num_samples": 15}, "--num-samples is 15; expected at least 16"),
+        ({"adapter": "x", "max_pool_samples": 19}, "--max-pool-samples is 19; expected at least 20"),
         ({"error_budget": True, "all": True}, "one problem"),
     ],
 )
@@ -60,6 +65,30 @@ def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], mes
     """Before anything starts."""
     with pytest.raises(ConfigError, match=message):
         VerifyOptions(**flags)
+
+
+def test_what_is_asked_of_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The given adapter, with the flags; --pipeline shapes alone trains one first."""
+    asked: list[Question] = []
+
+    def verify_pipeline(folder: Path, question: Question, say: Any) -> dict[str, Any]:
+        asked.append(question)
+        return {"classes": [], "bar": {"met": True}}
+
+    monkeypatch.setattr("ctrl_ray.verification.pipeline.verify_pipeline", verify_pipeline)
+    monkeypatch.setattr(verify, "train_exact", lambda folder, seed: folder / f"trained with seed {seed}")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    flags: dict[str, Any] = {"json": True, "output_dir": str(tmp_path), "seed": 7, "num_samples": 32}
+    of_adapters = {"max_pool_samples": 99, "prompts_file": str(tmp_path / "prompts.txt"), "classifier": ("hue=C",)}
+    assert verify.verify(VerifyOptions(adapter="RUN/adapter", **flags, **of_adapters))
+    assert verify.verify(VerifyOptions(pipeline="shapes", **flags))
+    assert verify.verify(VerifyOptions(pipeline="shapes", adapter="RUN/adapter", **flags))
+    common: dict[str, Any] = {"num_samples": 32, "seed": 7}
+    assert asked == [
+        Question(adapter="RUN/adapter", max_pool_samples=99, prompts=("a", "b"), classifiers={"hue": "C"}, **common),
+        Question(adapter=str(tmp_path / "run" / "trained with seed 7"), **common),
+        Question(adapter="RUN/adapter", **common),
+    ]
 
 
 def test_a_mistake_in_the_flags_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

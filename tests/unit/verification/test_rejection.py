@@ -1,132 +1,119 @@
-"""Comparison with rejection samples, on samples whose law is known."""
+"""Rejection at any exponent and with several controls, on a uniform law whose tilts are known; and the pool's growth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import DataError
-from ctrl_ray.evaluation.samples import EvaluationSamples
-from ctrl_ray.oracles import Oracle, colourfulness, measure
-from ctrl_ray.verification.rejection import (
-    compare,
-    draw_labels,
-    format_comparisons,
-    image_features,
-    mmd,
-    plot_rejection,
-)
+from ctrl_ray.verification.measured import Measured
+from ctrl_ray.verification.rejection import Pool, accept, fewest, grow_pool, shortage
+from ctrl_ray.verification.target import JointClass, joint_classes, log_tilts
+from tests.unit.verification.samples import HUE, LEVEL, hue_log_probs, level_log_probs, without_images
 
-CONTROL = ControlConfig(thresholds=(80.0,), classes=("grey", "colourful"), oracle="colourfulness")
+COUNT = 8_000
+GRID = (np.arange(COUNT) + 0.5) / COUNT
+"""Strengths that are uniform to rounding: means over them are the exact integrals."""
+ONE = joint_classes({"hue": HUE})
+SIX = joint_classes({"hue": HUE, "level": LEVEL})
 
 
-def _samples(saturation: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> EvaluationSamples:
-    """Images of 16 × 16 noise around a colour whose strength is given; p(y=1) = sigmoid((strength − 0.5) 8)."""
-    count = len(saturation)
-    base = np.array([200.0, 60.0, 60.0])
-    grey = base.mean()
-    images = grey + saturation[:, None, None, None] * (base - grey) + rng.normal(0, 8, (count, 16, 16, 3))
-    p = 1 / (1 + np.exp(-(saturation - 0.5) * 8))
-    return EvaluationSamples(
-        images=images.clip(0, 255).astype(np.uint8),
-        prompts=("a",) * count,
-        labels=labels[:, None].astype(np.int64),
-        kl=np.full(count, np.nan),
-        class_log_probs={"hue": np.log(np.stack([1 - p, p], axis=1))},
-        sample_ids=np.arange(count),
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0, 4.0])
+def test_accepted_samples_have_the_law_of_the_target(exponent: float) -> None:
+    """Of the uniform law tilted by p̂^λ: acceptance rate Z, mean, and share of each tenth."""
+    log_probs = {"hue": hue_log_probs(GRID)}
+    accepted = accept(log_probs, {"hue": exponent}, ONE, np.arange(COUNT), seed=0)
+    for label in (0, 1):
+        _check_law(GRID[accepted[label]], np.exp(exponent * log_probs["hue"][:, label].astype(np.float64)))
+    wasted = 1 - accepted.any(axis=0).mean()
+    assert (wasted == 0 and not (accepted[0] & accepted[1]).any()) if exponent == 1 else wasted > 0
+
+
+@pytest.mark.parametrize("exponents", [(1.0, 1.0), (2.0, 0.5), (1.0, 4.0)])
+def test_joint_classes_have_the_law_of_the_product(exponents: tuple[float, float]) -> None:
+    log_probs = {"hue": hue_log_probs(GRID), "level": level_log_probs(GRID)}
+    by_name = dict(zip(log_probs, exponents, strict=True))
+    accepted = accept(log_probs, by_name, SIX, np.arange(COUNT), seed=1)
+    for index, joint in enumerate(SIX):
+        weights = np.ones(COUNT)
+        for (name, exponent), label in zip(by_name.items(), joint.labels, strict=True):
+            weights *= np.exp(log_probs[name][:, label].astype(np.float64)) ** exponent
+        _check_law(GRID[accepted[index]], weights)
+
+
+def _check_law(strengths: np.ndarray, weights: np.ndarray) -> None:
+    """Within four standard errors of the law whose density on GRID is proportional to `weights`, the rate being their mean."""
+    z, law = weights.mean(), weights / weights.sum()
+    assert abs(len(strengths) / COUNT - z) < 4 * np.sqrt(z * (1 - z) / COUNT)
+    shares = law.reshape(10, -1).sum(axis=1)
+    found = np.histogram(strengths, 10, (0, 1))[0] / len(strengths)
+    assert np.all(np.abs(found - shares) <= 4 * np.sqrt(shares * (1 - shares) / len(strengths)) + 3 / len(strengths))
+    mean = law @ GRID
+    assert abs(strengths.mean() - mean) < 4 * np.sqrt(law @ (GRID - mean) ** 2 / len(strengths))
+
+
+def test_draws_are_keyed_by_seed_and_sample() -> None:
+    """So a sample is accepted or not, whatever else is in the pool."""
+    log_probs, ids = {"hue": hue_log_probs(GRID[:400] * 30)}, np.arange(400)
+    for exponent in (1.0, 2.0):
+        whole = accept(log_probs, {"hue": exponent}, ONE, ids, seed=3)
+        part = accept({"hue": log_probs["hue"][100:]}, {"hue": exponent}, ONE, ids[100:], seed=3)
+        np.testing.assert_array_equal(whole[:, 100:], part)
+        assert not np.array_equal(whole, accept(log_probs, {"hue": exponent}, ONE, ids, seed=4))
+
+
+class _Source:
+    """Uniform strengths, in prompts' turn; knows how many were asked for."""
+
+    def __init__(self, log_probs: float | None = None) -> None:
+        self.asked: list[int] = []
+        self._constant = log_probs
+
+    def __call__(self, count: int) -> Measured:
+        self.asked.append(count)
+        strength = np.random.default_rng(5).uniform(size=count)
+        log_probs = hue_log_probs(strength)
+        if self._constant is not None:
+            log_probs[:, 1] = self._constant
+        return without_images(strength, np.zeros(count), {"hue": log_probs}, prompts=("a", "b"))
+
+
+def _grow(source: _Source, exponent: float, *, wanted: int = 200, limit: int = 4000) -> tuple[Pool, list[str]]:
+    said: list[str] = []
+    pool = grow_pool(
+        source, {"hue": exponent}, ONE, unit=4, worth=fewest(2), wanted=wanted, limit=limit, seed=0, say=said.append
     )
+    return pool, said
 
 
-def _tilted(rng: np.random.Generator, label: int, count: int) -> np.ndarray:
-    """Strengths from p(s) p(label|s), by rejection from the uniform law."""
-    drawn = rng.uniform(size=40 * count)
-    p = 1 / (1 + np.exp(-(drawn - 0.5) * 8))
-    return drawn[rng.uniform(size=len(drawn)) < (p if label else 1 - p)][:count]
+def test_the_pool_grows_until_every_class_has_enough() -> None:
+    """In few rounds, all a multiple of classes × prompts, and not far beyond what is needed."""
+    source = _Source()
+    pool, said = _grow(source, 4.0)
+    assert pool.accepted.sum(axis=1).min() >= 200 and len(pool.samples) == source.asked[-1] < 1000
+    assert source.asked[0] == 200 and len(source.asked) == len(said) + 1 <= 4 and all(n % 4 == 0 for n in source.asked)
+    assert f"going on to {source.asked[1]}" in said[0] and "wanted: 200" in said[0]
+    np.testing.assert_allclose(pool.rates, np.exp(log_tilts(pool.samples.class_log_probs, {"hue": 4.0}, ONE)).mean(1))
 
 
-@pytest.fixture
-def measure_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Oracle, np.ndarray], np.ndarray]:
-    """`compare` and the picture measure the same thousands of images by the same oracle."""
-    known: dict[tuple[Oracle, int], np.ndarray] = {}
-
-    def measured(oracle: Oracle, images: np.ndarray) -> np.ndarray:
-        key = (oracle, id(images))
-        if key not in known:
-            known[key] = measure(oracle, images)
-        return known[key]
-
-    monkeypatch.setattr("ctrl_ray.verification.rejection.measure", measured)
-    return measured
+def test_the_pool_ends_at_its_limit() -> None:
+    pool, _ = _grow(_Source(), 4.0, limit=302)
+    assert len(pool.samples) == 300 and pool.accepted.sum(axis=1).min() < 200
+    smallest, _ = _grow(_Source(), 4.0, limit=1)
+    assert len(smallest.samples) == 4  # every class and prompt once
 
 
-@pytest.mark.full
-def test_exact_samples_are_at_the_noise_floor_and_others_are_not(
-    measure_once: Callable[[Oracle, np.ndarray], np.ndarray], tmp_path: Path, figures: dict[str, Figure]
-) -> None:
-    """Tilted exactly: ratios near 1. Untilted: far above, and as far as 'before' says."""
-    rng = np.random.default_rng(103)  # not the seed that labels are drawn with
-    pool = _samples(rng.uniform(size=1600), np.zeros(1600), rng)
-    labels = np.repeat([0, 1], 330)
-    exact = _samples(np.concatenate([_tilted(rng, 0, 330), _tilted(rng, 1, 330)]), labels, rng)
-    wrong = _samples(rng.uniform(size=660), labels, rng)
-    good = {(c.label, c.statistic, c.distance): c for c in compare(pool, exact, "hue", CONTROL, num_bootstraps=8)}
-    bad = {(c.label, c.statistic, c.distance): c for c in compare(pool, wrong, "hue", CONTROL, num_bootstraps=8)}
-    assert len(good) == 12
-    for key in [(label, "measured", name) for label in (0, 1) for name in ("Wasserstein", "Kolmogorov–Smirnov")]:
-        assert good[key].ratio < 2.2 < 4 < bad[key].ratio, key
-        assert bad[key].reached == pytest.approx(bad[key].before, rel=0.25)
-    assert good[0, "features", "MMD"].ratio < 1.3 < bad[0, "features", "MMD"].ratio
-    assert "Wasserstein" in format_comparisons(list(good.values()), CONTROL.class_names)
-    assert plot_rejection(tmp_path / "r.png", pool, exact, "hue", CONTROL).is_file()
-    of_pool, of_exact = (measure_once(colourfulness, samples.images) for samples in (pool, exact))
-    groups = draw_labels(pool, "hue", 0), labels
-    for label, axis in enumerate(figures["r.png"].axes):
-        _check_densities(axis, of_pool, *(values[group == label] for values, group in zip((of_pool, of_exact), groups)))
+def test_a_class_out_of_reach_does_not_make_the_pool_grow_and_says_what_it_takes() -> None:
+    """p̂ = e^-3 at λ = 4: one sample in 162,755; 22 of them take 3.6 million."""
+    pool, _ = _grow(source := _Source(-3.0), 4.0)
+    assert max(source.asked) < 4000
+    text = shortage("colourful", pool, 1, num_prompts=2)
+    assert text.startswith(
+        f"class 'colourful': 0 of {len(pool.samples)} pre-trained samples were accepted (rate 6.1e-06)"
+    )
+    assert "expected about 22" in text and text.endswith("it takes about 3.6e+06 pre-trained samples")
 
 
-def _check_densities(axis: Axes, pool: np.ndarray, drawn: np.ndarray, tuned: np.ndarray) -> None:
-    """An outline of the pool, bars of its rejection samples, an outline of the tuned ones."""
-    outline, *bars, other_outline = axis.patches
-    edges = np.array([*(bar.get_x() for bar in bars), bars[-1].get_x() + bars[-1].get_width()])
-    for found, values in (
-        (outline.get_xy()[1:-1:2, 1], pool),
-        ([bar.get_height() for bar in bars], drawn),
-        (other_outline.get_xy()[1:-1:2, 1], tuned),
-    ):
-        np.testing.assert_allclose(found, np.histogram(values, edges, density=True)[0], atol=1e-6)
-
-
-def test_labels_are_drawn_from_the_classifier() -> None:
-    """Their share among the samples is the mean probability; the same seed draws the same."""
-    rng = np.random.default_rng(1)
-    pool = _samples(rng.uniform(size=4000), np.zeros(4000), rng)
-    drawn = draw_labels(pool, "hue", 3)
-    assert np.array_equal(drawn, draw_labels(pool, "hue", 3)) and not np.array_equal(drawn, draw_labels(pool, "hue", 4))
-    p = np.exp(pool.class_log_probs["hue"][:, 1])
-    for low, high in ((0.0, 0.2), (0.8, 1.0)):
-        inside = (p >= low) & (p <= high)
-        assert drawn[inside].mean() == pytest.approx(p[inside].mean(), abs=0.03)
-
-
-def test_too_few_samples_of_a_class_are_an_error() -> None:
-    """It says which class and what to do."""
-    rng = np.random.default_rng(2)
-    pool = _samples(rng.uniform(size=200), np.zeros(200), rng)
-    with pytest.raises(DataError, match=r"class 1 of hue.*--num-samples"):
-        compare(pool, _samples(rng.uniform(size=50), np.zeros(50), rng), "hue", CONTROL)
-
-
-def test_mmd_is_zero_for_equal_sets_and_grows_with_the_distance() -> None:
-    """And the features do not depend on the image's size."""
-    rng = np.random.default_rng(3)
-    one, near, far = (rng.normal(shift, 1, (200, 4)) for shift in (0.0, 0.3, 1.0))
-    assert mmd(one, one) == pytest.approx(0, abs=1e-3)
-    assert mmd(one, near) < mmd(one, far)
-    flat = np.full((2, 40, 24, 3), 128, dtype=np.uint8)
-    np.testing.assert_allclose(image_features(flat), image_features(np.full((2, 64, 64, 3), 128, dtype=np.uint8)))
+def test_joint_classes_are_in_the_order_in_which_samples_ask_for_them() -> None:
+    assert [JointClass((0,), "grey"), JointClass((1,), "colourful")] == ONE
+    assert [joint.labels for joint in SIX] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    assert SIX[3].name == "hue colourful, level middle"

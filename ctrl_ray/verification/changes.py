@@ -1,0 +1,54 @@
+"""A problem with a known answer, with some of its numbers replaced by those of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Mixture, Reward, Sampler
+from ctrl_ray.exact.suite import Case
+
+
+def changed(case: Case, changes: Mapping[str, Any], *, name: str, estimator_steps: int, seed: int) -> Case:
+    """The case under another name, with `changes` by the names of the flags; what is not in them stays.
+
+    estimator_steps: 0 is one step for last_k, and all for adjoint_matching. ConfigError for numbers that make no problem.
+    """
+    problem = case.problem
+    sampler = Sampler(
+        num_steps=changes.get("num_steps", problem.sampler.num_steps), eta=changes.get("eta", problem.sampler.eta)
+    )
+    mixture = Mixture(*(changes.get(part, getattr(problem.mixture, part)) for part in ("means", "stds", "weights")))
+    problem = dataclasses.replace(
+        problem,
+        name=name,
+        mixture=mixture,
+        rewards=tuple(_changed_reward(reward, mixture, changes) for reward in problem.rewards),
+        guidance_strengths=changes.get("guidance_strength", problem.guidance_strengths),
+        kl_coef=changes.get("kl_coef", problem.kl_coef),
+        sampler=sampler,
+        dimension=changes.get("dimension", problem.dimension),
+    )
+    efforts = {key: changes[key] for key in ("num_updates", "batch_size", "learning_rate") if key in changes}
+    estimator = changes.get("estimator", case.estimator)
+    steps = estimator_steps or (1 if estimator == "last_k" else 0)
+    return dataclasses.replace(
+        case,
+        problem=problem,
+        effort=dataclasses.replace(case.effort, **efforts),
+        estimator=estimator,
+        estimator_steps=steps,
+        controlled_from=sampler.num_steps - steps if estimator == "last_k" else 0,
+        latent_reduction=changes.get("latent_reduction", case.latent_reduction),
+        seed=seed,
+    )
+
+
+def _changed_reward(reward: Reward, mixture: Mixture, changes: Mapping[str, Any]) -> Reward:
+    if isinstance(reward, GaussianReward):
+        return GaussianReward(changes.get("reward_target", reward.target), changes.get("reward_std", reward.std))
+    if isinstance(reward, LogisticReward):
+        return LogisticReward(changes.get("reward_slope", reward.slope))
+    assert isinstance(reward, ComponentReward)
+    return ComponentReward(mixture, min(reward.index, len(mixture.means) - 1))
