@@ -37,6 +37,8 @@ TRUSTED_PARETO_K = 0.7
 CLASS_CERTIFICATE = "certificate/"
 """Prefix of what `certify_evaluation` says of one class: 'certificate/CONTROL/CLASS'."""
 _FEWEST_IN_TAIL = 5
+_EQUAL_WEIGHTS = 1e-8
+"""Weights that differ by less than this share of the largest differ by rounding."""
 
 
 class Estimate(NamedTuple):
@@ -72,7 +74,7 @@ def pareto_k(log_weights: np.ndarray) -> float:
     ordered = np.sort(log_weights)
     tail, cut = ordered[-length:], ordered[-length - 1]
     excesses = np.exp(tail - tail[-1]) - np.exp(cut - tail[-1])
-    if excesses[-1] <= 0:
+    if excesses[-1] <= _EQUAL_WEIGHTS:
         return float("-inf")
     return (length * _generalised_pareto_shape(excesses) + 10 * 0.5) / (length + 10)
 
@@ -248,7 +250,7 @@ def certify_labels(
 
     def certified(rows: np.ndarray) -> dict[str, Any]:
         targets, log_tilts = label_targets(labels[rows], exponents, class_log_probs)
-        return _summary(certify_targets(log_weights[rows], targets, log_tilts))
+        return certificate_summary(certify_targets(log_weights[rows], targets, log_tilts))
 
     found = certified(np.ones(len(labels), dtype=bool))
     for column, (name, control) in enumerate(controls.items()):
@@ -257,6 +259,20 @@ def certify_labels(
             if rows.sum() > 1:
                 found[f"{CLASS_CERTIFICATE}{name}/{class_name}"] = certified(rows)
     return found
+
+
+def certificate_summary(certificate: Certificate) -> dict[str, Any]:
+    """Its numbers as `summary.json` holds them."""
+    return {
+        "objective": certificate.objective.value,
+        "log_z": certificate.log_z.value,
+        "gap": certificate.gap.value,
+        "gap_standard_error": certificate.gap.standard_error,
+        "ess": certificate.ess,
+        "pareto_k": certificate.pareto_k,
+        "bounds": [certificate.lower.value, None if certificate.upper is None else certificate.upper.value],
+        "too_wide": certificate.too_wide,
+    }
 
 
 def exponents_of(controls: Mapping[str, ControlConfig], kl_coef: float) -> dict[str, float]:
@@ -287,19 +303,6 @@ def log_z_errors(
 def _with_null(class_log_probs: np.ndarray) -> np.ndarray:
     """(n, K + 1) float64: the null label asks for nothing, so its log-probability counts as 0."""
     return np.pad(class_log_probs.astype(np.float64), ((0, 0), (0, 1)))
-
-
-def _summary(certificate: Certificate) -> dict[str, Any]:
-    return {
-        "objective": certificate.objective.value,
-        "log_z": certificate.log_z.value,
-        "gap": certificate.gap.value,
-        "gap_standard_error": certificate.gap.standard_error,
-        "ess": certificate.ess,
-        "pareto_k": certificate.pareto_k,
-        "bounds": [certificate.lower.value, None if certificate.upper is None else certificate.upper.value],
-        "too_wide": certificate.too_wide,
-    }
 
 
 def _certificate(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrl_ray.evaluation.certificate import Certificate, certify_targets, effective_sample_size
+from ctrl_ray.evaluation.certificate import certificate_summary, certify_targets, effective_sample_size
 from ctrl_ray.verification.measured import Measured
 from ctrl_ray.verification.target import JointClass, log_tilts
 
@@ -45,7 +45,8 @@ def certify_classes(
     def certified(rows: np.ndarray) -> dict[str, Any]:
         wanted, targets = np.unique(asked[rows] * by_prompt.shape[1] + prompt[rows], return_inverse=True)
         of_targets = by_prompt.reshape(-1, by_prompt.shape[-1])[wanted]
-        row = _row(certify_targets(log_weights[rows], targets, of_targets))
+        row = certificate_summary(certify_targets(log_weights[rows], targets, of_targets))
+        row["pareto_k"] = row["pareto_k"] if math.isfinite(row["pareto_k"]) else None
         row["too_wide"] |= min(map(effective_sample_size, of_targets)) < _FEWEST_EFFECTIVE
         return {**row, "log_z_pooled": pooled}
 
@@ -65,17 +66,3 @@ def _tilts_by_prompt(tilts: np.ndarray, of_samples: Sequence[str], prompts: Sequ
     rows = [np.flatnonzero(known == prompt) for prompt in prompts]
     fewest = min(len(each) for each in rows)
     return tilts[:, np.stack([each[:fewest] for each in rows])]
-
-
-def _row(certificate: Certificate) -> dict[str, Any]:
-    """Keys as in an evaluation's summary.json; a pareto_k that is not finite is None."""
-    return {
-        "objective": certificate.objective.value,
-        "log_z": certificate.log_z.value,
-        "gap": certificate.gap.value,
-        "gap_standard_error": certificate.gap.standard_error,
-        "ess": certificate.ess,
-        "pareto_k": certificate.pareto_k if math.isfinite(certificate.pareto_k) else None,
-        "bounds": [certificate.lower.value, None if certificate.upper is None else certificate.upper.value],
-        "too_wide": certificate.too_wide,
-    }
