@@ -457,6 +457,9 @@ class EvaluationConfig:
     """The same at most: more are drawn until log_z_standard_error is met."""
     log_z_standard_error: float = 0.1
     """Nats: how well log Z of every class is to be known."""
+    num_pairs: int = 128
+    """Samples of the pre-trained model that are drawn again from their initial noise (and, where sampler.reference_steps is
+    not 0, from the noise before those steps), to tell which part of the gap no training removes. 0: that is not told."""
     batch_size: int | Auto = 128
     """Samples drawn at a time by each worker. 'auto': up to 16, as they fit."""
     prompts_file: str | None = None
@@ -475,6 +478,7 @@ class EvaluationConfig:
         _require(self.num_cpus >= 0, f"evaluation.num_cpus is {self.num_cpus}; expected 0 or more")
         _require(self.num_gpus >= 0, f"evaluation.num_gpus is {self.num_gpus}; expected 0 or more")
         _require(self.every_updates >= 0, f"evaluation.every_updates is {self.every_updates}; expected >= 0")
+        _require(self.num_pairs >= 0, f"evaluation.num_pairs is {self.num_pairs}; expected >= 0")
         for name in ("num_samples", "final_num_samples", "log_z_samples", "batch_size"):
             _require(
                 _is_auto_or(getattr(self, name), 1), f"evaluation.{name} is {getattr(self, name)}; expected at least 1"

@@ -20,7 +20,7 @@ from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.errors import naming_memory
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
-from ctrl_ray.gradients.rollout import Sampler, Trajectory, keyed_noise, rollout
+from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
@@ -57,6 +57,8 @@ class SamplingJob:
     with_kl: bool = True
     with_images: bool = True
     """Decode the samples to be looked at; without, the images that come back have no pixels."""
+    fork_at: int | None = None
+    """From this denoising step on, other noise: with the samples of None, pairs of paths that part there. 0: they share x_T."""
     draw: Sampler = rollout
     """How trajectories are drawn; a module's function, which travels by name."""
     precision: Precision = "fp32"
@@ -137,6 +139,14 @@ def _started_then_sampled(
     yield _sample_part(job, rewards, device)
 
 
+def _noise(job: SamplingJob, ids: Sequence[int], shape: Sequence[int], num_steps: int, device: str) -> NoiseSource:
+    shared = keyed_noise(job.seed, 0, ids, shape, num_steps, device)
+    if job.fork_at is None:
+        return shared
+    fork, other = job.fork_at, keyed_noise(job.seed, 1, ids, shape, num_steps, device)
+    return lambda index: (shared if index <= fork else other)(index)
+
+
 @naming_memory("sampling for an evaluation")
 def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> EvaluationSamples:
     set_float32_precision(job.precision)
@@ -157,7 +167,7 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             policy,
             kernel,
             Inputs(encoder.encode(batch.prompts), batch.labels.to(device), guidance),
-            keyed_noise(job.seed, 0, ids, policy.latent_shape, kernel.num_steps, device),
+            _noise(job, ids, policy.latent_shape, kernel.num_steps, device),
             scorer,
             reference=job.reference,
             with_kl=job.with_kl,

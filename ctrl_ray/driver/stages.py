@@ -25,6 +25,7 @@ from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.pre_trained import PreTrained, has_target, reference_job
 from ctrl_ray.driver.remedies import with_remedies
 from ctrl_ray.driver.run_log import RunLog
+from ctrl_ray.driver.structural import measure_structural
 from ctrl_ray.evaluation.certificate import certificate_row, certify_evaluation
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
@@ -180,6 +181,8 @@ def evaluate_and_report(
     scored = pre_trained.scored or evaluations["before"].samples
     after = evaluations["after"].samples
     certificate = certify_evaluation(scored, after, config.controls, config.kl_coef) if has_target(config) else {}
+    if certificate:
+        certificate["structural"] = measure_structural(checked, rewards, scored, after.labels)
     with RunTracker(
         folder.local,
         run_name=folder.name,

@@ -58,33 +58,44 @@ def distance_section(after: Mapping[str, Any], sampler: SamplerConfig | None) ->
         "The gap is log Z minus the objective: the KL divergence of the sampler's paths from those of the target, which no "
         "training makes negative. log Z comes from samples of the pre-trained model, pooled over prompts."
     )
-    return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>{_structural(sampler)}"
+    losses = _structural(sampler, after.get("structural") or {})
+    return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>{losses}"
 
 
-def _structural(sampler: SamplerConfig | None) -> str:
+def _structural(sampler: SamplerConfig | None, parts: Mapping[str, Any]) -> str:
     if sampler is None:
         return ""
-    losses = "".join(f"<li>{text(loss)}</li>" for loss in structural_losses(sampler))
+    losses = "".join(f"<li>{text(loss)}</li>" for loss in structural_losses(sampler, parts))
     return (
         "<p class='note'>The gap is the sum of a structural part, which the best policy of this sampler has too, and of what "
-        "more training, or a larger policy, can remove. The structural part is at most the whole gap. How large it is cannot "
-        f"be told from one path for each initial noise; it comes from:</p><ul class='note'>{losses}</ul>"
+        f"more training, or a larger policy, can remove. The structural part comes from:</p><ul class='note'>{losses}</ul>"
     )
 
 
-def structural_losses(sampler: SamplerConfig) -> list[str]:
-    """What keeps even the best policy of this sampler from its target, in sentences."""
+def structural_losses(sampler: SamplerConfig, parts: Mapping[str, Any]) -> list[str]:
+    """What keeps even the best policy of this sampler from its target, in sentences, with the numbers of `parts`
+    (`driver.structural`) where they were measured."""
     memory = "hardly at all at eta 1" if sampler.eta == 1 else f"more than at eta 1, since eta is {sampler.eta:g}"
     losses = [
         "fixed step variances: a policy moves the mean of a denoising step, but the target's steps also have less noise than "
-        f"the pre-trained model's; more steps than {sampler.num_steps} make this smaller (sampler.num_steps)",
-        "the initial noise: the policy starts from the same noise as the pre-trained model, but the target prefers some of it, "
-        f"as far as a sample depends on its start ({memory}; sampler.eta)",
+        f"the pre-trained model's; more steps than {sampler.num_steps} make this smaller (sampler.num_steps); not measured",
+        f"the initial noise{_measured(parts, 'initial_noise')}: the policy starts from the same noise as the pre-trained "
+        f"model, but the target prefers some of it, as far as a sample depends on its start ({memory}; sampler.eta)",
     ]
     if count := sampler.reference_steps:
         last = "the last denoising step" if count == 1 else f"the last {count} denoising steps"
-        losses.append(f"{last}: the pre-trained model takes {'it' if count == 1 else 'them'} (sampler.reference_steps)")
+        losses.append(
+            f"{last}{_measured(parts, 'reference_steps')}: the pre-trained model takes {'it' if count == 1 else 'them'} "
+            "(sampler.reference_steps)"
+        )
     return losses
+
+
+def _measured(parts: Mapping[str, Any], name: str) -> str:
+    if name not in parts:
+        return ""
+    value, error = parts[name]["value"], parts[name]["standard_error"]
+    return f", {value:.2f} ± {error:.2f} nats"
 
 
 def plot_distance(path: Path, rows: Sequence[DistanceRow]) -> Path | None:

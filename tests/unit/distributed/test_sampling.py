@@ -7,10 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
-from ctrl_ray.distributed.sampling import SamplingJob, load_policy
+from ctrl_ray.distributed.sampling import SamplingJob, _noise, load_policy
+
+
+def _job(**changes: Any) -> SamplingJob:
+    """One sample of the pre-trained model."""
+    settings: dict[str, Any] = {
+        "adapter": None,
+        "base_model": "shapes",
+        "revision": None,
+        "controls": {"size": ControlConfig(classes=("low", "high"))},
+        "sampler": SamplerConfig(num_steps=2),
+        "prompts": ("a cross",),
+        "sample_ids": (0,),
+        "seed": 0,
+        "batch_size": 1,
+        "reference": True,
+    }
+    return SamplingJob(**{**settings, **changes})
 
 
 def test_the_pretrained_model_is_in_memory_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,18 +41,17 @@ def test_the_pretrained_model_is_in_memory_once(tiny_pipeline: Path, monkeypatch
         return deepcopy(value, memo)
 
     monkeypatch.setattr(copy, "deepcopy", watched)
-    job = SamplingJob(
-        adapter=None,
-        base_model=str(tiny_pipeline),
-        revision=None,
-        controls={"size": ControlConfig(classes=("low", "high"))},
-        sampler=SamplerConfig(num_steps=2),
-        prompts=("a cross",),
-        sample_ids=(0,),
-        seed=0,
-        batch_size=1,
-        reference=True,
-    )
+    job = _job(base_model=str(tiny_pipeline))
     policy, controls, _ = load_policy(job)
     assert policy.reference_denoiser is None and list(controls) == ["size"]
     assert [name for name in policy.trainable_parameters() if not name.startswith("controls.")] == []
+
+
+@pytest.mark.parametrize(("fork_at", "shared"), [(None, 4), (0, 1), (2, 3)])
+def test_a_fork_shares_the_noise_of_the_steps_before_it(fork_at: int | None, shared: int) -> None:
+    """Of the initial noise and three steps' the first so many; ids keep their own."""
+    job = _job(fork_at=fork_at)
+    noises = [_noise(one, (5, 7), (2, 2), 3, "cpu") for one in (_job(), job)]
+    same = [torch.equal(noises[0](index), noises[1](index)) for index in range(4)]
+    assert same == [True] * shared + [False] * (4 - shared)
+    assert not torch.equal(noises[1](3)[0], noises[1](3)[1])

@@ -98,12 +98,18 @@ def test_without_a_certificate_nothing_is_drawn_or_said(tmp_path: Path) -> None:
 
 
 def test_structural_losses_are_those_of_the_sampler() -> None:
-    variances, start = structural_losses(SamplerConfig(num_steps=50, eta=1.0))
+    variances, start = structural_losses(SamplerConfig(num_steps=50, eta=1.0), {})
     assert "more steps than 50" in variances and "hardly at all at eta 1" in start
-    _, start, last = structural_losses(SamplerConfig(num_steps=50, eta=0.5, reference_steps=2))
+    _, start, last = structural_losses(SamplerConfig(num_steps=50, eta=0.5, reference_steps=2), {})
     assert "since eta is 0.5" in start and last.startswith(
         "the last 2 denoising steps: the pre-trained model takes them"
     )
     page = distance_section(AFTER, SamplerConfig(reference_steps=1))
     assert page.count("<li>") == 3 and "the last denoising step: the pre-trained model takes it" in page
     assert "<li>" not in distance_section(AFTER, None)
+    parts = {
+        "initial_noise": {"value": 0.123, "standard_error": 0.04},
+        "reference_steps": {"value": 1.5, "standard_error": 0.25},
+    }
+    page = distance_section({**AFTER, "structural": parts}, SamplerConfig(reference_steps=1))
+    assert "the initial noise, 0.12 ± 0.04 nats: " in page and "the last denoising step, 1.50 ± 0.25 nats: " in page

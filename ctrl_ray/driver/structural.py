@@ -1,0 +1,48 @@
+"""The structural parts of a run's gap: draws the second halves of the pairs that tell them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ctrl_ray.distributed.sampling import evaluation_ids, sample_policy
+from ctrl_ray.driver.pre_trained import reference_job
+from ctrl_ray.driver.remedies import with_remedies
+from ctrl_ray.evaluation.certificate import exponents_of, label_targets
+from ctrl_ray.evaluation.samples import EvaluationSamples
+from ctrl_ray.evaluation.structural import initial_noise_part, over_targets, reference_steps_part
+from ctrl_ray.planning.preflight import CheckedRun
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.model import RewardModelSpec
+
+
+def measure_structural(
+    checked: CheckedRun, rewards: PooledRewards | RewardModelSpec, scored: EvaluationSamples, labels: np.ndarray
+) -> dict[str, Any]:
+    """'initial_noise' and, where the sampler has them, 'reference_steps': each {"value", "standard_error"} in nats, the mean
+    over the labels asked for; empty with `evaluation.num_pairs` 0.
+
+    Args:
+        scored: Samples of `reference_job`, first halves of the pairs.
+        labels: (n, C) that the policy was asked for.
+    """
+    config = checked.config
+    count = min(config.evaluation.num_pairs, len(scored))
+    if count < 2:
+        return {}
+    parts = {"initial_noise": (0, initial_noise_part)}
+    if config.sampler.reference_steps:
+        parts["reference_steps"] = (config.sampler.num_steps - config.sampler.reference_steps, reference_steps_part)
+    exponents = exponents_of(config.controls, config.kl_coef)
+    targets, first = label_targets(labels, exponents, scored.select(np.arange(count)).class_log_probs)
+    shares = np.bincount(targets, minlength=len(first)) / len(targets)
+    job = dataclasses.replace(reference_job(checked), sample_ids=tuple(evaluation_ids(count)), with_images=False)
+    found = {}
+    for name, (fork_at, part) in parts.items():
+        with with_remedies(checked):
+            again = sample_policy(dataclasses.replace(job, fork_at=fork_at), rewards, config.scaling)
+        _, second = label_targets(labels, exponents, again.class_log_probs)
+        found[name] = over_targets(part, first, second, shares)._asdict()
+    return found
