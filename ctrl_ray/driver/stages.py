@@ -22,6 +22,7 @@ from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_trai
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.distributed.worker_group import new_channel
+from ctrl_ray.driver.candidates import carry_classifiers, store_candidate_share
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.errors import GpuMemoryError, own_error
@@ -126,6 +127,7 @@ def fine_tune(
         with _with_remedies(checked):
             trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
+        carry_classifiers(checked.config, folder / ADAPTER)
     finally:
         log.close()
         folder.upload()
@@ -205,6 +207,9 @@ def evaluate_and_report(
         judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     certificate = _certificate(config, evaluations)
+    with _with_remedies(checked):
+        both = (evaluations["before"].samples, evaluations["after"].samples)
+        store_candidate_share(config, folder / ADAPTER, job, rewards, *both)
     with RunTracker(
         folder.local,
         run_name=folder.name,

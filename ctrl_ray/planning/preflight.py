@@ -134,6 +134,7 @@ def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
         lora=None if config.full_finetune else config.lora,
         training={
             "kl_coef": config.kl_coef,
+            "latent_reduction": config.latent_reduction,
             "seed": config.seed,
             "num_updates": config.num_updates,
             "precision": config.scaling.precision,

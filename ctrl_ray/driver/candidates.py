@@ -1,0 +1,84 @@
+"""What an adapter needs for sampling with candidates: its classifiers, and the share of pre-trained paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+from scipy.special import logsumexp
+
+from ctrl_ray.candidates.weights import CandidateShare, choose_share, log_tilts
+from ctrl_ray.classifiers.classifier import copy_classifier
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.sampling import SamplingJob, sample_policy
+from ctrl_ray.evaluation.certificate import Paths, label_targets
+from ctrl_ray.evaluation.samples import EvaluationSamples
+from ctrl_ray.gradients.rollout import rollout
+from ctrl_ray.policy.adapter import add_training_facts
+from ctrl_ray.rewards.client import PooledRewards
+from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.runs.copies import CLASSIFIER
+
+MOST_SCORED = 256
+"""Pre-trained paths that are drawn to choose the share."""
+
+
+def carry_classifiers(config: TrainConfig, adapter: Path) -> None:
+    """Copy the run's classifiers into its adapter, ADAPTER/classifier/NAME, so that they travel with it."""
+    for name, control in config.controls.items():
+        assert control.classifier is not None  # stage 1 is done
+        copy_classifier(control.classifier, adapter / CLASSIFIER / name)
+
+
+def store_candidate_share(
+    config: TrainConfig,
+    adapter: Path,
+    job: SamplingJob,
+    rewards: PooledRewards | RewardModelSpec,
+    before: EvaluationSamples,
+    after: EvaluationSamples,
+) -> CandidateShare | None:
+    """Choose the share of pre-trained candidates and write it into `adapter.json`, with the efficiency it promises.
+
+    At most MOST_SCORED pre-trained paths are drawn again, with the policy's log-ratio. None where candidates have no weights:
+    a KL that is a mean over dimensions or counts nothing, or no log-ratios.
+
+    Args:
+        job: How the evaluation's samples of the pre-trained model were drawn.
+        before: These samples, for the Z of each target.
+        after: The policy's samples, with their log-ratios.
+    """
+    if config.latent_reduction == "mean" or config.kl_coef == 0 or after.log_ratio is None:
+        return None
+    part = dataclasses.replace(
+        job,
+        adapter=str(adapter),
+        reference=True,
+        sample_ids=job.sample_ids[:MOST_SCORED],
+        with_kl=False,
+        draw=functools.partial(rollout, with_log_ratio=True),
+    )
+    exponents = {name: control.guidance_strength / config.kl_coef for name, control in config.controls.items()}
+    chosen = candidate_share(before, after, sample_policy(part, rewards, config.scaling), exponents)
+    add_training_facts(adapter, {"candidate_share": chosen.share, "candidate_efficiency": chosen.efficiency})
+    return chosen
+
+
+def candidate_share(
+    before: EvaluationSamples, after: EvaluationSamples, scored: EvaluationSamples, exponents: dict[str, float]
+) -> CandidateShare:
+    """The best share, from the policy's paths and pre-trained ones with log-ratios; see `store_candidate_share`.
+
+    Weights are divided by the Z of their own target before they are compared.
+    """
+    labels = np.concatenate([after.labels, scored.labels])
+    targets, tilts_before = label_targets(labels, exponents, before.class_log_probs)
+    log_zs = (logsumexp(tilts_before, axis=1) - np.log(tilts_before.shape[1]))[targets]
+    parts = (after, log_zs[: len(after)]), (scored, log_zs[len(after) :])
+    policy, pre_trained = (
+        Paths(log_tilts(samples.class_log_probs, samples.labels, exponents) - log_z, samples.log_ratio)
+        for samples, log_z in parts
+    )
+    return choose_share(policy, pre_trained)
