@@ -1,16 +1,24 @@
-"""What a sampling task loads."""
+"""What a sampling task loads, and what it tells of pre-trained paths."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
-from ctrl_ray.distributed.sampling import SamplingJob, load_policy
+from ctrl_ray.distributed.sampling import SamplingJob, _sample_part, load_policy
+from ctrl_ray.gradients.rollout import rollout
+from ctrl_ray.rewards.model import RewardModelSpec
+from tests.classifiers import save_classifier
+from tests.unit.test_pipeline import CONTROLS, _export
 
 
 def test_the_pretrained_model_is_in_memory_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +46,28 @@ def test_the_pretrained_model_is_in_memory_once(tiny_pipeline: Path, monkeypatch
     policy, controls, _ = load_policy(job)
     assert policy.reference_denoiser is None and list(controls) == ["size"]
     assert [name for name in policy.trainable_parameters() if not name.startswith("controls.")] == []
+
+
+def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The job travels; the paths are those of the pre-trained model, the log-ratio is the policy's."""
+    sampler = SamplerConfig(num_steps=2)
+    _export(tiny_pipeline, tmp_path / "adapter", sampler)
+    save_classifier(tmp_path / "size", "size", CONTROLS["size"])
+    job = SamplingJob(
+        adapter=str(tmp_path / "adapter"),
+        base_model=str(tiny_pipeline),
+        revision=None,
+        controls={"size": CONTROLS["size"]},
+        sampler=sampler,
+        prompts=("a cross",),
+        sample_ids=(0, 1),
+        seed=0,
+        batch_size=2,
+        reference=True,
+    )
+    scored = dataclasses.replace(job, with_kl=False, draw=functools.partial(rollout, with_log_ratio=True))
+    rewards = RewardModelSpec(base_model=str(tiny_pipeline), classifiers={"size": str(tmp_path / "size")})
+    plain, found = (_sample_part(pickle.loads(pickle.dumps(part)), rewards, "cpu") for part in (job, scored))
+    assert np.array_equal(plain.images, found.images)
+    assert plain.log_ratio is not None and not plain.log_ratio.any()
+    assert found.log_ratio is not None and np.all(found.log_ratio < -1)  # the policy would hardly have drawn them
