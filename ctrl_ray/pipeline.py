@@ -26,11 +26,12 @@ from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.policy.call_condition import call_condition
 from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
-from ctrl_ray.policy.protocol import Condition, Encoder, Inputs
+from ctrl_ray.policy.protocol import Encoder, Inputs
 from ctrl_ray.runs.finished import find_classifiers
 
 
@@ -44,7 +45,8 @@ class SampledImages(NamedTuple):
     """How they came about: all latents, and what was asked for."""
     ess: Tensor | None = None
     """With candidates: (B,) float64, the effective sample size of each image's group, 1 … num_candidates; else None. Near 1
-    the image may still be far from the target: ask for more candidates, or train the adapter better."""
+    the image may still be far from the target: ask for more candidates, or train the adapter better. It knows nothing of what
+    no candidate came near."""
 
 
 class ControlledPipeline:
@@ -223,7 +225,17 @@ class ControlledPipeline:
         Raises ConfigError for unknown controls and classes, sizes that the model cannot make, a guidance scale below 1, and
         numbers of generators or latents that are not those of the images.
         """
-        condition = self._condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        if self._encoder is None:
+            self._encoder = self.policy.backbone.load_encoder(self._device)
+        condition = call_condition(
+            self.policy.backbone,
+            self._encoder,
+            self._device,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
         labels = self.labels(controls, len(condition))
         rows = [row for row in range(len(condition)) for _ in range(num_images_per_prompt)]
         sampler = self._sampler(num_inference_steps, eta, guidance_scale)
@@ -274,38 +286,6 @@ class ControlledPipeline:
                     on_step(step_index, latents)
 
             yield told
-
-    def _condition(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-    ) -> Condition:
-        if (prompt is None) == (prompt_embeds is None):
-            got = "neither" if prompt is None else "both"
-            raise ConfigError(f"expected either a prompt or prompt_embeds; got {got}")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ConfigError("expected negative_prompt or negative_prompt_embeds; got both")
-        if self._encoder is None:
-            self._encoder = self.policy.backbone.load_encoder(self._device)
-        if prompt_embeds is None:
-            assert prompt is not None
-            condition = self._encoder.encode((prompt,) if isinstance(prompt, str) else tuple(prompt))
-        else:
-            empty = self._encoder.encode([""] * len(prompt_embeds))
-            condition = replace(empty, tensors=self.policy.backbone.embedded(prompt_embeds.to(self._device)))
-        if negative_prompt is not None:
-            texts = (negative_prompt,) * len(condition) if isinstance(negative_prompt, str) else tuple(negative_prompt)
-            negative = self._encoder.encode(texts).tensors
-        elif negative_prompt_embeds is not None:
-            negative = self.policy.backbone.embedded(negative_prompt_embeds.to(self._device))
-        else:
-            return condition
-        count = len(next(iter(negative.values())))
-        if count != len(condition):
-            raise ConfigError(f"there are {count} negative prompts for {len(condition)} prompts; give one for each")
-        return replace(condition, null_tensors=negative)
 
     def _sampler(self, num_steps: int | None, eta: float | None, guidance_scale: float | None) -> SamplerConfig:
         trained = self.sampler
