@@ -49,8 +49,8 @@ class SampleConfig:
     """Sample from the pre-trained model, for pictures before and after: same noise and settings, no adapter, no
     controls."""
     base_model: str | None = None
-    """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with --base
-    and no adapter. 'shapes' ships with the package."""
+    """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with no adapter:
+    with --base, or with --candidates and --classifier. 'shapes' ships with the package."""
     num_steps: int | None = None
     """Denoising steps. None: as the adapter was trained."""
     eta: float | None = None

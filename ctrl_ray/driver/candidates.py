@@ -40,7 +40,7 @@ def store_candidate_share(
     before: EvaluationSamples,
     after: EvaluationSamples,
 ) -> CandidateShare | None:
-    """Choose the share of pre-trained candidates and write it into `adapter.json`, with the efficiency it promises.
+    """Choose the share of pre-trained candidates, write it into `adapter.json` with the efficiency it promises, and say so.
 
     At most MOST_SCORED pre-trained paths are drawn again, with the policy's log-ratio. None where candidates have no weights:
     a KL that is a mean over dimensions or counts nothing, or no log-ratios.
@@ -63,6 +63,11 @@ def store_candidate_share(
     exponents = {name: control.guidance_strength / config.kl_coef for name, control in config.controls.items()}
     chosen = candidate_share(before, after, sample_policy(part, rewards, config.scaling), exponents)
     add_training_facts(adapter, {"candidate_share": chosen.share, "candidate_efficiency": chosen.efficiency})
+    print(
+        f"sampling with candidates: {chosen.share:.3g} of them pre-trained; a large group counts as {chosen.efficiency:.0%} of "
+        "its number (effective sample size)",
+        flush=True,
+    )
     return chosen
 
 
