@@ -92,11 +92,13 @@ def test_a_small_effective_sample_size_is_said(tmp_path: Path) -> None:
     manifest.write_text("\n".join(json.dumps({"candidates": 8, "ess": size}) for size in (1.0, 1.5)))
     assert ess_lines(manifest) == [
         "effective sample size: 1.2 of 8 candidates, mean over 2 images (least 1.0)",
-        "warning: that is below 2: a single candidate often had most of the weight, so the images may be far from the target. "
+        "warning: that is below 3: a single candidate often had most of the weight, so the images may be far from the target. "
         "Try --candidates 32, an adapter that is trained for longer, or a smaller exponent",
     ]
     manifest.write_text("\n".join(json.dumps({"candidates": 8, "ess": size}) for size in (5.0, 6.0)))
     assert len(ess_lines(manifest)) == 1
+    manifest.write_text(json.dumps({"candidates": 2, "ess": 1.6}))
+    assert len(ess_lines(manifest)) == 1, "two candidates cannot count as three"
     manifest.write_text(json.dumps({"seed": 1}))
     assert ess_lines(manifest) == []
 
