@@ -16,17 +16,25 @@ from ctrl_ray.distributed.sampling import SamplingJob, sample_policy
 from ctrl_ray.evaluation.certificate import Paths, label_targets
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.gradients.rollout import rollout
-from ctrl_ray.policy.adapter import add_training_facts
+from ctrl_ray.policy.adapter import add_training_facts, read_adapter_info
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.runs.copies import CLASSIFIER
+from ctrl_ray.runs.finished import find_classifiers
 
 MOST_SCORED = 256
 """Pre-trained paths that are drawn to choose the share."""
 
 
 def carry_classifiers(config: TrainConfig, adapter: Path) -> None:
-    """Copy the run's classifiers into its adapter, ADAPTER/classifier/NAME, so that they travel with it."""
+    """Copy the run's classifiers into its adapter, ADAPTER/classifier/NAME, so that they travel with it.
+
+    Controls that are kept from an initial adapter bring theirs from there, where it has one.
+    """
+    if config.init_adapter is not None:
+        kept = [name for name in read_adapter_info(config.init_adapter).controls if name not in config.controls]
+        for name, folder in find_classifiers(config.init_adapter, kept, {}).items():
+            copy_classifier(folder, adapter / CLASSIFIER / name)
     for name, control in config.controls.items():
         assert control.classifier is not None  # stage 1 is done
         copy_classifier(control.classifier, adapter / CLASSIFIER / name)

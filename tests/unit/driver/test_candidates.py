@@ -57,9 +57,8 @@ def test_a_better_policy_draws_more_of_its_candidates_itself() -> None:
     assert far.share == 1 / 2 and far.efficiency < near.efficiency
 
 
-def test_the_share_is_written_into_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From at most MOST_SCORED pre-trained paths; a KL that is a mean has no weights."""
-    info = AdapterInfo(
+def _info() -> AdapterInfo:
+    return AdapterInfo(
         base_model="shapes",
         base_revision=None,
         base_sha256="",
@@ -69,7 +68,11 @@ def test_the_share_is_written_into_the_adapter(tmp_path: Path, monkeypatch: pyte
         lora=None,
         training={"kl_coef": 2.0},
     )
-    (tmp_path / "adapter.json").write_text(info.to_json())
+
+
+def test_the_share_is_written_into_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From at most MOST_SCORED pre-trained paths; a KL that is a mean has no weights."""
+    (tmp_path / "adapter.json").write_text(_info().to_json())
     before, after, scored = _all(0.5)
     jobs: list[SamplingJob] = []
 
@@ -119,6 +122,11 @@ def test_classifiers_travel_with_the_adapter(tmp_path: Path) -> None:
     assert json.loads((own / "classifier.json").read_text())["classes"] == ["small", "large"]
     assert run_classifiers(adapter, ["size"], {}) == {"size": str(own.resolve())}
     assert find_classifiers(adapter, ["size", "hue"], {"size": tmp_path}) == {"size": tmp_path.resolve()}
+    (adapter / "adapter.json").write_text(_info().to_json())
+    hue = dataclasses.replace(SIZE, classifier=str(tmp_path / "fitted"))
+    continued = dataclasses.replace(preset("shapes"), controls={"hue": hue}, init_adapter=str(adapter))
+    carry_classifiers(continued, tmp_path / "continued")
+    assert sorted(folder.name for folder in (tmp_path / "continued" / "classifier").iterdir()) == ["hue", "size"]
     beside = tmp_path / "run" / "classifier" / "hue"
     beside.mkdir(parents=True)
     assert find_classifiers(adapter, ["size", "hue"], {}) == {"size": own.resolve(), "hue": beside.resolve()}
