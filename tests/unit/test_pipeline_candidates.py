@@ -98,8 +98,8 @@ def test_a_trained_adapter_knows_its_exponents_and_its_share(adapter: Path, tmp_
     """Found beside the adapter too, in the run that made it."""
     shutil.copytree(adapter, tmp_path / "adapter")
     shutil.move(tmp_path / "adapter" / "classifier", tmp_path / "classifier")
-    add_training_facts(tmp_path / "adapter", {"kl_coef": 0.25, "candidate_share": 0.5})
-    assert read_adapter_info(tmp_path / "adapter").training == {"kl_coef": 0.25, "candidate_share": 0.5}
+    add_training_facts(tmp_path / "adapter", {"kl_coef": 0.25, "candidate_share": 0.25})
+    assert read_adapter_info(tmp_path / "adapter").training == {"kl_coef": 0.25, "candidate_share": 0.25}
     given = ControlledPipeline.from_pretrained(tmp_path / "adapter", exponents={"size": 4.0, "hue": 4.0})
     trained = ControlledPipeline.from_pretrained(tmp_path / "adapter")
     found, expected = (_sample(pipeline, num_candidates=4) for pipeline in (trained, given))
