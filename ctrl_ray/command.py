@@ -42,6 +42,17 @@ FAILED, CORRECTABLE, INTERRUPTED = 1, 2, 130
 _CORRECTABLE_ERRORS = (ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError)
 
 
+def named_values(option: str, arguments: Sequence[str], example: str) -> dict[str, str]:
+    """Values by name of 'NAME=VALUE' arguments of a flag; ConfigError for another form and for a name given twice."""
+    values: dict[str, str] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not name or not value or name in values:
+            raise ConfigError(f"{option} {argument!r} is not NAME=VALUE, once for each name; example: {example}")
+        values[name] = value
+    return values
+
+
 def run(body: Body, argv: Sequence[str] | None = None) -> int:
     """Call a command's body and return the exit status; the module's docstring has the table.
 

@@ -200,6 +200,7 @@ def sample_before_and_after(
     scaling = ScalingConfig(use_gpu=torch.cuda.is_available(), threads_per_worker=os.cpu_count() or 1)
     try:
         with connected():
+            print(f"drawing {num_samples} samples of the pre-trained model and as many of the adapter", flush=True)
             before = sample_policy(job, rewards, scaling)
             after = sample_policy(dataclasses.replace(job, reference=False), rewards, scaling)
             scored, kl_coef = None, info.training.get("kl_coef", 0.0)

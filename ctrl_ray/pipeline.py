@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,18 +15,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ctrl_ray.candidates.sampling import CandidatePlan, check_density, sample_candidates
+from ctrl_ray.candidates.scoring import CandidateScoring
+from ctrl_ray.classifiers.classifier import read_control
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noise, image_seeds
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
+from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.policy.call_condition import call_condition
 from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
-from ctrl_ray.policy.protocol import Condition, Encoder, Inputs
+from ctrl_ray.policy.protocol import Encoder, Inputs
+from ctrl_ray.runs.finished import find_classifiers
 
 
 class SampledImages(NamedTuple):
@@ -36,6 +43,10 @@ class SampledImages(NamedTuple):
     clean latents (B, C, h, w)."""
     trajectory: Trajectory
     """How they came about: all latents, and what was asked for."""
+    ess: Tensor | None = None
+    """With candidates: (B,) float64, the effective sample size of each image's group, 1 … num_candidates; else None. Near 1
+    the image may still be far from the target: ask for more candidates, or train the adapter better. It knows nothing of what
+    no candidate came near."""
 
 
 class ControlledPipeline:
@@ -55,11 +66,14 @@ class ControlledPipeline:
         *,
         scheduler: Mapping[str, Any] | None,
         precision: Precision = "fp32",
+        scoring: CandidateScoring | None = None,
     ) -> None:
         """info: of the policy's adapter; None: the pre-trained model alone. scheduler: the noise schedule's config; None:
-        the base model's. precision: the one that the policy was loaded in."""
+        the base model's. precision: the one that the policy was loaded in. scoring: what candidates are weighed by."""
         self.policy = policy.eval()
         self.info = info
+        controls = {} if info is None else info.controls
+        self._scoring = scoring or CandidateScoring(controls, {}, None, info)
         self._scheduler = scheduler
         self._precision: Precision = precision
         self._device = torch.device("cpu")
@@ -76,9 +90,13 @@ class ControlledPipeline:
         base_model: str | None = None,
         device: str | torch.device = "cpu",
         precision: Precision | None = None,
+        classifiers: Mapping[str, str | Path] | None = None,
+        exponents: Mapping[str, float] | None = None,
     ) -> ControlledPipeline:
         """Load an adapter folder on its base model, or on `base_model` where that has moved.
 
+        classifiers, exponents: for `num_candidates`, by control. None: the classifiers that lie in the adapter, or beside it
+        in its run, and guidance_strength / kl_coef as trained.
         precision: of the denoiser; None: on a GPU that of the training, else 'fp32'. On a GPU it also decides about TF32 in
         this whole process (`set_float32_precision`). Raises ModelError for an incomplete folder, a base model that cannot be
         found, or another one than the adapter was trained on (by hash).
@@ -91,7 +109,11 @@ class ControlledPipeline:
             backbone, info.num_classes, lora=info.lora, full_finetune=info.lora is None, precision=chosen
         )
         load_into_policy(adapter, policy)
-        return cls(policy.requires_grad_(False), info, scheduler=info.scheduler, precision=chosen).to(device)
+        folders = {**find_classifiers(adapter, list(info.controls), {}), **(classifiers or {})}
+        scoring = CandidateScoring(info.controls, folders, exponents, info)
+        return cls(policy.requires_grad_(False), info, scheduler=info.scheduler, precision=chosen, scoring=scoring).to(
+            device
+        )
 
     @classmethod
     def from_base_model(
@@ -102,14 +124,28 @@ class ControlledPipeline:
         scheduler: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
+        classifiers: Mapping[str, str | Path] | None = None,
+        exponents: Mapping[str, float] | None = None,
     ) -> ControlledPipeline:
-        """The pre-trained model alone, for comparison: the same sampler and noise, no controls.
+        """The pre-trained model alone, for comparison: the same sampler and noise.
 
-        scheduler: another noise schedule than the base model's own, such as `info.scheduler` of an adapter.
+        Its only controls are those of `classifiers`, a folder of each, and only `num_candidates` acts on them: no training,
+        one image out of many that comes from p_pre(x|c) Π p(y|x,c)^exponent in the limit.
+
+            pipe = ControlledPipeline.from_base_model("shapes", classifiers={"jpeg_size": "runs/shapes/classifier/jpeg_size"})
+            pipe("a red circle", controls={"jpeg_size": 3}, num_candidates=16)
+
+        scheduler: another noise schedule than the base model's own, such as `info.scheduler` of an adapter. exponents: of
+        each control, 1 where it is not named.
         """
         backbone = load_backbone(base_model, revision)
-        policy = load_policy_on(backbone, {}, lora=None, precision=precision)
-        return cls(policy.requires_grad_(False), None, scheduler=scheduler, precision=precision).to(device)
+        controls = {name: read_control(folder, name) for name, folder in (classifiers or {}).items()}
+        counts = {name: control.num_classes for name, control in controls.items()}
+        policy = load_policy_on(backbone, counts, lora=None, precision=precision)
+        scoring = CandidateScoring(controls, classifiers or {}, exponents, None)
+        return cls(policy.requires_grad_(False), None, scheduler=scheduler, precision=precision, scoring=scoring).to(
+            device
+        )
 
     @property
     def controls(self) -> dict[str, tuple[str, ...]]:
@@ -123,7 +159,7 @@ class ControlledPipeline:
 
     @property
     def _control_configs(self) -> Mapping[str, ControlConfig]:
-        return {} if self.info is None else self.info.controls
+        return self._scoring.controls
 
     def to(self, device: str | torch.device) -> ControlledPipeline:
         """Move all parts to a device."""
@@ -156,13 +192,15 @@ class ControlledPipeline:
         guidance_scale: float | None = None,
         eta: float | None = None,
         adapter_scale: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         on_step: Callable[[int, Tensor], None] | None = None,
         draw: Sampler = rollout,
+        num_candidates: int = 1,
+        candidate_batch_size: int | None = None,
     ) -> SampledImages:
         """Sample images.
 
@@ -179,59 +217,75 @@ class ControlledPipeline:
             output_type: 'pil', 'np', 'pt' or 'latent'; see `SampledImages`.
             on_step: Told each step's index and its next latents.
             draw: How trajectories are drawn; `rollout` is the plain sampler.
+            num_candidates: K above 1 draws K paths for each image, some of them the pre-trained model's, and keeps one by
+                its weight for the target (`ctrl_ray.candidates`): about 2 K times the cost, and the exact target as K grows.
+                The noise of candidate j depends on j and one number drawn from the image's generator alone.
+            candidate_batch_size: Candidates sampled at a time; None: as many as images.
 
         Raises ConfigError for unknown controls and classes, sizes that the model cannot make, a guidance scale below 1, and
         numbers of generators or latents that are not those of the images.
         """
-        condition = self._condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        if self._encoder is None:
+            self._encoder = self.policy.backbone.load_encoder(self._device)
+        condition = call_condition(
+            self.policy.backbone,
+            self._encoder,
+            self._device,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
         labels = self.labels(controls, len(condition))
         rows = [row for row in range(len(condition)) for _ in range(num_images_per_prompt)]
         sampler = self._sampler(num_inference_steps, eta, guidance_scale)
         self.policy.scale_adapter(adapter_scale)
         inputs = Inputs(condition.select(rows), labels[rows].to(self._device), Guidance.of(sampler))
         kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
-        with tqdm(total=kernel.num_steps, **self._progress) as bar:
+        shape = self._latent_shape(height, width)
+        if num_candidates == 1:
+            if self.info is None and self.controls and self._scoring.asked(labels):
+                raise ConfigError(
+                    "the pre-trained model alone follows no control unless num_candidates (--candidates) is above 1; got 1"
+                )
+            noise = generator_noise(len(rows), shape, generator, latents, self._device)
+            with self._bar(kernel.num_steps, on_step) as told:
+                trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
+            return SampledImages(self._images(trajectory.clean_latents, output_type), trajectory)
+        if draw is not rollout:
+            raise ConfigError(
+                f"num_candidates is {num_candidates}, but `draw` is not the plain sampler: the density of its paths is not "
+                "known, so they have no weights; leave draw out"
+            )
+        check_noise(len(rows), shape, generator, latents)
+        share = None if self.info is None or adapter_scale == 0 else self._scoring.share
+        plan = CandidatePlan(
+            len(rows), num_candidates, share, len(rows) if candidate_batch_size is None else candidate_batch_size
+        )
+        check_density(kernel, plan)
+        exponents = self._scoring.exponents(labels)
+        rewards = self._scoring.rewards(labels, self._vae(), self._device, prompts_known=prompt is not None)
+        seeds = image_seeds(len(rows), generator)
+        with self._bar(len(plan.chunks()) * kernel.num_steps, on_step) as told:
+            path = sample_candidates(
+                *(self.policy, kernel, inputs, rewards, exponents, seeds, shape, plan),
+                initial_noise=latents,
+                on_step=told,
+            )
+        return SampledImages(self._images(path.trajectory.clean_latents, output_type), path.trajectory, path.ess)
 
-            def told(step_index: int, step_latents: Tensor) -> None:
+    @contextmanager
+    def _bar(
+        self, num_steps: int, on_step: Callable[[int, Tensor], None] | None
+    ) -> Iterator[Callable[[int, Tensor], None]]:
+        with tqdm(total=num_steps, **self._progress) as bar:
+
+            def told(step_index: int, latents: Tensor) -> None:
                 bar.update()
                 if on_step is not None:
-                    on_step(step_index, step_latents)
+                    on_step(step_index, latents)
 
-            noise = self._noise(len(rows), self._latent_shape(height, width), generator, latents)
-            trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
-        return SampledImages(self._images(trajectory.clean_latents, output_type), trajectory)
-
-    def _condition(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-    ) -> Condition:
-        if (prompt is None) == (prompt_embeds is None):
-            got = "neither" if prompt is None else "both"
-            raise ConfigError(f"expected either a prompt or prompt_embeds; got {got}")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ConfigError("expected negative_prompt or negative_prompt_embeds; got both")
-        if self._encoder is None:
-            self._encoder = self.policy.backbone.load_encoder(self._device)
-        if prompt_embeds is None:
-            assert prompt is not None
-            condition = self._encoder.encode((prompt,) if isinstance(prompt, str) else tuple(prompt))
-        else:
-            empty = self._encoder.encode([""] * len(prompt_embeds))
-            condition = replace(empty, tensors=self.policy.backbone.embedded(prompt_embeds.to(self._device)))
-        if negative_prompt is not None:
-            texts = (negative_prompt,) * len(condition) if isinstance(negative_prompt, str) else tuple(negative_prompt)
-            negative = self._encoder.encode(texts).tensors
-        elif negative_prompt_embeds is not None:
-            negative = self.policy.backbone.embedded(negative_prompt_embeds.to(self._device))
-        else:
-            return condition
-        count = len(next(iter(negative.values())))
-        if count != len(condition):
-            raise ConfigError(f"there are {count} negative prompts for {len(condition)} prompts; give one for each")
-        return replace(condition, null_tensors=negative)
+            yield told
 
     def _sampler(self, num_steps: int | None, eta: float | None, guidance_scale: float | None) -> SamplerConfig:
         trained = self.sampler
@@ -270,35 +324,6 @@ class ControlledPipeline:
                 raise ConfigError(f"{name} is {pixels}; expected a positive multiple of {factor}")
             sides[index] = pixels // factor
         return (channels, *sides)
-
-    def _noise(
-        self,
-        count: int,
-        shape: tuple[int, ...],
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-    ) -> NoiseSource:
-        whole = (count, *shape)
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise ConfigError(
-                f"there are {len(generator)} generators for {count} images; give one for each, or one for all"
-            )
-        if latents is not None and tuple(latents.shape) != whole:
-            raise ConfigError(f"latents have shape {tuple(latents.shape)}; expected {whole}")
-
-        def noise(index: int) -> Tensor:
-            if index == 0 and latents is not None:
-                return latents.to(self._device, torch.float32)
-            if isinstance(generator, Sequence):
-                return torch.cat([self._draw((1, *shape), one) for one in generator])
-            return self._draw(whole, generator)
-
-        return noise
-
-    def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        """Standard normal, drawn where the generator lives and moved, so that the CPU's gives the same on a GPU."""
-        device = self._device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device).to(self._device)
 
     def _vae(self) -> LatentDecoder:
         if self._decoder is None:

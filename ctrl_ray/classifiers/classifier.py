@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,30 @@ class ImageClassifier(nn.Module):
             calibration=settings.get("calibration"),
         )
         return classifier.eval().requires_grad_(False).to(device)
+
+
+def read_control(folder: str | Path, control: str) -> ControlConfig:
+    """Classes, thresholds and oracle of the control that a classifier folder was fitted for, without loading the network.
+
+    Raises ModelError for a folder that holds no classifier, and for the classifier of another control than `control`.
+    """
+    settings = _read_settings(Path(folder))
+    if settings["control"] != control:
+        raise ModelError(
+            f"classifier folder {folder} was fitted for control {settings['control']!r}, but it is given for "
+            f"{control!r}; rename the control or fit a classifier for it with `python -m ctrl_ray.classify`"
+        )
+    return _spec(Path(folder), settings)
+
+
+def copy_classifier(source: str | Path, target: str | Path) -> None:
+    """Copy the files that `ImageClassifier.from_pretrained` reads, and no others, into the folder `target`."""
+    path = Path(target)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in (SETTINGS, WEIGHTS):
+        shutil.copyfile(Path(source) / name, path / name)
+    if (Path(source) / _TOKENIZER).is_dir():
+        shutil.copytree(Path(source) / _TOKENIZER, path / _TOKENIZER, dirs_exist_ok=True)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -120,14 +120,14 @@ def step_kl(policy: GaussianStep, ref: GaussianStep, latent_reduction: LatentRed
     return flat.sum(1) if latent_reduction == "sum" else flat.mean(1)
 
 
-def step_log_ratio(policy: GaussianStep, ref: GaussianStep, noise: Tensor) -> Tensor:
-    """log policy(x') / ref(x') at x' = mean + std · noise, drawn from the policy, (B,) float64 in nats.
+def step_log_ratio(sampled: GaussianStep, other: GaussianStep, noise: Tensor) -> Tensor:
+    """log sampled(x') / other(x') at x' = mean + std · noise, drawn from `sampled`, (B,) float64 in nats.
 
-    With a fixed, shared variance it is z · u + ½ ‖u‖², u = (mean − ref_mean) / std: the noise is taken as it was drawn, because
-    the next latents hold it rounded. Its mean over the noise is `step_kl`.
+    With a fixed, shared variance it is z · u + ½ ‖u‖², u = (mean − other_mean) / std: the noise is taken as it was drawn,
+    because the next latents hold it rounded. Its mean over the noise is `step_kl`.
     """
-    std = ref.std.double()
-    z, push, ratio = noise.double(), (policy.mean.double() - ref.mean.double()) / std, policy.std.double() / std
+    std = other.std.double()
+    z, push, ratio = noise.double(), (sampled.mean.double() - other.mean.double()) / std, sampled.std.double() / std
     terms = ratio * z * push + push**2 / 2 + (ratio**2 - 1) * z**2 / 2 - ratio.log()
     return terms.flatten(1).sum(1)
 

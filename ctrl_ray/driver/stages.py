@@ -21,6 +21,7 @@ from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_trai
 from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.distributed.worker_group import new_channel
+from ctrl_ray.driver.candidates import carry_classifiers, store_candidate_share
 from ctrl_ray.driver.classifier import SamplePipeline, fit_classifier
 from ctrl_ray.driver.pre_trained import PreTrained, has_target, reference_job
 from ctrl_ray.driver.remedies import with_remedies
@@ -129,6 +130,7 @@ def fine_tune(
         with with_remedies(checked):
             trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
         export_adapter(trained, folder / ADAPTER)
+        carry_classifiers(checked.config, folder / ADAPTER)
     finally:
         log.close()
         folder.upload()
@@ -183,6 +185,8 @@ def evaluate_and_report(
     certificate = certify_evaluation(scored, after, config.controls, config.kl_coef) if has_target(config) else {}
     if certificate:
         certificate["structural"] = measure_structural(checked, rewards, scored, after.labels)
+    with with_remedies(checked):
+        store_candidate_share(config, folder / ADAPTER, job, rewards, evaluations["before"].samples, after)
     with RunTracker(
         folder.local,
         run_name=folder.name,

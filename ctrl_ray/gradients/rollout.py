@@ -28,8 +28,8 @@ class Trajectory:
     kl_per_step: Tensor | None = None
     """(B, T) nats, when it was asked for."""
     log_ratio: Tensor | None = None
-    """log of the policy's density of the path over the reference's, (B,) float64 in nats, where the KL was asked for: what
-    the path's weight for the target takes away from its reward (`evaluation.certificate`)."""
+    """log of the policy's density of the path over the reference's, (B,) float64 in nats, where it or the KL was asked for:
+    what the path's weight for the target takes away from its reward (`evaluation.certificate`)."""
 
     @property
     def clean_latents(self) -> Tensor:
@@ -83,6 +83,7 @@ def rollout(
     *,
     reference: bool = False,
     with_kl: bool = False,
+    with_log_ratio: bool = False,
     latent_reduction: LatentReduction = "sum",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -90,8 +91,10 @@ def rollout(
 
     Steps that the kernel does not let the policy control (no density, or the last `reference_steps`) are taken by the
     reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
-    in nats, and the path's log-ratio. on_step(step_index, next_latents) is told each step as it is done. The rewards are
-    not asked.
+    in nats, and the path's log-ratio; both are of the model that samples, so of the pre-trained one they are 0.
+    with_log_ratio asks for the policy's log-ratio on a path of either model: with `reference` the policy runs too,
+    and the sum is of z · u − ½ ‖u‖². on_step(step_index, next_latents) is told each step as it is done. The rewards are not
+    asked.
 
         noise = keyed_noise(seed, update, sample_ids, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, Inputs(encoder.encode(prompts), labels), noise, with_kl=True)
@@ -100,18 +103,21 @@ def rollout(
     latents = noise(0)
     kept = [latents]
     kls = []
-    log_ratio = torch.zeros(len(latents), dtype=torch.float64, device=latents.device) if with_kl else None
+    log_ratio = None
+    if with_kl or with_log_ratio:
+        log_ratio = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
     for step_index in range(kernel.num_steps):
-        by_reference = reference or not kernel.controlled(step_index)
-        step = policy_step(policy, kernel, step_index, latents, inputs, reference=by_reference)
+        controlled = kernel.controlled(step_index)
+        step = policy_step(policy, kernel, step_index, latents, inputs, reference=reference or not controlled)
         z = noise(step_index + 1) if kernel.std(step_index) > 0 else None
-        if log_ratio is not None:
-            kls.append(latents.new_zeros(len(latents)))
-            if not by_reference:
-                ref = policy_step(policy, kernel, step_index, latents, inputs, reference=True)
-                kls[-1] = step_kl(step, ref, latent_reduction)
-                assert z is not None  # the policy takes no step without a density
-                log_ratio += step_log_ratio(step, ref, z)
+        kl = latents.new_zeros(len(latents))
+        if log_ratio is not None and controlled and (with_log_ratio or not reference):
+            other = policy_step(policy, kernel, step_index, latents, inputs, reference=not reference)
+            if with_kl and not reference:
+                kl = step_kl(step, other, latent_reduction)
+            assert z is not None  # the policy takes no step without a density
+            log_ratio += step_log_ratio(step, other, z) * (-1 if reference else 1)
+        kls.append(kl)
         latents = step.mean if z is None else gaussian_sample(step, z)
         kept.append(latents)
         if on_step is not None:

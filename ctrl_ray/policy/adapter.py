@@ -20,6 +20,7 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.base_model import fingerprint
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.runs.files import write_whole
 
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -46,8 +47,8 @@ class AdapterInfo:
     lora: LoraConfig | None
     """None: the whole denoiser was trained and lies in its sub-folder (unet/)."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Facts of the run: kl_coef, updates, evaluation, and the precision and sizes that fitted its machines, which
-    `python -m ctrl_ray.evaluate` takes up."""
+    """Facts of the run: kl_coef, updates, evaluation, the share of pre-trained candidates, and the precision and sizes that
+    fitted its machines, which `python -m ctrl_ray.evaluate` takes up."""
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -118,6 +119,13 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file} is not an adapter description of ctrl_ray: {type(error).__name__} {error}") from error
+
+
+def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
+    """Add to what `adapter.json` tells of the training, or replace it."""
+    info = read_adapter_info(folder)
+    content = dataclasses.replace(info, training={**info.training, **facts}).to_json()
+    write_whole(Path(folder) / ADAPTER_FILE, content)
 
 
 def check_base_model(info: AdapterInfo, backbone: Backbone) -> None:

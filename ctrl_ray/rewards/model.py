@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import ConfigError, ModelError, RewardError
+from ctrl_ray.errors import ConfigError, RewardError
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -177,7 +177,7 @@ def load_reward_model(spec: RewardModelSpec) -> RewardModel:
     Raises ModelError for a base model or classifier folder that cannot be loaded, and for a classifier of another
     control than the one it is given for.
     """
-    from ctrl_ray.classifiers.classifier import ImageClassifier
+    from ctrl_ray.classifiers.classifier import ImageClassifier, read_control
     from ctrl_ray.policy.backbones import load_backbone
 
     if spec.threads is not None:
@@ -185,13 +185,9 @@ def load_reward_model(spec: RewardModelSpec) -> RewardModel:
     decoder = load_backbone(spec.base_model, spec.revision).load_decoder(spec.decode_chunk_size, spec.device)
     classifiers = []
     for control, folder in spec.classifiers.items():
-        classifier = ImageClassifier.from_pretrained(folder_here(folder, spec.copies), spec.device)
-        if classifier.control != control:
-            raise ModelError(
-                f"classifier folder {folder} was fitted for control {classifier.control!r}, but it is given for "
-                f"{control!r}; rename the control or fit a classifier for it with `python -m ctrl_ray.classify`"
-            )
-        classifiers.append(classifier)
+        here = folder_here(folder, spec.copies)
+        read_control(here, control)
+        classifiers.append(ImageClassifier.from_pretrained(here, spec.device))
     return RewardModel(decoder, classifiers)
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+CLASSIFIER = "classifier"
+"""Sub-folder of a run, and of an adapter, with a fitted classifier for each control."""
+
 
 @dataclass(frozen=True)
 class FolderCopy:
@@ -20,9 +23,12 @@ class FolderCopy:
 
     @classmethod
     def read(cls, folder: str | Path) -> FolderCopy:
-        """Everything below `folder`, links followed."""
+        """Everything below `folder`, links followed; without the classifiers that an adapter carries for its users, which
+        travel by themselves."""
         root = Path(folder)
-        paths = sorted(path for path in root.rglob("*") if path.is_file())
+        paths = sorted(
+            path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] != CLASSIFIER
+        )
         return cls({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
 
     @property

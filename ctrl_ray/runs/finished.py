@@ -10,6 +10,7 @@ from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.runs.copies import CLASSIFIER
 
 
 def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
@@ -27,21 +28,34 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
     return PROMPTS
 
 
+def find_classifiers(adapter: str | Path, controls: Sequence[str], given: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Classifier folder of the controls that have one: the given one, else the copy that travels with the adapter
+    (ADAPTER/classifier/NAME), else RUN/classifier/NAME beside it."""
+    folders: dict[str, Path] = {}
+    for name in controls:
+        known = (Path(adapter) / CLASSIFIER / name, Path(adapter).parent / CLASSIFIER / name)
+        places = [Path(given[name])] if name in given else [place for place in known if place.is_dir()]
+        if places:
+            folders[name] = places[0].resolve()
+    return folders
+
+
 def run_classifiers(adapter: str | Path, controls: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Classifier folder of every control: the given one, else RUN/classifier/NAME beside the adapter.
+    """Classifier folder of every control, as `find_classifiers` looks for it.
 
     ConfigError when one is missing, or one is given for a control that the adapter does not have.
     """
-    folders = {name: Path(given.get(name, Path(adapter).parent / "classifier" / name)).resolve() for name in controls}
     unknown = sorted(set(given) - set(controls))
     if unknown:
         raise ConfigError(f"--classifier names {unknown}; the adapter has the controls {list(controls)}")
-    missing = [name for name, folder in folders.items() if not folder.is_dir()]
-    if missing:
-        raise ConfigError(
-            f"no classifier of control {missing[0]!r} at {folders[missing[0]]}; its belief is compared with the truth. "
-            f"Give --classifier {missing[0]}=FOLDER, or judge images alone: python -m ctrl_ray.sample, then --images"
-        )
+    folders = find_classifiers(adapter, controls, given)
+    for name in controls:
+        place = folders.get(name, Path(adapter).resolve() / CLASSIFIER / name)
+        if not place.is_dir():
+            raise ConfigError(
+                f"no classifier of control {name!r} at {place}; its belief is compared with the truth. "
+                f"Give --classifier {name}=FOLDER, or judge images alone: python -m ctrl_ray.sample, then --images"
+            )
     return {name: str(folder) for name, folder in folders.items()}
 
 

@@ -59,3 +59,16 @@ def label_rows(
             )
         columns.append([class_index(name, control, one) for one in values])
     return torch.tensor(columns, dtype=torch.long).reshape(-1, num_prompts).T
+
+
+def parse_labels(arguments: Sequence[str], controls: Mapping[str, ControlConfig]) -> dict[str, int]:
+    """Labels by control of 'NAME=CLASS' arguments; ConfigError for what there is not."""
+    labels: dict[str, int] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name in labels:
+            raise ConfigError(f"control {argument!r} is not NAME=CLASS, once for each control; example: jpeg_size=2")
+        if name not in controls:
+            raise ConfigError(f"unknown control {name!r}; this adapter has {list(controls)}")
+        labels[name] = class_index(name, controls[name], value)
+    return labels

@@ -1,17 +1,25 @@
-"""What a sampling task loads."""
+"""What a sampling task loads, and what it tells of pre-trained paths."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
-from ctrl_ray.distributed.sampling import SamplingJob, _noise, load_policy
+from ctrl_ray.distributed.sampling import SamplingJob, _noise, _sample_part, load_policy
+from ctrl_ray.gradients.rollout import rollout
+from ctrl_ray.rewards.model import RewardModelSpec
+from tests.classifiers import save_classifier
+from tests.unit.test_pipeline import CONTROLS, _export
 
 
 def _job(**changes: Any) -> SamplingJob:
@@ -55,3 +63,28 @@ def test_a_fork_shares_the_noise_of_the_steps_before_it(fork_at: int | None, sha
     same = [torch.equal(noises[0](index), noises[1](index)) for index in range(4)]
     assert same == [True] * shared + [False] * (4 - shared)
     assert not torch.equal(noises[1](3)[0], noises[1](3)[1])
+
+
+def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The job travels; the paths are those of the pre-trained model, the log-ratio is the policy's."""
+    sampler = SamplerConfig(num_steps=2)
+    _export(tiny_pipeline, tmp_path / "adapter", sampler)
+    save_classifier(tmp_path / "size", "size", CONTROLS["size"])
+    job = SamplingJob(
+        adapter=str(tmp_path / "adapter"),
+        base_model=str(tiny_pipeline),
+        revision=None,
+        controls={"size": CONTROLS["size"]},
+        sampler=sampler,
+        prompts=("a cross",),
+        sample_ids=(0, 1),
+        seed=0,
+        batch_size=2,
+        reference=True,
+    )
+    scored = dataclasses.replace(job, with_kl=False, draw=functools.partial(rollout, with_log_ratio=True))
+    rewards = RewardModelSpec(base_model=str(tiny_pipeline), classifiers={"size": str(tmp_path / "size")})
+    plain, found = (_sample_part(pickle.loads(pickle.dumps(part)), rewards, "cpu") for part in (job, scored))
+    assert np.array_equal(plain.images, found.images)
+    assert plain.log_ratio is not None and not plain.log_ratio.any()
+    assert found.log_ratio is not None and np.all(found.log_ratio < -1)  # the policy would hardly have drawn them

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_ray.runs.copies import FolderCopy
 from ctrl_ray.runs.files import whole_file, write_whole
 
 
@@ -21,3 +22,11 @@ def test_a_file_changes_at_the_end_and_not_after_an_error(tmp_path: Path) -> Non
         draft.write_text("half of")
         raise KeyboardInterrupt
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_an_adapter_travels_without_the_classifiers_of_its_users(tmp_path: Path) -> None:
+    for name in ("adapter.json", "unet/weights", "classifier/size/model"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert set(FolderCopy.read(tmp_path).files) == {"adapter.json", "unet/weights"}
+    assert set(FolderCopy.read(tmp_path / "classifier").files) == {"size/model"}
