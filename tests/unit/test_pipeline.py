@@ -122,6 +122,7 @@ def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path, ste
         _latents(pipeline, adapter_scale=0.5)
 
 
+@pytest.mark.full
 def test_scale_zero_is_the_pre_trained_model(tiny_pipeline: Path, exported: tuple[Path, ControlledPolicy]) -> None:
     folder, policy = exported
     pipeline = ControlledPipeline.from_pretrained(folder)

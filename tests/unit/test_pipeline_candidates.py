@@ -70,6 +70,7 @@ def test_one_of_the_candidates_is_kept(pipeline: ControlledPipeline) -> None:
     assert single.ess is None and torch.equal(_sample(pipeline, num_candidates=1).images, single.images)
 
 
+@pytest.mark.full
 def test_without_training_the_same_choice_is_made_among_pre_trained_images(
     adapter: Path, pipeline: ControlledPipeline, tiny_pipeline: Path
 ) -> None:

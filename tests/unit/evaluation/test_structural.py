@@ -10,7 +10,7 @@ from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.problems import Problem
 from ctrl_ray.exact.suite import gaussian, logistic
 
-PAIRS = 40_000
+PAIRS = 10_000
 
 
 def _pair(problem: Problem, shared_steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def _pair(problem: Problem, shared_steps: int) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_the_initial_noise_costs_what_was_published(problem: Problem, expected: float) -> None:
     part = initial_noise_part(*_pair(problem, 0))
-    assert part.standard_error < (0.02 if expected == 0.0089 else 0.003)  # T1's weights have the longest tail
+    assert part.standard_error < (0.05 if expected == 0.0089 else 0.006)  # T1's weights have the longest tail
     assert part.value == pytest.approx(expected, abs=3 * part.standard_error + 0.001)  # to second order
 
 
@@ -46,7 +46,7 @@ def test_reference_steps_by_the_closed_form() -> None:
     h = rng.standard_normal(PAIRS)
     first, second = (a * (h + sigma * rng.standard_normal(PAIRS)) for _ in range(2))
     part = reference_steps_part(first, second)
-    assert part.standard_error < 0.01
+    assert part.standard_error < 0.02
     assert part.value == pytest.approx(a**2 * sigma**2 / 2, abs=3 * part.standard_error)
     assert reference_steps_part(first, first) == pytest.approx((0, 0))
 
@@ -56,7 +56,7 @@ def test_an_initial_noise_that_tells_everything_or_nothing() -> None:
     rng = np.random.default_rng(0)
     x, y = 0.5 * rng.standard_normal((2, PAIRS))
     told = initial_noise_part(x, x)
-    assert told.value == pytest.approx(0.125, abs=3 * told.standard_error) and told.standard_error < 0.01
+    assert told.value == pytest.approx(0.125, abs=3 * told.standard_error) and told.standard_error < 0.02
     nothing = initial_noise_part(x, y)
     assert nothing.value == pytest.approx(0, abs=3 * nothing.standard_error)
 

@@ -100,6 +100,7 @@ def test_small_cotangents_survive_in_fp16(
     assert _error(_gradients(_policy(tiny_pipeline, "fp16", lora), tiny_pipeline, 2), expected) > 0.1
 
 
+@pytest.mark.full
 def test_every_forward_has_the_scale_of_its_own_cotangent(tiny_pipeline: Path) -> None:
     """A small cotangent of the next forward, or of the reference's, does not vanish behind a large one."""
     inputs = Inputs(_condition(tiny_pipeline), LABELS)

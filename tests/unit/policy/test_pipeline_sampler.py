@@ -23,6 +23,7 @@ def _sampler(folder: Path, **changes: Any) -> PipelineSampler:
     return PipelineSampler(TrainConfig(base_model=str(folder), sampler=sampler, controls={}, **changes), PROMPTS)
 
 
+@pytest.mark.full
 def test_samples_are_those_of_diffusers(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixel by pixel; on the CPU where the workers have no card, whatever this machine has; also after it has travelled."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

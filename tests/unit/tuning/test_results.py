@@ -177,6 +177,7 @@ def test_the_dial_is_compared_at_equal_kl(tmp_path: Path) -> None:
     assert dial_gaps(_findings(tmp_path)) == [{"scale": 0.5, "gap": pytest.approx(0.0)}]
 
 
+@pytest.mark.full
 def test_the_report_is_one_page_with_every_picture(tmp_path: Path, figures: dict[str, Figure]) -> None:
     page, written = write_sweep_report(tmp_path, _findings(tmp_path))
     assert (
@@ -282,6 +283,7 @@ def test_a_file_is_followed_through_growth_and_rewriting(tmp_path: Path) -> None
     assert [row["update"] for row in tail.read()] == [1, 7]
 
 
+@pytest.mark.full
 def test_aim_that_fails_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "update", "update": 1, "kl": 0.5}\n')
     (tmp_path / "file").write_text("")  # no folder can be made beneath it
