@@ -22,9 +22,9 @@ from scipy.special import logsumexp
 from ctrl_ray.diffusion.noise import draw_uniform
 from ctrl_ray.evaluation.certificate import Paths, mixture_log_weights
 
-SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-"""Shares of pre-trained paths that `choose_share` looks at. Some candidates stay the policy's in any case: they are of the
-class that is asked for where no pre-trained one is, which an effective sample size does not know."""
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+"""Shares of pre-trained paths that `choose_share` looks at. About half of the candidates or more stay the policy's: they are
+of the class that is asked for where no pre-trained one is, which an effective sample size does not know."""
 DEFAULT_SHARE = 1 / 2
 """For an adapter that does not say its own: no weight is above twice what it would be at the best share."""
 
