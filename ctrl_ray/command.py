@@ -39,6 +39,8 @@ from ctrl_ray.errors import (
 Body = Callable[[Sequence[str]], int | None]
 """What a command does with its arguments; it returns None when it is done, or an exit status of its own."""
 FAILED, CORRECTABLE, INTERRUPTED = 1, 2, 130
+CLASSIFIER_EXAMPLE = "jpeg_size=RUN/classifier/jpeg_size"
+"""What `--classifier` wants."""
 _CORRECTABLE_ERRORS = (ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError)
 
 

@@ -261,7 +261,6 @@ def run(options: EvaluateOptions) -> Path:
     """Judge an adapter or a folder of its images; returns the report's page."""
     from ctrl_ray.offline.prompts import read_prompts
     from ctrl_ray.policy.adapter import read_adapter_info
-    from ctrl_ray.runs.finished import named_folders
 
     assert options.adapter is not None
     controls = read_adapter_info(options.adapter).controls
@@ -284,7 +283,7 @@ def run(options: EvaluateOptions) -> Path:
         seed=options.seed,
         batch_size=options.batch_size,
         clip_model=options.clip_model,
-        classifiers=named_folders(options.classifier),
+        classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
         precision=options.precision,
     )
 

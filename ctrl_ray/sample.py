@@ -192,7 +192,7 @@ def _controls(config: SampleConfig, info: AdapterInfo | None) -> Mapping[str, Co
 
 
 def _classifiers(config: SampleConfig) -> dict[str, str]:
-    return command.named_values("--classifier", config.classifier, "jpeg_size=RUN/classifier/jpeg_size")
+    return command.named_values("--classifier", config.classifier, command.CLASSIFIER_EXAMPLE)
 
 
 def _exponents(config: SampleConfig) -> dict[str, float]:

@@ -161,7 +161,6 @@ def verify_adapter(options: VerifyOptions) -> bool:
     DataError, at the end, where a class has too few exact samples to be compared.
     """
     from ctrl_ray.offline.prompts import read_prompts
-    from ctrl_ray.runs.finished import named_folders
     from ctrl_ray.verification.pipeline import Question, shortages, verify_pipeline
     from ctrl_ray.verification.summary import format_classes
 
@@ -171,7 +170,7 @@ def verify_adapter(options: VerifyOptions) -> bool:
         num_samples=options.num_samples,
         max_pool_samples=options.max_pool_samples,
         prompts=None if options.prompts_file is None else tuple(read_prompts(options.prompts_file)),
-        classifiers=named_folders(options.classifier),
+        classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
         seed=options.seed,
     )
     results = verify_pipeline(folder, question, _Progress(quiet=options.json).say)

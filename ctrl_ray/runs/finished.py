@@ -57,16 +57,3 @@ def run_classifiers(adapter: str | Path, controls: Sequence[str], given: Mapping
                 f"Give --classifier {name}=FOLDER, or judge images alone: python -m ctrl_ray.sample, then --images"
             )
     return {name: str(folder) for name, folder in folders.items()}
-
-
-def named_folders(arguments: Sequence[str]) -> dict[str, str]:
-    """The folders of `--classifier NAME=FOLDER …`; ConfigError for one without a name or a folder."""
-    folders = {}
-    for text in arguments:
-        name, _, folder = text.partition("=")
-        if not name or not folder:
-            raise ConfigError(
-                f"--classifier {text!r} is not NAME=FOLDER; e.g. --classifier jpeg_size=RUN/classifier/jpeg_size"
-            )
-        folders[name] = folder
-    return folders

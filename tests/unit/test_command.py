@@ -182,3 +182,12 @@ def test_another_thread_gets_no_signals() -> None:
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_values_by_name() -> None:
+    """A value may hold the sign itself."""
+    assert command.named_values("--classifier", ["a=x/y", "b=C=1/z"], "a=B") == {"a": "x/y", "b": "C=1/z"}
+    assert command.named_values("--classifier", [], "a=B") == {}
+    for texts in (["folder"], ["=folder"], ["name="], ["a=x", "a=y"]):
+        with pytest.raises(errors.ConfigError, match=f"--classifier '{texts[-1]}' is not NAME=VALUE, once .* a=B"):
+            command.named_values("--classifier", texts, "a=B")
