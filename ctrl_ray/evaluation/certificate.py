@@ -158,7 +158,7 @@ def certify(policy: Paths, pre_trained: Paths) -> Certificate:
     log_z = Estimate(value, float(np.hypot(np.sqrt(count) * np.std(ours, ddof=1) / total, of_theirs)))
     # The policy's paths are in both terms of the gap.
     of_ours = np.sqrt(count) * np.std(ours / total - log_weights / count, ddof=1)
-    upper = tilted_mean(pre_trained.log_weights, pre_trained.log_tilts)
+    upper = _tilted_mean(pre_trained.log_weights, pre_trained.log_tilts)
     return _certificate(log_weights, log_weights, log_z, float(np.hypot(of_ours, of_theirs)), upper)
 
 
@@ -323,7 +323,7 @@ def _certificate(
     )
 
 
-def tilted_mean(values: np.ndarray, log_tilts: np.ndarray) -> Estimate:
+def _tilted_mean(values: np.ndarray, log_tilts: np.ndarray) -> Estimate:
     """Mean of `values` under the tilted law, by self-normalised weights; its error by the delta method."""
     shares = np.exp(log_tilts - logsumexp(log_tilts))
     mean = float(shares @ values)

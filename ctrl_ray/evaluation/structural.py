@@ -19,35 +19,39 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import logsumexp
 
-from ctrl_ray.evaluation.certificate import Estimate, tilted_mean
+from ctrl_ray.evaluation.certificate import Estimate
+
+Part = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
+"""Log tilts (m,) of the first and of the second halves of m ≥ 2 pairs to a part in nats, and what each pair adds to its error
+(m,): the root of the sum of their squares is the standard error (delta method)."""
 
 
-def initial_noise_part(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Nats that the initial noise costs, from the log tilts (m,) of paths and of other paths from the same x_T; m ≥ 2.
+def initial_noise_part(first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
+    """What the initial noise costs, from paths and other paths from the same x_T; a `Part`.
 
     The covariance of a pair's weights is the variance of Z(x_T).
     """
-    log_z = logsumexp(np.concatenate([first, second])) - np.log(2 * len(first))
+    count = len(first)
+    log_z = logsumexp(np.concatenate([first, second])) - np.log(2 * count)
     products = np.expm1(first - log_z) * np.expm1(second - log_z)
     covariance = float(np.mean(products))
-    error = float(np.std(products, ddof=1) / np.sqrt(len(products)))
     room = 1 + max(covariance, -0.5)  # a covariance is not negative; its estimate may be
-    return Estimate(0.5 * float(np.log(room)), 0.5 * error / room)
+    return 0.5 * float(np.log(room)), 0.5 * (products - covariance) / room / np.sqrt(count * (count - 1))
 
 
-def reference_steps_part(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Nats that the last reference steps cost, from the log tilts (m,) of pairs that part before those steps; m ≥ 2.
+def reference_steps_part(first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
+    """What the last reference steps cost, from pairs that part before those steps; a `Part`.
 
     A pair's weight is that of its mean log tilt, which a Gaussian ℓ makes independent of the difference.
     """
-    return tilted_mean((first - second) ** 2 / 4, (first + second) / 2)
+    means = (first + second) / 2
+    shares, values = np.exp(means - logsumexp(means)), (first - second) ** 2 / 4
+    value = float(shares @ values)
+    return value, shares * (values - value)
 
 
-def over_targets(
-    part: Callable[[np.ndarray, np.ndarray], Estimate], first: np.ndarray, second: np.ndarray, shares: np.ndarray
-) -> Estimate:
-    """The mean of a part over targets in the shares (J,), from log tilts (J, m) each. All share the samples, so their errors
-    add up."""
+def over_targets(part: Part, first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> Estimate:
+    """The mean of a part over targets in the shares (J,), which have the pairs in common; log tilts (J, m) each."""
     found = [part(*rows) for rows in zip(first, second, strict=True)]
-    values, errors = np.array(found).T
-    return Estimate(float(shares @ values), float(shares @ errors))
+    values, errors = np.array([value for value, _ in found]), np.array([error for _, error in found])
+    return Estimate(float(shares @ values), float(np.linalg.norm(shares @ errors)))

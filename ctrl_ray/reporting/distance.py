@@ -95,6 +95,8 @@ def _measured(parts: Mapping[str, Any], name: str) -> str:
     if name not in parts:
         return ""
     value, error = parts[name]["value"], parts[name]["standard_error"]
+    if value < 2 * error:
+        return f", less than {max(value, 0.0) + 2 * error:.2f} nats (two standard errors)"
     return f", {value:.2f} ± {error:.2f} nats"
 
 

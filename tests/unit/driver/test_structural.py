@@ -58,8 +58,8 @@ def test_pairs_part_at_the_start_and_before_the_reference_steps(monkeypatch: pyt
     ]
     first, second = (2.0 * _samples(count, seed).class_log_probs["size"][:16].T for count, seed in ((32, 0), (16, 1)))
     for name, part in (("initial_noise", initial_noise_part), ("reference_steps", reference_steps_part)):
-        small, large = (part(first[label], second[label]) for label in (0, 1))
-        assert parts[name]["value"] == pytest.approx(0.25 * small.value + 0.75 * large.value)
+        small, large = (part(first[label], second[label])[0] for label in (0, 1))
+        assert parts[name]["value"] == pytest.approx(0.25 * small + 0.75 * large)
 
 
 def test_only_what_there_is_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctrl_ray.evaluation.structural import initial_noise_part, over_targets, reference_steps_part
+from ctrl_ray.evaluation.certificate import Estimate
+from ctrl_ray.evaluation.structural import Part, initial_noise_part, over_targets, reference_steps_part
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.problems import Problem
 from ctrl_ray.exact.suite import gaussian, logistic
 
 PAIRS = 10_000
+
+
+def _part(part: Part, first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Of one target."""
+    return over_targets(part, first[None], second[None], np.ones(1))
 
 
 def _pair(problem: Problem, shared_steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +40,7 @@ def _pair(problem: Problem, shared_steps: int) -> tuple[np.ndarray, np.ndarray]:
     ids=["T1", "T4", "T4, γ 4"],
 )
 def test_the_initial_noise_costs_what_was_published(problem: Problem, expected: float) -> None:
-    part = initial_noise_part(*_pair(problem, 0))
+    part = _part(initial_noise_part, *_pair(problem, 0))
     assert part.standard_error < (0.05 if expected == 0.0089 else 0.006)  # T1's weights have the longest tail
     assert part.value == pytest.approx(expected, abs=3 * part.standard_error + 0.001)  # to second order
 
@@ -45,27 +51,33 @@ def test_reference_steps_by_the_closed_form() -> None:
     a, sigma = 0.8, 0.7
     h = rng.standard_normal(PAIRS)
     first, second = (a * (h + sigma * rng.standard_normal(PAIRS)) for _ in range(2))
-    part = reference_steps_part(first, second)
+    part = _part(reference_steps_part, first, second)
     assert part.standard_error < 0.02
     assert part.value == pytest.approx(a**2 * sigma**2 / 2, abs=3 * part.standard_error)
-    assert reference_steps_part(first, first) == pytest.approx((0, 0))
+    assert _part(reference_steps_part, first, first) == pytest.approx((0, 0))
 
 
 def test_an_initial_noise_that_tells_everything_or_nothing() -> None:
     """Z(x_T) = e^{s x}: log E − E log is s² / 2. With independent halves there is nothing to pay."""
     rng = np.random.default_rng(0)
     x, y = 0.5 * rng.standard_normal((2, PAIRS))
-    told = initial_noise_part(x, x)
+    told = _part(initial_noise_part, x, x)
     assert told.value == pytest.approx(0.125, abs=3 * told.standard_error) and told.standard_error < 0.02
-    nothing = initial_noise_part(x, y)
+    nothing = _part(initial_noise_part, x, y)
     assert nothing.value == pytest.approx(0, abs=3 * nothing.standard_error)
 
 
-def test_targets_are_averaged_in_their_shares() -> None:
+@pytest.mark.parametrize("part", [initial_noise_part, reference_steps_part])
+def test_targets_are_averaged_in_their_shares(part: Part) -> None:
+    """The error of targets that need the same pairs is that of one; of others, what repeats show."""
     rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(2, 3, 64))
     shares = np.array([0.5, 0.25, 0.25])
-    each = [reference_steps_part(*rows) for rows in zip(first, second, strict=True)]
-    mean = over_targets(reference_steps_part, first, second, shares)
-    assert mean.value == pytest.approx(sum(s * e.value for s, e in zip(shares, each, strict=True)))
-    assert mean.standard_error == pytest.approx(sum(s * e.standard_error for s, e in zip(shares, each, strict=True)))
+    repeats = rng.normal(scale=0.3, size=(200, 2, 3, 512)) + rng.normal(scale=0.3, size=(200, 1, 3, 512))
+    means = [over_targets(part, first, second, shares) for first, second in repeats]
+    first, second = repeats[0]
+    each = [_part(part, *rows) for rows in zip(first, second, strict=True)]
+    assert means[0].value == pytest.approx(sum(s * e.value for s, e in zip(shares, each, strict=True)))
+    spread = np.std([mean.value for mean in means])
+    assert np.mean([mean.standard_error for mean in means]) == pytest.approx(spread, rel=0.2)
+    one, same = _part(part, first[0], second[0]), over_targets(part, first[[0] * 3], second[[0] * 3], shares)
+    assert same == pytest.approx(one)
