@@ -28,6 +28,18 @@ class Faulty:
             return FaultyRewards(LocalRewards(load_reward_model(self.rewards)), self, rank)
         return FaultyRewards(self.rewards.for_worker(rank), self, rank)
 
+    def class_log_probs(self, *arguments: Any) -> Any:
+        """For samples outside of training, where nothing breaks."""
+        return self._of_pool().class_log_probs(*arguments)
+
+    def decode(self, *arguments: Any) -> Any:
+        """Likewise."""
+        return self._of_pool().decode(*arguments)
+
+    def _of_pool(self) -> PooledRewards:
+        assert isinstance(self.rewards, PooledRewards)
+        return self.rewards.for_worker(0)
+
 
 class FaultyRewards:
     """One worker's."""
