@@ -34,7 +34,7 @@ def tiny_run(pipeline: Path) -> TrainConfig:
         lora=LoraConfig(rank=2, alpha=2.0),
         scaling=ScalingConfig(max_failures=0),
         evaluation=EvaluationConfig(
-            every_updates=0, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, batch_size=8
+            every_updates=0, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, num_pairs=0, batch_size=8
         ),
         aim=False,
     )

@@ -30,6 +30,8 @@ def space() -> dict[str, Any]:
         "evaluation.every_updates": 10,
         "evaluation.num_samples": 64,
         "evaluation.final_num_samples": 256,
+        "evaluation.max_log_z_samples": 1024,  # of all classes at large exponents, thousands would be drawn for each trial
+        "evaluation.num_pairs": 0,
     }
 
 

@@ -58,7 +58,13 @@ def sweep_file(base_config: TrainConfig, tmp_path: Path) -> Path:
         micro_batch_size_per_worker=8,
         checkpoint_every_updates=1,
         evaluation=EvaluationConfig(
-            every_updates=2, num_samples=8, final_num_samples=16, log_z_samples=16, max_log_z_samples=16, batch_size=16
+            every_updates=2,
+            num_samples=8,
+            final_num_samples=16,
+            log_z_samples=16,
+            max_log_z_samples=16,
+            num_pairs=0,
+            batch_size=16,
         ),
         aim=True,
     )
