@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from ctrl_ray.diffusion.noise import draw_uniform
-from ctrl_ray.evaluation.certificate import Paths, mixture_log_weights
+from ctrl_ray.evaluation.certificate import Paths, mixture_log_weights, with_null
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 """Shares of pre-trained paths that `choose_share` looks at. About half of the candidates or more stay the policy's: they are
@@ -55,8 +55,7 @@ def log_tilts(
     total = np.zeros(len(labels))
     for column, (name, exponent) in enumerate(exponents.items()):
         if name in class_log_probs:
-            with_null = np.pad(class_log_probs[name].astype(np.float64), ((0, 0), (0, 1)))
-            total += exponent * with_null[np.arange(len(labels)), labels[:, column]]
+            total += exponent * with_null(class_log_probs[name])[np.arange(len(labels)), labels[:, column]]
     return total
 
 

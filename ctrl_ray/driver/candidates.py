@@ -13,6 +13,7 @@ from ctrl_ray.candidates.weights import CandidateShare, choose_share, log_tilts
 from ctrl_ray.classifiers.classifier import copy_classifier
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.sampling import SamplingJob, sample_policy
+from ctrl_ray.driver.pre_trained import has_target
 from ctrl_ray.evaluation.certificate import Paths, exponents_of, label_targets
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.gradients.rollout import rollout
@@ -51,14 +52,14 @@ def store_candidate_share(
     """Choose the share of pre-trained candidates, write it into `adapter.json` with the efficiency it promises, and say so.
 
     At most MOST_SCORED pre-trained paths are drawn again, with the policy's log-ratio. None where candidates have no weights:
-    a KL that is a mean over dimensions or counts nothing, or no log-ratios.
+    no target (`has_target`), or no log-ratios.
 
     Args:
         job: How the evaluation's samples of the pre-trained model were drawn.
         before: These samples, for the Z of each target.
         after: The policy's samples, with their log-ratios.
     """
-    if config.latent_reduction == "mean" or config.kl_coef == 0 or after.log_ratio is None:
+    if not has_target(config) or after.log_ratio is None:
         return None
     part = dataclasses.replace(
         job,
@@ -66,6 +67,7 @@ def store_candidate_share(
         reference=True,
         sample_ids=job.sample_ids[:MOST_SCORED],
         with_kl=False,
+        with_images=False,
         draw=functools.partial(rollout, with_log_ratio=True),
     )
     exponents = exponents_of(config.controls, config.kl_coef)

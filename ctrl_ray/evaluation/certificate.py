@@ -193,14 +193,21 @@ def label_targets(
         class_log_probs: Control to (m, K), of samples of the pre-trained model.
     """
     combinations, targets = np.unique(labels, axis=0, return_inverse=True)
-    log_probs = {name: _with_null(values) for name, values in class_log_probs.items()}
-    log_tilts = [
-        sum(
-            exponent * log_probs[name][:, label] for (name, exponent), label in zip(exponents.items(), row, strict=True)
-        )
-        for row in combinations
-    ]
-    return targets.reshape(-1), np.stack([np.asarray(column) for column in log_tilts])
+    return targets.reshape(-1), joint_log_tilts(combinations, exponents, class_log_probs)
+
+
+def joint_log_tilts(
+    combinations: np.ndarray, exponents: Mapping[str, float], class_log_probs: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Σ_c (γ_c / β) log p̂_c(y_c|x_0) of m samples for each of J combinations of labels, (J, m) float64.
+
+    combinations: (J, C), in the order of `exponents`; the number of a control's classes is its null label. class_log_probs:
+    Control to (m, K).
+    """
+    parts = zip(exponents.items(), combinations.T, strict=True)
+    return sum(
+        (exponent * with_null(class_log_probs[name])[:, labels].T for (name, exponent), labels in parts), np.zeros(())
+    )
 
 
 def certify_evaluation(
@@ -217,7 +224,7 @@ def certify_evaluation(
         return {}
     rows = np.arange(len(after))
     asked = [
-        _with_null(after.class_log_probs[name])[rows, after.labels[:, column]] for column, name in enumerate(controls)
+        with_null(after.class_log_probs[name])[rows, after.labels[:, column]] for column, name in enumerate(controls)
     ]
     return certify_labels(
         after.log_ratio, after.labels, np.stack(asked, axis=1), controls, kl_coef, before.class_log_probs
@@ -296,11 +303,11 @@ def log_z_errors(
 ) -> np.ndarray:
     """Standard error of log Z of every combination of classes, from the beliefs (m, K) about pre-trained samples."""
     combinations = np.array(list(itertools.product(*(range(control.num_classes) for control in controls.values()))))
-    _, log_tilts = label_targets(combinations, exponents_of(controls, kl_coef), class_log_probs)
+    log_tilts = joint_log_tilts(combinations, exponents_of(controls, kl_coef), class_log_probs)
     return np.array([log_mean_weight(row).standard_error for row in log_tilts])
 
 
-def _with_null(class_log_probs: np.ndarray) -> np.ndarray:
+def with_null(class_log_probs: np.ndarray) -> np.ndarray:
     """(n, K + 1) float64: the null label asks for nothing, so its log-probability counts as 0."""
     return np.pad(class_log_probs.astype(np.float64), ((0, 0), (0, 1)))
 

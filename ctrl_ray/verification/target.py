@@ -15,6 +15,7 @@ import numpy as np
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.evaluation.certificate import joint_log_tilts
 from ctrl_ray.policy.adapter import AdapterInfo
 
 
@@ -82,8 +83,5 @@ def log_tilts(
 
     class_log_probs: Control to (N, K).
     """
-    tilts = np.zeros((len(classes), len(next(iter(class_log_probs.values())))))
-    for column, (name, exponent) in enumerate(exponents.items()):
-        log_probs = class_log_probs[name].astype(np.float64)
-        tilts += exponent * log_probs[:, [joint.labels[column] for joint in classes]].T
+    tilts = joint_log_tilts(np.array([joint.labels for joint in classes]), exponents, class_log_probs)
     return np.minimum(tilts, 0.0)  # rounding of a log-softmax
