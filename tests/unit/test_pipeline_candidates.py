@@ -48,6 +48,7 @@ def _sample(pipeline: ControlledPipeline, **options: Any) -> SampledImages:
     return pipeline(**(given | options), output_type="latent")
 
 
+@pytest.mark.full
 def test_one_of_the_candidates_is_kept(pipeline: ControlledPipeline) -> None:
     """The same for each image alone and in other chunks; without candidates all is as it was."""
     steps: list[int] = []
@@ -111,6 +112,7 @@ def test_a_trained_adapter_knows_its_exponents_and_its_share(adapter: Path, tmp_
     assert quarter.ess is not None and found.ess is not None and not torch.equal(quarter.ess, found.ess)
 
 
+@pytest.mark.full
 def test_what_is_refused(adapter: Path, pipeline: ControlledPipeline, tiny_pipeline: Path) -> None:
     def refused(message: str, pipe: ControlledPipeline = pipeline, **options: Any) -> None:
         with pytest.raises(ConfigError, match=re.escape(message)):

@@ -40,6 +40,7 @@ def test_seeds_are_as_documented() -> None:
     assert len({image_seed(seed, index) for seed in range(20) for index in range(50)}) == 1000
 
 
+@pytest.mark.full
 def test_images_do_not_depend_on_batch_size_or_number(adapter: Path, tmp_path: Path) -> None:
     common = {"adapter": str(adapter), "prompt": PROMPTS, "control": ("size=high", "hue=1"), "seed": 7}
     sample(SampleConfig(**common, num_images=5, batch_size=2, output_dir=str(tmp_path / "five")))
@@ -58,6 +59,7 @@ def test_images_do_not_depend_on_batch_size_or_number(adapter: Path, tmp_path: P
     assert np.abs(images[0] - images[2]).max() > 1  # same prompt, another seed
 
 
+@pytest.mark.full
 def test_base_draws_the_same_noise_without_adapter(adapter: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     arguments = {"prompt": PROMPTS, "num_images": 3, "seed": 7, "base": True}
     sample(SampleConfig(**arguments, adapter=str(adapter), control=("size=2",), output_dir=str(tmp_path / "base")))
@@ -79,6 +81,7 @@ def test_base_draws_the_same_noise_without_adapter(adapter: Path, tiny_pipeline:
     assert again_rows == rows and np.abs(again - images).max() <= 1
 
 
+@pytest.mark.full
 def test_folders_are_not_overwritten_unasked(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", str(adapter), "--prompt", *PROMPTS, "--output-dir", str(tmp_path / "out")]
     assert main([*argv, "--num-images", "3", "--control", "size=0"]) == 0

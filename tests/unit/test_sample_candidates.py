@@ -104,6 +104,7 @@ def test_a_small_effective_sample_size_is_said(tmp_path: Path) -> None:
     assert ess_lines(manifest) == []
 
 
+@pytest.mark.full
 def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
     def refused(message: str, **changes: Any) -> None:
         arguments = {"adapter": str(adapter), "prompt": PROMPTS, "output_dir": str(tmp_path / "none"), "candidates": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,18 @@ def test_each_test_is_collected_by_one_tier(pytestconfig: pytest.Config) -> None
 def test_tiers_are_known_marks_and_ci_runs_three_of_them(pytestconfig: pytest.Config) -> None:
     marks = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
     assert set(TIERS) <= marks
-    runs = re.findall(r"^[^#\n]*python -m pytest\b(?: -m (\w+))?", (ROOT / ".ci" / "run").read_text(), re.M)
-    assert sorted(runs) == ["", "full", "multihost"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    runs = re.findall(r"^[^#\n]*python -m pytest\b(?: -m (\w+|\"[^\"]+\"))?((?: tests/\w+)*)", ci, re.M)
+    run = {
+        (tier, folder)
+        for chosen, folders in runs
+        for tier, folder in product((None, *TIERS), ("unit", "integration", "multihost"))
+        if _chosen(chosen.strip('"') or _by_default(pytestconfig), tier)
+        and (not folders or f"tests/{folder}" in folders.split())
+    }
+    must = {(tier, folder) for tier in (None, "full") for folder in ("unit", "integration")} | {
+        ("multihost", "multihost")
+    }
+    assert must <= run and not {tier for tier, _ in run} & {"slow", "gpu"}
     told = (ROOT / "CONTRIBUTING.md").read_text()
     assert all(f"python -m pytest -m {tier}" in told for tier in TIERS)

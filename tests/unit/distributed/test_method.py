@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from ctrl_ray.distributed.learner import Learner
@@ -50,6 +51,7 @@ class RegressTwice:
         return {"reward": float(answer.log_probs.mean())}
 
 
+@pytest.mark.full
 def test_several_optimizer_steps_for_one_rollout() -> None:
     """Two steps of a regression on one rollout come closer to its optimum than one; the worker's loop is the same."""
     rewards = {}

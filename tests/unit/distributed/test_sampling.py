@@ -65,6 +65,7 @@ def test_a_fork_shares_the_noise_of_the_steps_before_it(fork_at: int | None, sha
     assert not torch.equal(noises[1](3)[0], noises[1](3)[1])
 
 
+@pytest.mark.full
 def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_path: Path) -> None:
     """The job travels; the paths are those of the pre-trained model, the log-ratio is the policy's."""
     sampler = SamplerConfig(num_steps=2)

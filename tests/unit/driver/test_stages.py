@@ -35,6 +35,7 @@ def checked(tiny_pipeline: Path) -> CheckedRun:
             "step",
             lambda counter, batch: StepBytes(policy_kept=1, reference_kept=1, backward_peak=1, rollout_peak=1),
         )
+        patch.setattr(PolicyCounter, "evaluation", lambda counter, batch: 1)
         checked = preflight(config)
     earlier = ControlConfig(classes=("sharp", "blurred"))
     return dataclasses.replace(checked, controls={**checked.controls, "blur": earlier})

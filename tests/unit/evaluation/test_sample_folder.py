@@ -59,6 +59,7 @@ def test_a_folder_without_manifest(tmp_path):
         read_sample_folder(tmp_path, CONTROLS)
 
 
+@pytest.mark.full
 def test_command_judges_from_the_images_alone(tmp_path, capsys):
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -19,6 +19,7 @@ from ctrl_ray.exact.witness import check_against_riccati
 from tests.unit.exact.quadrature import solve_by_quadrature
 
 
+@pytest.mark.full
 def test_riccati_has_the_published_answers() -> None:
     """T1 at 50 and at 10 steps: target and best fixed-variance policy, KL; six digits are those of the quadrature."""
     problem = gaussian().problem
@@ -103,6 +104,7 @@ def test_component_reward_has_the_published_answers() -> None:
         assert (answer.mean, answer.std) == pytest.approx((witness.mean, witness.std), abs=6e-4)
 
 
+@pytest.mark.full
 def test_a_policy_is_no_better_than_the_optimum_and_the_reference_has_no_kl() -> None:
     """Any other means give a smaller objective; the reference's own give KL 0 and the base law."""
     problem = logistic(num_steps=10).problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.distributions import Independent, Normal
 
@@ -82,6 +83,7 @@ def test_a_pre_trained_path_knows_the_policys_ratio_too() -> None:
     assert ours.log_ratio is not None and again.log_ratio is not None and torch.equal(ours.log_ratio, again.log_ratio)
 
 
+@pytest.mark.full
 def test_the_ratio_of_one_step_by_torchs_own_densities() -> None:
     """With a fixed and with a learned variance; on average the KL."""
     generator = torch.Generator().manual_seed(0)

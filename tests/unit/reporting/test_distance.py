@@ -83,6 +83,7 @@ def test_rows_are_grouped_by_control(drawn: Figure) -> None:
     ]
 
 
+@pytest.mark.full
 def test_sixteen_classes_have_room(tmp_path: Path, figures: dict[str, Figure]) -> None:
     rows = distance_rows({f"certificate/hue/{i}": _numbers(-3.0, 1.0, low=-2.0) for i in range(16)})
     plot_distance(tmp_path / "many.png", rows)

@@ -108,6 +108,7 @@ def test_sets_of_cases_have_unique_titles_and_bars() -> None:
         assert all(case.bars for case in cases)
 
 
+@pytest.mark.full
 def test_fitted_classifier_comes_closer_with_more_labels(case: Case) -> None:
     """Maximum likelihood on samples of the pre-trained sampler."""
     few, many = (fit_logistic(case.problem, count, seed=0) for count in (100, 100_000))
