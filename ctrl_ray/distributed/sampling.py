@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConfig
+from ctrl_ray.diffusion.noise import draw_noise
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.errors import naming_memory
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout
+from ctrl_ray.gradients.variance_cost import LogTilt, variance_cost
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
@@ -32,6 +35,8 @@ from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.runs.copies import FolderCopy, folder_here
 
+NUM_MIRRORED = 8
+"""Pairs of next latents on each path, where the variances' cost is measured."""
 _LOOK_EVERY_S = 1.0
 _IMPORT_S = 45.0
 """A worker may import its libraries for so long before it says that it has room."""
@@ -61,6 +66,11 @@ class SamplingJob:
     """From this denoising step on, other noise: with the samples of None, pairs of paths that part there. 0: they share x_T."""
     draw: Sampler = rollout
     """How trajectories are drawn; a module's function, which travels by name."""
+    variance_cost_at: float | None = None
+    """KL coefficient of a target: also measure what fixed step variances cost against it (`gradients.variance_cost`). That
+    takes a graph of the denoiser, so `batch_size` is to be a micro-batch of training then."""
+    gradient_checkpointing: bool = False
+    """As in training; without a graph it changes nothing."""
     precision: Precision = "fp32"
     adapter_scale: float = 1.0
     """Scales LoRA and control embeddings, as `python -m ctrl_ray.sample --adapter-scale` does."""
@@ -156,6 +166,8 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
         scorer = rewards
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     policy, controls, kernel = load_policy(job)
+    if job.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
     policy.to(device)
     encoder = policy.backbone.load_encoder(device)
     guidance = Guidance.of(job.sampler)
@@ -172,7 +184,13 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             reference=job.reference,
             with_kl=job.with_kl,
         )
-        parts.append(_judged(job, batch, trajectory, scorer))
+        samples = _judged(job, batch, trajectory, scorer)
+        if job.variance_cost_at is not None:
+            noise = draw_noise(job.seed, 0, ids, "variance cost", (NUM_MIRRORED, *policy.latent_shape), device=device)
+            tilt = _log_tilt(job.variance_cost_at, batch, scorer)
+            cost = variance_cost(policy, kernel, trajectory, tilt, noise.transpose(0, 1))
+            samples = dataclasses.replace(samples, variance_cost=cost.cpu().numpy())
+        parts.append(samples)
     return concatenate(parts)
 
 
@@ -190,6 +208,19 @@ def _judged(job: SamplingJob, batch: Batch, trajectory: Trajectory, scorer: Any)
         kl_per_step=per_step,
         log_ratio=None if ratio is None else ratio.cpu().numpy(),
     )
+
+
+def _log_tilt(kl_coef: float, batch: Batch, rewards: Any) -> LogTilt:
+    """Σ_c γ_c / β log p_c of what the batch asks for; a null label counts for nothing."""
+
+    def log_tilt(latents: Tensor) -> Tensor:
+        total = latents.new_zeros(len(batch))
+        for column, log_probs in enumerate(rewards.class_log_probs(latents, batch.prompts).values()):
+            asked = batch.labels[:, column, None].to(log_probs.device).clamp(max=log_probs.shape[1] - 1)
+            total += batch.strengths[:, column].to(total) / kl_coef * log_probs.gather(1, asked)[:, 0].to(total)
+        return total
+
+    return log_tilt
 
 
 def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], StepKernel]:

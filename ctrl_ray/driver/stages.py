@@ -184,7 +184,7 @@ def evaluate_and_report(
     after = evaluations["after"].samples
     certificate = certify_evaluation(scored, after, config.controls, config.kl_coef) if has_target(config) else {}
     if certificate:
-        certificate["structural"] = measure_structural(checked, rewards, scored, after.labels)
+        certificate["structural"] = measure_structural(*(checked, rewards, str(folder / ADAPTER), scored, after.labels))
     with with_remedies(checked):
         store_candidate_share(config, folder / ADAPTER, job, rewards, evaluations["before"].samples, after)
     with RunTracker(

@@ -1,4 +1,4 @@
-"""The structural parts of a run's gap: draws the second halves of the pairs that tell them."""
+"""The structural parts of a run's gap: draws what tells them, pairs of pre-trained paths and a few paths of the policy."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from ctrl_ray.distributed.sampling import evaluation_ids, sample_policy
+from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.driver.pre_trained import reference_job
 from ctrl_ray.driver.remedies import with_remedies
-from ctrl_ray.evaluation.certificate import exponents_of, label_targets
+from ctrl_ray.evaluation.certificate import Estimate, exponents_of, label_targets
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.evaluation.structural import initial_noise_part, over_targets, reference_steps_part
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 
+_PAIRS_PER_PATH = 4
+"""Pairs for each path on which the variances' cost is measured: that takes about nine denoiser calls a step, and paths
+differ little in it."""
+
 
 def measure_structural(
-    checked: CheckedRun, rewards: PooledRewards | RewardModelSpec, scored: EvaluationSamples, labels: np.ndarray
+    checked: CheckedRun,
+    rewards: PooledRewards | RewardModelSpec,
+    adapter: str,
+    scored: EvaluationSamples,
+    labels: np.ndarray,
 ) -> dict[str, Any]:
-    """'initial_noise' and, where the sampler has them, 'reference_steps': each {"value", "standard_error"} in nats, the mean
-    over the labels asked for; empty with `evaluation.num_pairs` 0.
+    """'fixed_variances', 'initial_noise' and, where the sampler has them, 'reference_steps': each {"value", "standard_error"}
+    in nats, the mean over the labels asked for; empty with `evaluation.num_pairs` 0.
 
     Args:
+        adapter: Folder of the policy that was trained.
         scored: Samples of `reference_job`, first halves of the pairs.
         labels: (n, C) that the policy was asked for.
     """
@@ -39,10 +48,29 @@ def measure_structural(
     targets, first = label_targets(labels, exponents, scored.select(np.arange(count)).class_log_probs)
     shares = np.bincount(targets, minlength=len(first)) / len(targets)
     job = dataclasses.replace(reference_job(checked), sample_ids=tuple(evaluation_ids(count)), with_images=False)
-    found = {}
+    found = {"fixed_variances": _fixed_variances(checked, rewards, dataclasses.replace(job, adapter=adapter))}
     for name, (fork_at, part) in parts.items():
         with with_remedies(checked):
             again = sample_policy(dataclasses.replace(job, fork_at=fork_at), rewards, config.scaling)
         _, second = label_targets(labels, exponents, again.class_log_probs)
         found[name] = over_targets(part, first, second, shares)._asdict()
     return found
+
+
+def _fixed_variances(
+    checked: CheckedRun, rewards: PooledRewards | RewardModelSpec, job: SamplingJob
+) -> dict[str, float]:
+    config = checked.config
+    job = dataclasses.replace(
+        job,
+        reference=False,
+        with_kl=False,
+        sample_ids=job.sample_ids[: max(2, len(job.sample_ids) // _PAIRS_PER_PATH)],
+        batch_size=config.fixed_micro_batch_size,
+        gradient_checkpointing=config.scaling.fixed_gradient_checkpointing,
+        variance_cost_at=config.kl_coef,
+    )
+    with with_remedies(checked):
+        costs = sample_policy(job, rewards, config.scaling).variance_cost
+    assert costs is not None
+    return Estimate(float(costs.mean()), float(costs.std(ddof=1)) / len(costs) ** 0.5)._asdict()

@@ -42,6 +42,9 @@ class EvaluationSamples:
     log_ratio: np.ndarray | None = None
     """(N,) float64 in nats: log of the policy's density of the path over the pre-trained model's; None where it was not
     measured."""
+    variance_cost: np.ndarray | None = None
+    """(N,) float64 in nats: what fixed step variances cost on the path (`gradients.variance_cost`); None where it was not
+    measured."""
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -53,8 +56,9 @@ class EvaluationSamples:
         }
         if self.kl_per_step is not None:
             expected["kl_per_step"] = (self.kl_per_step, np.float64, self.kl_per_step.ndim == 2)
-        if self.log_ratio is not None:
-            expected["log_ratio"] = (self.log_ratio, np.float64, self.log_ratio.ndim == 1)
+        for name in ("log_ratio", "variance_cost"):
+            if (values := getattr(self, name)) is not None:
+                expected[name] = (values, np.float64, values.ndim == 1)
         for name, (array, dtype, shape_fits) in expected.items():
             if array.dtype != dtype or not shape_fits or len(array) != n:
                 raise DataError(
@@ -79,13 +83,18 @@ class EvaluationSamples:
             kl=self.kl[index],
             class_log_probs={name: values[index] for name, values in self.class_log_probs.items()},
             sample_ids=self.sample_ids[index],
-            kl_per_step=None if self.kl_per_step is None else self.kl_per_step[index],
-            log_ratio=None if self.log_ratio is None else self.log_ratio[index],
+            **{name: values[index] for name, values in _measured(self).items()},
         )
 
     def without_images(self) -> EvaluationSamples:
         """The same with images of no pixels: what statistics of paths and beliefs need."""
         return dataclasses.replace(self, images=np.empty((len(self), 0, 0, 3), np.uint8))
+
+
+def _measured(samples: EvaluationSamples) -> dict[str, np.ndarray]:
+    """Of what need not be measured, that which was."""
+    values = {name: getattr(samples, name) for name in ("kl_per_step", "log_ratio", "variance_cost")}
+    return {name: array for name, array in values.items() if array is not None}
 
 
 def caption(prompt: str, controls: Sequence[str], labels: Sequence[int]) -> str:
@@ -98,8 +107,7 @@ def concatenate(parts: Sequence[EvaluationSamples]) -> EvaluationSamples:
     """The samples of all parts, in order; the parts must hold the same controls and image size."""
     if not parts:
         raise DataError("no evaluation samples to join; expected at least one batch")
-    per_step = [part.kl_per_step for part in parts if part.kl_per_step is not None]
-    ratios = [part.log_ratio for part in parts if part.log_ratio is not None]
+    measured = [_measured(part) for part in parts]
     return EvaluationSamples(
         images=np.concatenate([part.images for part in parts]),
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
@@ -109,17 +117,13 @@ def concatenate(parts: Sequence[EvaluationSamples]) -> EvaluationSamples:
             name: np.concatenate([part.class_log_probs[name] for part in parts]) for name in parts[0].class_log_probs
         },
         sample_ids=np.concatenate([part.sample_ids for part in parts]),
-        kl_per_step=np.concatenate(per_step) if len(per_step) == len(parts) else None,
-        log_ratio=np.concatenate(ratios) if len(ratios) == len(parts) else None,
+        **{name: np.concatenate([part[name] for part in measured]) for name in set.intersection(*map(set, measured))},
     )
 
 
 def save_samples(samples: EvaluationSamples, path: str | Path) -> None:
     """Write the samples to one safetensors file (uncompressed; prompts are in its metadata)."""
-    tensors = {name: getattr(samples, name) for name in ("images", "labels", "kl", "sample_ids")}
-    for name in ("kl_per_step", "log_ratio"):
-        if (values := getattr(samples, name)) is not None:
-            tensors[name] = values
+    tensors = {name: getattr(samples, name) for name in ("images", "labels", "kl", "sample_ids")} | _measured(samples)
     tensors |= {_LOG_PROBS + name: values for name, values in samples.class_log_probs.items()}
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ v(h) = log E_pre[e^ℓ | h], the best that is left to pay is
 
 Both need laws given h, of which a pair that parts at h has two samples. To second order in the spread, which is exact where
 v or ℓ given h is Gaussian, they are ½ log(1 + Var e^v / Z²) and ½ E_target[Var(ℓ | h)]. The cost of fixed step variances is
-the third structural part; it takes the curvature of v at every step, and is not estimated.
+the third structural part; it takes the curvature of v at every step, for which there is `gradients.variance_cost`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,17 +59,30 @@ def distance_section(after: Mapping[str, Any], sampler: SamplerConfig | None) ->
         "The gap is log Z minus the objective: the KL divergence of the sampler's paths from those of the target, which no "
         "training makes negative. log Z comes from samples of the pre-trained model, pooled over prompts."
     )
-    losses = _structural(sampler, after.get("structural") or {})
+    losses = _structural(sampler, after.get("structural") or {}, after["gap"])
     return f"<h2>Distance to the target</h2>{table(cells, head)}<p class='note'>{note}</p>{losses}"
 
 
-def _structural(sampler: SamplerConfig | None, parts: Mapping[str, Any]) -> str:
+def _structural(sampler: SamplerConfig | None, parts: Mapping[str, Any], gap: float) -> str:
     if sampler is None:
         return ""
     losses = "".join(f"<li>{text(loss)}</li>" for loss in structural_losses(sampler, parts))
     return (
         "<p class='note'>The gap is the sum of a structural part, which the best policy of this sampler has too, and of what "
         f"more training, or a larger policy, can remove. The structural part comes from:</p><ul class='note'>{losses}</ul>"
+        f"{_shares(parts, gap)}"
+    )
+
+
+def _shares(parts: Mapping[str, Any], gap: float) -> str:
+    """HTML: how the gap is split, where all parts of this sampler were measured."""
+    if "fixed_variances" not in parts:
+        return ""
+    value = sum(part["value"] for part in parts.values())
+    error = math.hypot(*(part["standard_error"] for part in parts.values()))
+    return (
+        f"<p class='note'>Together {value:.2f} ± {error:.2f} of the {gap:.2f} nats, to second order in most of them; the other "
+        f"{max(gap - value, 0.0):.2f} nats are a matter of training.</p>"
     )
 
 
@@ -77,8 +91,9 @@ def structural_losses(sampler: SamplerConfig, parts: Mapping[str, Any]) -> list[
     (`driver.structural`) where they were measured."""
     memory = "hardly at all at eta 1" if sampler.eta == 1 else f"more than at eta 1, since eta is {sampler.eta:g}"
     losses = [
-        "fixed step variances: a policy moves the mean of a denoising step, but the target's steps also have less noise than "
-        f"the pre-trained model's; more steps than {sampler.num_steps} make this smaller (sampler.num_steps); not measured",
+        f"fixed step variances{_measured(parts, 'fixed_variances')}: a policy moves the mean of a denoising step, but the "
+        "target's steps also have less noise than the pre-trained model's; more steps than "
+        f"{sampler.num_steps} make this smaller (sampler.num_steps)",
         f"the initial noise{_measured(parts, 'initial_noise')}: the policy starts from the same noise as the pre-trained "
         f"model, but the target prefers some of it, as far as a sample depends on its start ({memory}; sampler.eta)",
     ]

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
-from ctrl_ray.distributed.sampling import SamplingJob, _noise, _sample_part, load_policy
+from ctrl_ray.distributed.batches import Batch
+from ctrl_ray.distributed.sampling import SamplingJob, _log_tilt, _noise, _sample_part, load_policy
 from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.rewards.model import RewardModelSpec
 from tests.classifiers import save_classifier
@@ -89,3 +91,18 @@ def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_
     assert np.array_equal(plain.images, found.images)
     assert plain.log_ratio is not None and not plain.log_ratio.any()
     assert found.log_ratio is not None and np.all(found.log_ratio < -1)  # the policy would hardly have drawn them
+    bent = dataclasses.replace(job, reference=False, with_kl=False, with_images=False, variance_cost_at=0.5)
+    in_ones = dataclasses.replace(bent, gradient_checkpointing=True, batch_size=1)
+    together, alone = (_sample_part(part, rewards, "cpu").variance_cost for part in (bent, in_ones))
+    assert together is not None and alone == pytest.approx(together, rel=1e-4)
+
+
+def test_the_tilt_of_a_batch_is_that_of_its_labels() -> None:
+    """Σ_c γ_c / β log p_c of the class asked for; a null label adds nothing."""
+    batch = Batch((0, 1), ("a", "b"), torch.tensor([[1, 0], [0, 2]]), torch.tensor([[2.0, 3.0], [4.0, 0.0]]))
+    log_probs = {
+        "size": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]),
+        "colour": torch.tensor([[-5.0, -6.0], [-7.0, -8.0]]),
+    }
+    rewards = SimpleNamespace(class_log_probs=lambda latents, prompts: log_probs)
+    assert _log_tilt(0.5, batch, rewards)(torch.zeros(2, 1)).tolist() == [2 * (2 * -2 + 3 * -5), 2 * 4 * -3]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from ctrl_ray.config import ControlConfig, EvaluationConfig, SamplerConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, EvaluationConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.driver import structural
 from ctrl_ray.driver.structural import measure_structural
 from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -37,21 +38,29 @@ def _measured(
 
     def sample_policy(job: Any, *_: Any) -> EvaluationSamples:
         jobs.append(job)
-        return _samples(len(job.sample_ids), 1)
+        samples = _samples(len(job.sample_ids), 1)
+        return samples if job.reference else dataclasses.replace(samples, variance_cost=samples.sample_ids * 1.0)
 
     monkeypatch.setattr(structural, "sample_policy", sample_policy)
     config = TrainConfig(
         controls=CONTROLS,
         kl_coef=2.0,
         sampler=SamplerConfig(num_steps=10, reference_steps=reference_steps),
+        micro_batch_size_per_worker=3,
+        scaling=ScalingConfig(gradient_checkpointing=True),
         evaluation=EvaluationConfig(num_pairs=num_pairs),
     )
     checked: Any = SimpleNamespace(config=config, controls=CONTROLS, evaluation_prompts=("a cross",))
-    return measure_structural(checked, cast(Any, None), _samples(32, 0), LABELS), jobs
+    return measure_structural(checked, cast(Any, None), "adapter", _samples(32, 0), LABELS), jobs
 
 
 def test_pairs_part_at_the_start_and_before_the_reference_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, jobs = _measured(monkeypatch, reference_steps=2)
+    parts, (variances, *jobs) = _measured(monkeypatch, reference_steps=2)
+    assert (variances.adapter, variances.reference, variances.variance_cost_at) == ("adapter", False, 2.0)
+    assert (variances.batch_size, variances.gradient_checkpointing) == (3, True), "what fits in training fits here"
+    assert parts["fixed_variances"] == pytest.approx(
+        {"value": 1.5, "standard_error": (5 / 3) ** 0.5 / 2}
+    )  # of 0, 1, 2, 3
     assert [(job.fork_at, len(job.sample_ids), job.with_images, job.reference) for job in jobs] == [
         (0, 16, False, True),
         (8, 16, False, True),
@@ -64,5 +73,5 @@ def test_pairs_part_at_the_start_and_before_the_reference_steps(monkeypatch: pyt
 
 def test_only_what_there_is_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, jobs = _measured(monkeypatch, reference_steps=0)
-    assert list(parts) == ["initial_noise"] and len(jobs) == 1
+    assert list(parts) == ["fixed_variances", "initial_noise"] and len(jobs) == 2
     assert _measured(monkeypatch, reference_steps=2, num_pairs=0) == ({}, [])

@@ -116,4 +116,9 @@ def test_structural_losses_are_those_of_the_sampler() -> None:
     assert (
         "the initial noise, less than 0.08 nats (two standard errors): " in page
         and "the last denoising step, 1.50 ± 0.25 nats: " in page
+        and "Together" not in page
     )
+    parts["fixed_variances"] = {"value": 1.0, "standard_error": 0.1}
+    page = distance_section({**AFTER, "gap": 3.0, "structural": parts}, SamplerConfig(reference_steps=1))
+    assert "fixed step variances, 1.00 ± 0.10 nats: " in page
+    assert "Together 2.48 ± 0.27 of the 3.00 nats" in page and "the other 0.52 nats" in page
