@@ -91,10 +91,12 @@ def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_
     assert np.array_equal(plain.images, found.images)
     assert plain.log_ratio is not None and not plain.log_ratio.any()
     assert found.log_ratio is not None and np.all(found.log_ratio < -1)  # the policy would hardly have drawn them
-    bent = dataclasses.replace(job, reference=False, with_kl=False, with_images=False, variance_cost_at=0.5)
+    bent = dataclasses.replace(
+        job, reference=False, with_kl=False, with_images=False, variance_cost_at=0.5, adapter_scale=0.1
+    )
     in_ones = dataclasses.replace(bent, gradient_checkpointing=True, batch_size=1)
     together, alone = (_sample_part(part, rewards, "cpu").variance_cost for part in (bent, in_ones))
-    assert together is not None and alone == pytest.approx(together, rel=1e-4)
+    assert together is not None and alone == pytest.approx(together, rel=0.02)  # of terms that cancel
 
 
 def test_the_tilt_of_a_batch_is_that_of_its_labels() -> None:
