@@ -102,14 +102,18 @@ class BlockWriter:
             backbone = load_backbone(config.base_model, config.base_revision)
             self.decoder = backbone.load_decoder(chunk, device)
 
-    def write_data(self, rows: Iterable[Example], rank: int, num_workers: int) -> int:
-        """Write the blocks rank, rank + num_workers, ... of `rows`; returns how many rows there are in all."""
+    def write_data(
+        self, rows: Iterable[Example], rank: int, num_workers: int, told: Callable[[int], None] = lambda rows: None
+    ) -> int:
+        """Write the blocks rank, rank + num_workers, ... of `rows`; returns how many rows there are in all. told: is called
+        with the number of rows so far after each block."""
         total, block, iterator = 0, 0, iter(rows)
         while chunk := list(islice(iterator, BLOCK_ROWS)):
             if block % num_workers == rank and not _exists(self.folder, "data", block):
                 images = np.stack([row.image for row in chunk])
                 self._write("data", block, images, [row.prompt for row in chunk], [row.label for row in chunk])
             total, block = total + len(chunk), block + 1
+            told(total)
         return total
 
     def write_samples(self, sample_pipeline: SamplePipeline, num: int, rank: int, num_workers: int) -> None:

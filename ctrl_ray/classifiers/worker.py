@@ -31,11 +31,12 @@ MIN_CALIBRATION_SAMPLES = 200
 """With at least this many pipeline samples in the temperature split, the temperature is fitted on them alone."""
 
 _EVALUATION_BATCH = 256
+_TELL_EVERY_S = 15.0
 _WARM_UP = 0.25
 _GRADIENT_CLIPPING = 1.0
 
 
-def _say_nothing(line: str) -> None:
+def _say_nothing(_: object) -> None:
     """For those who do not wait."""
 
 
@@ -102,7 +103,7 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
     rows = read_examples(
         job.config, job.control, job.image_size, on_bad_row=job.on_bad_row, bad_rows_file=bad_rows_file
     )
-    num_data = writer.write_data(rows, rank, num_workers)
+    num_data = writer.write_data(rows, rank, num_workers, _progress(job) if rank == 0 else _say_nothing)
     num_samples = job.config.classifier.num_pipeline_samples
     if num_samples:
         assert job.sample_pipeline is not None
@@ -123,6 +124,19 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
             f"{shares.tolist()}"
         )
     return examples
+
+
+def _progress(job: FitJob) -> Callable[[int], None]:
+    """Says every _TELL_EVERY_S seconds how many images there are."""
+    last = time.monotonic()
+
+    def told(num_images: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_EVERY_S:
+            job.say(f"classifier of {job.control}: {num_images} images decoded and labelled")
+            last = time.monotonic()
+
+    return told
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, num_updates: int) -> torch.optim.lr_scheduler.OneCycleLR:

@@ -1,10 +1,13 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from ctrl_ray.classifiers import worker
 from ctrl_ray.classifiers.examples import BLOCK_ROWS, BlockWriter, Example, Examples, read_examples, split_of
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
 from ctrl_ray.driver.classifier import check_fit
@@ -42,12 +45,24 @@ def test_one_writer_and_two_leave_the_same_rows(tmp_path: Path) -> None:
     for name, num_workers in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         for rank in range(num_workers):
-            writer = BlockWriter(_config(), "kind", tmp_path / name, torch.device("cpu"))
-            assert writer.write_data(_rows(), rank, num_workers) == NUM_ROWS
+            blocks = BlockWriter(_config(), "kind", tmp_path / name, torch.device("cpu"))
+            told: list[int] = []
+            assert blocks.write_data(_rows(), rank, num_workers, told.append) == NUM_ROWS
+            assert told == [BLOCK_ROWS, NUM_ROWS]
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["data-000000.json", "data-000000.npy", "data-000001.json", "data-000001.npy"]
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_the_driver_hears_how_many_images_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    told = worker._progress(cast(Any, SimpleNamespace(control="kind", say=lines.append)))
+    told(256)
+    assert lines == [], "not every block is worth a line"
+    monkeypatch.setattr(worker, "_TELL_EVERY_S", 0.0)
+    told(512)
+    assert lines == ["classifier of kind: 512 images decoded and labelled"]
 
 
 def test_rows_come_back_by_number_across_blocks(tmp_path: Path) -> None:
