@@ -114,7 +114,8 @@ def _measured(parts: Mapping[str, Any], name: str) -> str:
     value, error = parts[name]["value"], parts[name]["standard_error"]
     if value < 2 * error:
         return f", less than {max(value, 0.0) + 2 * error:.2f} nats (two standard errors)"
-    return f", {value:.2f} ± {error:.2f} nats"
+    digits = 2 if value >= 0.1 else 4
+    return f", {value:.{digits}f} ± {error:.{digits}f} nats"
 
 
 def plot_distance(path: Path, rows: Sequence[DistanceRow]) -> Path | None:

@@ -118,6 +118,8 @@ def test_structural_losses_are_those_of_the_sampler() -> None:
         and "the last denoising step, 1.50 ± 0.25 nats: " in page
         and "Together" not in page
     )
+    small = {"reference_steps": {"value": 0.0045, "standard_error": 0.0013}}
+    assert ", 0.0045 ± 0.0013 nats: " in structural_losses(SamplerConfig(reference_steps=1), small)[2]
     parts["fixed_variances"] = {"value": 1.0, "standard_error": 0.1}
     page = distance_section({**AFTER, "gap": 3.0, "structural": parts}, SamplerConfig(reference_steps=1))
     assert "fixed step variances, 1.00 ± 0.10 nats: " in page
