@@ -17,9 +17,8 @@ from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 
-_PAIRS_PER_PATH = 4
-"""Pairs for each path on which the variances' cost is measured: that takes about nine denoiser calls a step, and paths
-differ little in it."""
+_PAIRS_PER_PATH = 5
+"""Pairs for each path on which the variances' cost is measured: that takes eighteen denoiser calls' time a step."""
 
 
 def measure_structural(

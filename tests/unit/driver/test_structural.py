@@ -58,9 +58,7 @@ def test_pairs_part_at_the_start_and_before_the_reference_steps(monkeypatch: pyt
     parts, (variances, *jobs) = _measured(monkeypatch, reference_steps=2)
     assert (variances.adapter, variances.reference, variances.variance_cost_at) == ("adapter", False, 2.0)
     assert (variances.batch_size, variances.gradient_checkpointing) == (3, True), "what fits in training fits here"
-    assert parts["fixed_variances"] == pytest.approx(
-        {"value": 1.5, "standard_error": (5 / 3) ** 0.5 / 2}
-    )  # of 0, 1, 2, 3
+    assert parts["fixed_variances"] == pytest.approx({"value": 1.0, "standard_error": 3**-0.5})  # of 0, 1, 2
     assert [(job.fork_at, len(job.sample_ids), job.with_images, job.reference) for job in jobs] == [
         (0, 16, False, True),
         (8, 16, False, True),
