@@ -137,7 +137,7 @@ def test_the_whole_run_and_its_files(finished: ctrl_ray.Run) -> None:
     assert after["gap"] == pytest.approx(after["log_z"] - after["objective"]) and after["gap_standard_error"] > 0
     assert 0 < after["ess"] <= 1 and after["bounds"][0] >= after["objective"] - 1e-9
     assert 0 <= after["structural"]["initial_noise"]["standard_error"] < 1
-    assert 0 < after["structural"]["fixed_variances"]["value"] < 1
+    assert 0 < after["structural"]["fixed_variances"]["standard_error"] < 1
     rows = read_metrics(finished.folder)
     assert [row["update"] for row in rows if row["kind"] == "update"] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
