@@ -157,7 +157,7 @@ def _stop(cluster: Head, name: str) -> None:
     url, headers = f"{cluster.dashboard}/api/jobs/{name}/stop", {"Authorization": f"Bearer {token}"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="POST"), timeout=20) as answer:
         assert json.load(answer) == {"stopped": True}
-    _wait(lambda: "was stopped" in _status(cluster, name), 60)
+    _wait(lambda: "was stopped" in _status(cluster, name), 180)  # on busy cores each look takes many seconds
 
 
 def _wait_for_a_checkpoint(cluster: Head, bucket: pyarrow.fs.S3FileSystem, name: str) -> None:
