@@ -13,6 +13,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ctrl_ray.candidates.weights import log_tilts
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConfig
@@ -21,6 +22,7 @@ from ctrl_ray.diffusion.steps import Guidance, StepKernel
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.errors import naming_memory
+from ctrl_ray.evaluation.certificate import exponents_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout
 from ctrl_ray.gradients.variance_cost import LogTilt, variance_cost
@@ -187,7 +189,7 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
         samples = _judged(job, batch, trajectory, scorer)
         if job.variance_cost_at is not None:
             noise = draw_noise(job.seed, 0, ids, "variance cost", (NUM_MIRRORED, *policy.latent_shape), device=device)
-            tilt = _log_tilt(job.variance_cost_at, batch, scorer)
+            tilt = _log_tilt(exponents_of(job.controls, job.variance_cost_at), batch, scorer)
             cost = variance_cost(policy, kernel, trajectory, tilt, noise.transpose(0, 1))
             samples = dataclasses.replace(samples, variance_cost=cost.cpu().numpy())
         parts.append(samples)
@@ -210,15 +212,13 @@ def _judged(job: SamplingJob, batch: Batch, trajectory: Trajectory, scorer: Any)
     )
 
 
-def _log_tilt(kl_coef: float, batch: Batch, rewards: Any) -> LogTilt:
+def _log_tilt(exponents: Mapping[str, float], batch: Batch, rewards: Any) -> LogTilt:
     """Σ_c γ_c / β log p_c of what the batch asks for; a null label counts for nothing."""
 
     def log_tilt(latents: Tensor) -> Tensor:
-        total = latents.new_zeros(len(batch))
-        for column, log_probs in enumerate(rewards.class_log_probs(latents, batch.prompts).values()):
-            asked = batch.labels[:, column, None].to(log_probs.device).clamp(max=log_probs.shape[1] - 1)
-            total += batch.strengths[:, column].to(total) / kl_coef * log_probs.gather(1, asked)[:, 0].to(total)
-        return total
+        believed = rewards.class_log_probs(latents, batch.prompts)
+        tilts = log_tilts({name: believed[name].cpu().numpy() for name in exponents}, batch.labels.numpy(), exponents)
+        return torch.from_numpy(tilts).to(latents.device)
 
     return log_tilt
 

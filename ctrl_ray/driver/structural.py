@@ -10,7 +10,7 @@ import numpy as np
 from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
 from ctrl_ray.driver.pre_trained import reference_job
 from ctrl_ray.driver.remedies import with_remedies
-from ctrl_ray.evaluation.certificate import Estimate, exponents_of, label_targets
+from ctrl_ray.evaluation.certificate import Estimate, exponents_of, label_targets, mean_standard_error
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.evaluation.structural import initial_noise_part, over_targets, reference_steps_part
 from ctrl_ray.planning.preflight import CheckedRun
@@ -72,4 +72,4 @@ def _fixed_variances(
     with with_remedies(checked):
         costs = sample_policy(job, rewards, config.scaling).variance_cost
     assert costs is not None
-    return Estimate(float(costs.mean()), float(costs.std(ddof=1)) / len(costs) ** 0.5)._asdict()
+    return Estimate(float(costs.mean()), mean_standard_error(costs))._asdict()

@@ -90,12 +90,12 @@ def structural_losses(sampler: SamplerConfig, parts: Mapping[str, Any]) -> list[
     """What keeps even the best policy of this sampler from its target, in sentences, with the numbers of `parts`
     (`driver.structural`) where they were measured."""
     memory = "hardly at all at eta 1" if sampler.eta == 1 else f"more than at eta 1, since eta is {sampler.eta:g}"
-    own = ". It is judged by the policy's own pushes, and too high while they are too strong"
-    own = own if "fixed_variances" in parts else "; not measured"
+    judged = ". It is judged by the policy's own pushes, and too high while they are too strong"
     losses = [
         f"fixed step variances{_measured(parts, 'fixed_variances')}: a policy moves the mean of a denoising step, but the "
         "target's steps also have less noise than the pre-trained model's; more steps than "
-        f"{sampler.num_steps} make this smaller (sampler.num_steps){own}",
+        f"{sampler.num_steps} make this smaller (sampler.num_steps)"
+        f"{judged if 'fixed_variances' in parts else '; not measured'}",
         f"the initial noise{_measured(parts, 'initial_noise')}: the policy starts from the same noise as the pre-trained "
         f"model, but the target prefers some of it, as far as a sample depends on its start ({memory}; sampler.eta)",
     ]

@@ -101,10 +101,11 @@ def test_pre_trained_paths_can_be_scored_by_the_policy(tiny_pipeline: Path, tmp_
 
 def test_the_tilt_of_a_batch_is_that_of_its_labels() -> None:
     """Σ_c γ_c / β log p_c of the class asked for; a null label adds nothing."""
-    batch = Batch((0, 1), ("a", "b"), torch.tensor([[1, 0], [0, 2]]), torch.tensor([[2.0, 3.0], [4.0, 0.0]]))
+    batch = Batch((0, 1), ("a", "b"), torch.tensor([[1, 0], [0, 2]]), torch.tensor([[2.0, 3.0], [2.0, 0.0]]))
     log_probs = {
         "size": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]),
         "colour": torch.tensor([[-5.0, -6.0], [-7.0, -8.0]]),
     }
     rewards = SimpleNamespace(class_log_probs=lambda latents, prompts: log_probs)
-    assert _log_tilt(0.5, batch, rewards)(torch.zeros(2, 1)).tolist() == [2 * (2 * -2 + 3 * -5), 2 * 4 * -3]
+    tilts = _log_tilt({"size": 4.0, "colour": 6.0}, batch, rewards)(torch.zeros(2, 1))
+    assert tilts.tolist() == [4 * -2 + 6 * -5, 4 * -3]
