@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -63,24 +64,21 @@ def backends(rank: Rank, pipeline: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def zero(rank: Rank, pipeline: Path, folder: Path) -> dict[str, float]:
+def zero(rank: Rank, pipeline: Path, folder: Path, precision: str) -> dict[str, float]:
     """Two updates of SGD with momentum under every stage, offloaded or not: how far the parameters' change is from that of
-    plain torch in float32 on the same device (relative L2). 'bf16' alone: that of plain torch in bf16."""
-    found = {}
-    _, expected = _change(_config(pipeline, rank), Rank(0, 1, rank.device), PlainEngine)
-    for precision in ("fp32", "bf16"):
-        config = _config(pipeline, rank, precision=precision)
-        if precision != "fp32":
-            _, rounded = _change(config, Rank(0, 1, rank.device), PlainEngine)
-            found[precision] = difference(rounded, expected)
-        for stage in STAGES:
-            for offload in dict.fromkeys(("none", OFFLOADED.get(stage, "none"))):
-                scaling = dataclasses.replace(config.scaling, zero_stage=stage, offload=offload)  # type: ignore[arg-type]
-                name = f"{precision}, stage {stage}" + (", offloaded" if offload != "none" else "")
-                engine, got = _change(dataclasses.replace(config, scaling=scaling), rank, PolicyEngine)
-                devices = {p.device.type for p in engine.policy.parameters() if p.numel()}
-                assert offload == "optimizer_and_parameters" or devices <= {rank.device.type}, (name, devices)
-                found[name] = difference(got, expected)
+    plain torch in float32 on the same device (relative L2). 'plain': that of plain torch in this precision."""
+    config, alone = _config(pipeline, rank, precision=precision), Rank(0, 1, rank.device)
+    expected = _change(_config(pipeline, rank), alone, PlainEngine)[1]
+    plain = expected if precision == "fp32" else _change(config, alone, PlainEngine)[1]
+    found = {"plain": difference(plain, expected)}
+    for stage in STAGES:
+        for offload in dict.fromkeys(("none", OFFLOADED.get(stage, "none"))):
+            scaling = dataclasses.replace(config.scaling, zero_stage=stage, offload=offload)  # type: ignore[arg-type]
+            name = f"stage {stage}" + (", offloaded" if offload != "none" else "")
+            engine, got = _change(dataclasses.replace(config, scaling=scaling), rank, PolicyEngine)
+            devices = {p.device.type for p in engine.policy.parameters() if p.numel()}
+            assert offload == "optimizer_and_parameters" or devices <= {rank.device.type}, (name, devices)
+            found[name] = difference(got, expected)
     return found
 
 
@@ -210,7 +208,8 @@ def _change(
 
 CASES: dict[str, Callable[[Rank, Path, Path], Any]] = {
     "backends": backends,
-    "zero": zero,
+    "zero_fp32": functools.partial(zero, precision="fp32"),
+    "zero_bf16": functools.partial(zero, precision="bf16"),
     "resume": resume,
     "memory": memory,
 }

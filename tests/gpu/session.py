@@ -43,10 +43,10 @@ class Part:
 
 PARTS = (
     Part("tests/gpu/test_numbers.py", 40),
-    Part("tests/gpu/test_engines.py", 90),
+    Part("tests/gpu/test_ray.py", 120),
     Part("tests/gpu/test_precision.py", 60),
     Part("tests/gpu/test_host.py", 30),
-    Part("tests/gpu/test_ray.py", 120),
+    Part("tests/gpu/test_engines.py", 120),
 )
 BENCHMARK = ("-m", "tests.gpu.benchmark")
 BENCHMARK_S = 120.0

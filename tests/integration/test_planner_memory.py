@@ -56,7 +56,7 @@ class StandardNormal:
 
     def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> _Answer:
         log_prob = -latents.flatten(1).square().sum(1, keepdim=True) / 2
-        scale = weights.sum(1).view(-1, *[1] * (latents.dim() - 1))
+        scale = weights.sum(1).view(-1, *[1] * (latents.dim() - 1)).to(latents.device)
         return _Answer(RewardAnswer(log_prob.expand(len(latents), labels.shape[1]).clone(), -latents * scale))
 
 
