@@ -29,11 +29,9 @@ def _prepare_environment() -> None:
     """No foreign address is asked for anything, nothing is written to the user's home, two cores are enough.
 
     HOME becomes a private folder whose `ray_bootstrap_config.yaml` keeps Ray's dashboard from asking cloud metadata
-    addresses who the provider is. What is costly to make again stays in the real home's cache: DeepSpeed's compiled
-    communication op (about a minute) and matplotlib's font list.
+    addresses who the provider is. matplotlib's list of fonts stays in the real home's cache.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
     os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))
     home = Path(tempfile.mkdtemp(prefix="ctrl-ray-home-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -41,6 +39,7 @@ def _prepare_environment() -> None:
     fixed = {
         "HOME": str(home),
         "AWS_EC2_METADATA_DISABLED": "true",
+        "CXX": "/bin/false",  # nothing is compiled: users need no compiler, and wait for none
         # DeepSpeed decides when it is imported, for good; GPU tests run their engines in processes of their own.
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",

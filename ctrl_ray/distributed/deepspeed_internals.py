@@ -7,8 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor
+
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+def leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its sum over processes of one CPU machine: a minute of a core and a compiler, for what
+    tensor-parallel inference alone calls. To be called before an engine is made.
+
+    Leans on `deepspeed.ops.__compatible_ops__`, which says what may be compiled.
+    """
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
 
 
 def flat_partitions(optimizer: Any, zero_stage: int) -> list[Tensor]:

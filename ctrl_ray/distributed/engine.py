@@ -19,7 +19,13 @@ from torch import Tensor
 
 from ctrl_ray.config import OptimizerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import ModelOutput
-from ctrl_ray.distributed.deepspeed_internals import flat_partitions, link_moments, set_own_moment, whole_shape
+from ctrl_ray.distributed.deepspeed_internals import (
+    flat_partitions,
+    leave_out_shared_memory_op,
+    link_moments,
+    set_own_moment,
+    whole_shape,
+)
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
@@ -55,6 +61,7 @@ class PolicyEngine:
         self._optimizer = make_optimizer(groups, config.optimizer)
         self._moments = MOMENTS[config.optimizer.name]
         self._updates = 0
+        leave_out_shared_memory_op()
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer,

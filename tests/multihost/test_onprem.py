@@ -17,7 +17,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json
 from tests.multihost.conftest import Say
 from tests.multihost.hosts import REPOSITORY, Hosts
-from tests.multihost.tiny_run import NUM_UPDATES, Command, eventually, tiny_config, updates_of, with_compiled_op
+from tests.multihost.tiny_run import NUM_UPDATES, RUN_VARIABLES, Command, eventually, tiny_config, updates_of
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -117,7 +117,7 @@ class _Laptop:
         """The main job, with this repository as its working directory."""
         file = self._shared / "config.json"
         file.write_text(to_json(config))
-        environment = json.dumps({"env_vars": with_compiled_op(self._shared)})
+        environment = json.dumps({"env_vars": RUN_VARIABLES})
         submit = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--runtime-env-json"]
         train = ["python", "-m", "ctrl_ray.train", "--config", file, "--output-dir", run]
         return Command(self.host, *submit, environment, "--", *train, log=self._folder / "job.log", env=LAPTOP_ENV)

@@ -15,7 +15,7 @@ from ctrl_ray.config import RewardPoolConfig, ScalingConfig
 from ctrl_ray.config.json import to_json
 from tests.multihost.conftest import Say
 from tests.multihost.hosts import Host, Hosts
-from tests.multihost.tiny_run import Command, eventually, tiny_config, updates_of, with_compiled_op
+from tests.multihost.tiny_run import RUN_VARIABLES, Command, eventually, tiny_config, updates_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -60,7 +60,7 @@ class _Slurm:
 
     def __init__(self, hosts: Hosts, folder: Path) -> None:
         self._first, self._folder, self.standin = next(iter(hosts.values())), folder, hosts.shared / "slurm"
-        self._variables = with_compiled_op(hosts.shared)
+        self._variables = RUN_VARIABLES
         self._number = 4711
         (self.standin / "bin").mkdir(parents=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +15,8 @@ from tests.multihost.hosts import Host
 from tests.tiny import make_tiny_pipeline
 
 NUM_UPDATES = 12
+RUN_VARIABLES = {"HF_HUB_OFFLINE": "1", "CXX": "/bin/false"}
+"""Of a run on the hosts: nothing is downloaded, nothing compiled."""
 
 
 def tiny_config(shared: Path) -> TrainConfig:
@@ -28,14 +28,6 @@ def tiny_config(shared: Path) -> TrainConfig:
         rewards=RewardPoolConfig(num_actors=1, node_resource="rewards"),
         scaling=ScalingConfig(num_workers=2, min_workers=1, max_failures=3),
     )
-
-
-def with_compiled_op(shared: Path) -> dict[str, str]:
-    """Variables of a run that takes DeepSpeed's communication op, about a minute on each host, from the shared folder."""
-    compiled = shared / "torch_extensions"
-    if (cache := Path(os.environ["TORCH_EXTENSIONS_DIR"])).is_dir() and not compiled.exists():
-        shutil.copytree(cache, compiled, ignore=shutil.ignore_patterns("lock"))
-    return {"HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(compiled)}
 
 
 class Command:
