@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ctrl_ray.verification.cases import ReachedLaw
     from ctrl_ray.verification.table import CaseResult
 
-EstimatorName = Literal["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
+EstimatorName = Literal["full", "sticking_the_landing", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
 DENSITIES = "densities.png"
 _OF_ONE_PROBLEM = (
     *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength", "kl_coef"),

@@ -28,7 +28,7 @@ from ctrl_ray.distributed.deepspeed_internals import (
 )
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
-from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
+from ctrl_ray.policy.protocol import Inputs, Policy, TrainablePolicy
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
@@ -80,6 +80,12 @@ class PolicyEngine:
         past = reference and self._config.scaling.zero_stage < 3
         forward = self.policy if past else self.engine
         return forward(latents, time, inputs, reference=reference)
+
+    @property
+    def for_latents(self) -> Policy:
+        """What `torch.autograd.grad` to the latents may go through: the engine takes a gradient through its own output for
+        its backward, which under ZeRO-3 it must, to gather the weights."""
+        return self if self._config.scaling.zero_stage == 3 else self.policy
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the parameter gradients of a scalar; leaves such as the step's latents get theirs unscaled."""

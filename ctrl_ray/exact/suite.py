@@ -142,7 +142,7 @@ def default_cases() -> list[Case]:
 def all_cases() -> list[Case]:
     """Every estimator on T1, and every problem."""
     return [
-        *(gaussian(name) for name in ("full", "random_suffix", "adjoint_matching")),
+        *(gaussian(name) for name in ("full", "sticking_the_landing", "random_suffix", "adjoint_matching")),
         last_steps(),
         dataclasses.replace(gaussian("reinforce", effort=REINFORCE_EFFORT), bars=REINFORCE_BARS),
         component(effort=MIXTURE_EFFORT),

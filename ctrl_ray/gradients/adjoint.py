@@ -26,7 +26,7 @@ from torch import Tensor
 from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, step_kl
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.gradients.rollout import Trajectory, policy_step
-from ctrl_ray.policy.protocol import Policy
+from ctrl_ray.policy.protocol import Policy, policy_for_latents
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,25 @@ class MicroBatch:
             ref = self.step(step_index, latents, reference=True)
             (pulled_back,) = torch.autograd.grad((ref.mean * cotangent).sum(), latents)
         return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
+
+    def through_both(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
+        """The cotangent carried back through the policy's step and through the log-ratio of both at the latents that were
+        drawn (times kl_coef and the weights), and the reference's step (without graph). No parameter gets a gradient."""
+        latents = self.leaf(step_index)
+        policy = policy_for_latents(self._policy)
+        arguments = (self.kernel, step_index, latents, self.trajectory.inputs)
+        with torch.enable_grad():
+            step = policy_step(policy, *arguments, reference=False)
+            ref = policy_step(policy, *arguments, reference=True)
+            log_ratio = self._weighted_kl(self.trajectory.latents[step_index + 1] - ref.mean.detach(), ref.std)
+            carried = (step.mean * cotangent + (step.mean - ref.mean) * log_ratio).sum()
+            (pulled_back,) = torch.autograd.grad(carried, latents)
+        return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
+
+    def _weighted_kl(self, distance: Tensor, std: Tensor) -> Tensor:
+        """kl_coef · weights · distance / std²: the gradient of a step's weighted KL by the distance of its two means."""
+        share = 1 if self._latent_reduction == "sum" else distance[0].numel()
+        return self.kl_coef / share * self.weights.view(-1, *[1] * (distance.dim() - 1)) * distance / std**2
 
     def require_finite(self, values: Tensor, what: str) -> None:
         """NonFiniteError that names `what`, and its value where it is a single one."""

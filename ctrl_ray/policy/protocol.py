@@ -67,6 +67,12 @@ class Policy(Protocol):
         ...
 
 
+def policy_for_latents(policy: Policy) -> Policy:
+    """The same policy, where `torch.autograd.grad` to its latents goes through it; an engine says what that is."""
+    found: Policy = getattr(policy, "for_latents", policy)
+    return found
+
+
 class Encoder(Protocol):
     """Prompts to conditions."""
 

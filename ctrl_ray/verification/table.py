@@ -119,18 +119,18 @@ def machine_summary(verified: CaseResult) -> dict[str, float]:
 def format_table(verified: Sequence[CaseResult]) -> str:
     """problem · estimator · quantity · exact · reached · error · noise · bar, one line for each quantity; then T7."""
     lines = [
-        f"{'problem':<34} {'estimator':<17} {'quantity':<14} {'exact':>9} {'reached':>9} {'error':>9} {'noise':>8}  bar"
+        f"{'problem':<34} {'estimator':<20} {'quantity':<14} {'exact':>9} {'reached':>9} {'error':>9} {'noise':>8}  bar"
     ]
     for item in verified:
         for row in item.rows:
             error = f"{100 * row.error:8.3f}%" if row.quantity == "objective" else f"{row.error:9.4f}"
             lines.append(
-                f"{row.problem:<34} {row.estimator:<17} {row.quantity:<14} {row.exact:9.4f} {row.reached:9.4f} {error} "
+                f"{row.problem:<34} {row.estimator:<20} {row.quantity:<14} {row.exact:9.4f} {row.reached:9.4f} {error} "
                 f"{row.noise:8.4f}  {_bar(row)}"
             )
         solution = item.solution
         lines.append(
-            f"{'':<34} {'':<17} bounds: reached {item.reached.objective:.4f} ≤ fixed variance "
+            f"{'':<34} {'':<20} bounds: reached {item.reached.objective:.4f} ≤ fixed variance "
             f"{solution.optimum.objective:.4f} ≤ free {solution.free.objective:.4f} ≤ log Z {solution.log_z:.4f}; total "
             f"variation to the target {total_variation(item.reached.law, solution.tilt.law):.4f}"
         )

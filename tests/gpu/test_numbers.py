@@ -51,7 +51,9 @@ def _updated(config: TrainConfig, device: torch.device) -> tuple[dict[str, Tenso
     return changes, {name: value for name, value in row.items() if not name.endswith("_s")}
 
 
-@pytest.mark.parametrize("estimator", ["full", "last_k", "random_suffix", "adjoint_matching", "reinforce"])
+@pytest.mark.parametrize(
+    "estimator", ["full", "sticking_the_landing", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
+)
 def test_an_update_is_that_of_the_cpu(
     config: TrainConfig, estimator: Any, device: torch.device, measured: Measured
 ) -> None:

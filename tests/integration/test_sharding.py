@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import ctrl_ray
-from ctrl_ray.config import ControlConfig, LoraConfig, OptimizerConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.config import (
+    ControlConfig,
+    EstimatorConfig,
+    LoraConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    ScalingConfig,
+    TrainConfig,
+)
 from ctrl_ray.distributed.learner import Rank
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.policy.build import build_policy
@@ -29,6 +37,8 @@ SGD_CASES = {(False, name): scaling for name, scaling in STAGES.items()} | {
     (True, name): scaling for name, scaling in (STAGES | OFFLOADED).items()
 }
 """By (all weights are trained, name)."""
+PAST_THE_ENGINE = ("stage0", "stage3")
+"""Where an estimator asks for gradients of the latents alone, which the engine may not take for its backward."""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +82,10 @@ def _sgd(config: TrainConfig, full: bool, scaling: ScalingConfig) -> TrainConfig
     return _config(config, full, scaling, optimizer)
 
 
+def _landing(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, estimator=EstimatorConfig(name="sticking_the_landing"))
+
+
 @pytest.fixture(scope="module")
 def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers leave: two SGD updates of every stage, and AdamW runs with a checkpoint half-way."""
@@ -79,7 +93,7 @@ def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFacto
     cases = {
         f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling), poisoned=True)
         for (full, name), scaling in SGD_CASES.items()
-    }
+    } | {f"landing-{name}": Case(config=_landing(_sgd(base_config, False, STAGES[name]))) for name in PAST_THE_ENGINE}
     for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
         config = _config(base_config, full, STAGES[f"stage{stage}"], OptimizerConfig(learning_rate=3e-3))
         cases[name] = Case(config=config, save_after=2)
@@ -95,7 +109,18 @@ def test_two_workers_take_the_steps_of_one_process(
 ) -> None:
     """Every stage, offloaded or not: the parameters' change after two SGD-with-momentum updates differs by at most 1e-4
     (relative L2) from plain torch's in this process."""
-    config = _sgd(base_config, full, ScalingConfig())
+    config, kind = _sgd(base_config, full, ScalingConfig()), "full" if full else "lora"
+    _check_steps(config, two_workers, [f"{kind}-{name}" for trained_full, name in SGD_CASES if trained_full == full])
+
+
+def test_two_workers_go_past_the_engine_as_one_process_does(two_workers: Path, base_config: TrainConfig) -> None:
+    """`sticking_the_landing`, whose cotangent goes through the policy without its parameters."""
+    config = _landing(_sgd(base_config, False, ScalingConfig()))
+    _check_steps(config, two_workers, [f"landing-{name}" for name in PAST_THE_ENGINE])
+
+
+def _check_steps(config: TrainConfig, folder: Path, cases: list[str]) -> None:
+    """Of each case against plain torch's in this process."""
     policy = build_policy(config)
     start = {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
     learner = make_learner(config, PlainEngine(policy, config), Rank(0, 1, torch.device("cpu")))
@@ -103,15 +128,15 @@ def test_two_workers_take_the_steps_of_one_process(
         make_method(learner.config).update(learner, update)
     change = {name: p.detach() - start[name] for name, p in policy.trainable_parameters().items()}
     size = float(torch.cat([value.flatten() for value in change.values()]).norm())
-    for name in (name for trained_full, name in SGD_CASES if trained_full == full):
-        state = load_file(two_workers / f"{'full' if full else 'lora'}-{name}.safetensors")
+    for name in cases:
+        state = load_file(folder / f"{name}.safetensors")
         assert {key: state[key].shape for key in start} == {key: value.shape for key, value in start.items()}
         difference = float(torch.cat([(state[key] - start[key] - change[key]).flatten() for key in start]).norm())
-        print(f"{'full' if full else 'lora'} {name}: {difference / size:.2e} of a change of {size:.3g}")
+        print(f"{name}: {difference / size:.2e} of a change of {size:.3g}")
         assert difference / size <= 1e-4, name
         assert int(state["step"]) == config.num_updates
         # ZeRO-3 shards every parameter of the policy, frozen and reference weights included; the others none
-        expected = len(list(policy.parameters())) if name.startswith("stage3") else 0
+        expected = len(list(policy.parameters())) if "-stage3" in name else 0
         assert int(state["sharded"]) == expected, name
 
 

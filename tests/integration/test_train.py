@@ -282,7 +282,7 @@ class _EveryEstimator:
     needs_cotangent = True
 
     def __init__(self, config: TrainConfig) -> None:
-        names = ("adjoint_matching", "reinforce", "last_k", "random_suffix")
+        names = ("adjoint_matching", "reinforce", "last_k", "random_suffix", "sticking_the_landing")
         steps = {"adjoint_matching": 2, "last_k": 2}
         estimators = [EstimatorConfig(name=name, steps=steps.get(name, 0)) for name in names]  # type: ignore[arg-type]
         self.methods = [make_method(dataclasses.replace(config, estimator=estimator)) for estimator in estimators]
@@ -296,9 +296,9 @@ def test_an_image_pipeline_trains_with_every_estimator(base_config: TrainConfig,
     """The control table has a gradient in each update, its null row has none."""
     config = dataclasses.replace(
         _one_update(base_config),
-        num_updates=4,
+        num_updates=5,
         checkpoint_every_updates=1,
-        num_checkpoints_to_keep=5,
+        num_checkpoints_to_keep=6,
         group_size=4,
         optimizer=dataclasses.replace(base_config.optimizer, beta1=0.0),  # the first moment is the update's gradient
         output_dir=str(tmp_path / "run"),
@@ -307,7 +307,7 @@ def test_an_image_pipeline_trains_with_every_estimator(base_config: TrainConfig,
         job = dataclasses.replace(train_job(preflight(config), rewards), make_method=_EveryEstimator)
         run_training(job, config.output_dir, "run", lambda row: None)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*/checkpoint_*/training_state.safetensors"))
-    assert len(checkpoints) == 4
+    assert len(checkpoints) == 5
     for file in checkpoints:
         gradient = load_file(file)["exp_avg/controls.tables.jpeg_size.weight"]
         assert bool(torch.isfinite(gradient).all()) and float(gradient[:-1].norm()) > 0

@@ -114,6 +114,7 @@ def _trained(case: Case, engine: type[PlainEngine] = PlainEngine, **effort: floa
     "name",
     [
         "full",
+        pytest.param("sticking_the_landing", marks=pytest.mark.full),
         pytest.param("random_suffix", marks=pytest.mark.full),
         pytest.param("adjoint_matching", marks=pytest.mark.full),
     ],

@@ -69,7 +69,7 @@ def _on(config: TrainConfig, *, pool: bool, pretend: bool) -> list[dict[str, flo
 
 @pytest.mark.parametrize(
     ("estimator", "pool"),
-    [("full", True), ("full", False), ("adjoint_matching", True), ("reinforce", True)],
+    [("full", True), ("full", False), ("sticking_the_landing", True), ("adjoint_matching", True), ("reinforce", True)],
 )
 def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
     config: TrainConfig, estimator: str, pool: bool

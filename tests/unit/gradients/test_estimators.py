@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import EstimatorConfig, SamplerConfig, TrainConfig
+from ctrl_ray.diffusion.steps import gaussian_log_prob
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import Sampler
@@ -18,7 +20,7 @@ from ctrl_ray.exact.suite import Case, Effort, gaussian, logistic
 from ctrl_ray.gradients import estimators
 from ctrl_ray.gradients.adjoint import AdjointPlan, Estimator, TerminalReward, adjoint_pass
 from ctrl_ray.gradients.estimators import make_estimator
-from ctrl_ray.gradients.rollout import keyed_noise, rollout
+from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
 from ctrl_ray.policy.analytic import analytic_scheduler
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.policy.schedule import load_kernel
@@ -26,6 +28,7 @@ from tests.analytic import make_learner, means_on
 
 ALL: dict[str, Callable[[], Estimator]] = {
     "full": estimators.Full,
+    "sticking_the_landing": estimators.StickingTheLanding,
     "last_k": lambda: estimators.LastK(2),
     "random_suffix": estimators.RandomSuffix,
     "adjoint_matching": estimators.AdjointMatching,
@@ -129,6 +132,7 @@ def test_counted_calls_are_the_stated_ones(name: str, reference_steps: int) -> N
     ("name", "forwards", "backwards"),
     [
         ("full", 18, 12),
+        ("sticking_the_landing", 24, 18),
         ("last_k", 10, 4),
         ("adjoint_matching", 18, 12),
         ("adjoint_matching of 3", 15, 9),
@@ -158,6 +162,43 @@ def test_random_suffix_is_unbiased_over_its_draws() -> None:
     full = _gradient(case, estimators.Full(), estimators.Full().plan(num_steps, 0, 0, 0), 16, pushes)
     torch.testing.assert_close(total, full, rtol=1e-9, atol=1e-12)
     assert (unweighted - full).norm() > 0.1 * full.norm()  # without the weights it is biased
+
+
+def test_sticking_the_landing_is_the_pathwise_gradient_of_log_w() -> None:
+    """By autograd through the whole path, in float64: the policy's own density takes the latents' gradient, not the
+    parameters'. It differs from the full gradient, whose mean it has."""
+    num_steps, batch_size = 5, 16
+    case = _short(logistic(4.0), num_steps, num_nodes=5)
+    case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, kl_coef=0.7))
+    pushes = 0.3 * torch.randn(1, num_steps, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, full = (
+        _gradient(case, estimator, estimator.plan(num_steps, 0, 0, 0), batch_size, pushes)
+        for estimator in (estimators.StickingTheLanding(), estimators.Full())
+    )
+    learner, policy = make_learner(case)
+    policy.double()
+    policy.pushes["first"].data.copy_(pushes)
+    frozen = copy.deepcopy(policy).requires_grad_(False)
+    prompts, labels = tuple(learner.prompts) * batch_size, torch.zeros(batch_size, 1, dtype=torch.long)
+    inputs = Inputs(learner.encoder.encode(prompts), labels)
+    noise = keyed_noise(0, 0, range(batch_size), (1,), num_steps)
+    latents = noise(0).double()
+    log_ratio = torch.zeros(batch_size, dtype=torch.float64)
+    for k in range(num_steps):
+        step = policy_step(policy, learner.kernel, k, latents, inputs, reference=False)
+        following = step.mean + step.std * noise(k + 1).double()
+        for model, reference, sign in ((frozen, True, 1), (frozen, False, -1)):
+            law = policy_step(model, learner.kernel, k, latents, inputs, reference=reference)
+            log_ratio = log_ratio + sign * gaussian_log_prob(law, following)
+        latents = following
+    strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
+    rewarded = learner.rewards.submit(latents.detach(), prompts, labels, strengths).result()
+    assert rewarded.cotangent is not None
+    objective = (latents * rewarded.cotangent.double()).sum() + case.problem.kl_coef * log_ratio.sum()
+    (-objective / batch_size).backward()
+    expected = policy.pushes["first"].grad
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert (found - full).norm() > 0.05 * full.norm()
 
 
 def test_random_suffix_draws_k_with_the_stated_probabilities() -> None:
@@ -190,7 +231,7 @@ def test_estimates_agree_with_what_they_estimate(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["full", "adjoint_matching"])
+@pytest.mark.parametrize("name", ["full", "adjoint_matching", "sticking_the_landing"])
 def test_the_fixed_variance_optimum_is_at_rest(name: str) -> None:
     """At the exact optimum of T4 the mean gradient is small beside that at the start."""
     num_steps, nodes = 10, 41
@@ -222,7 +263,7 @@ def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
     assert (
         make_estimator(EstimatorConfig(name="random_suffix", full_probability=1.0), 5).plan(5, 0, 0, 0).stop_below == 0
     )
-    for name in ("full", "adjoint_matching", "reinforce"):
+    for name in ("full", "sticking_the_landing", "adjoint_matching", "reinforce"):
         assert make_estimator(EstimatorConfig(name=name), 4).name == name  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"12.*10 steps"):
         make_estimator(EstimatorConfig(name="last_k", steps=12), 10)

@@ -13,7 +13,7 @@ from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.rewards.protocol import require_gradient
 
 
-@pytest.mark.parametrize("name", ["full", "last_k", "random_suffix", "adjoint_matching"])
+@pytest.mark.parametrize("name", ["full", "sticking_the_landing", "last_k", "random_suffix", "adjoint_matching"])
 def test_a_reward_without_gradient_is_refused_by_name_with_a_way_out(name: Any) -> None:
     estimator = make_estimator(EstimatorConfig(name=name), num_steps=10)
     black_box: Any = SimpleNamespace(differentiable=False)
