@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrl_ray.config import EstimatorConfig
 from ctrl_ray.diffusion.noise import draw_uniform
-from ctrl_ray.diffusion.steps import gaussian_log_prob
+from ctrl_ray.diffusion.steps import GaussianStep, gaussian_log_prob
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import AdjointPlan, Calls, Estimator, MicroBatch, TerminalReward
 
@@ -31,6 +31,14 @@ class _ByCotangent(Estimator):
     def pass_reference(self, batch: MicroBatch, step_index: int, carried: Tensor) -> Tensor:
         """Through the reference's step."""
         return batch.through_reference(step_index, carried)[0]
+
+    def _push(
+        self, batch: MicroBatch, step_index: int, carried: Tensor, reference: GaussianStep, weight: float
+    ) -> None:
+        """The parameters' gradient by a graph of the policy's step alone, whose latents are fixed."""
+        step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
+        kl = batch.kl(step_index, step, reference)
+        batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
 
     def _loss(self, batch: MicroBatch, step_index: int, mean: Tensor, carried: Tensor, kl: Tensor) -> Tensor:
         loss = (mean * carried).sum() + batch.kl_coef * (kl * batch.weights).sum()
@@ -97,9 +105,7 @@ class StickingTheLanding(_ByCotangent):
         """The cotangent through both steps; then the parameters' gradient by a graph of its own."""
         pulled_back, ref = batch.through_both(step_index, carried)
         if weight:
-            step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
-            kl = batch.kl(step_index, step, ref)
-            batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
+            self._push(batch, step_index, carried, ref, weight)
         return pulled_back
 
     def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
@@ -180,9 +186,7 @@ class AdjointMatching(_ByCotangent):
         """The adjoint through the reference; where matched, the policy's mean is regressed on it."""
         pulled_back, ref = batch.through_reference(step_index, carried)
         if weight:
-            step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
-            kl = batch.kl(step_index, step, ref)
-            batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
+            self._push(batch, step_index, carried, ref, weight)
         return pulled_back
 
     def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
