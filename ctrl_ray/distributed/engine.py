@@ -77,15 +77,18 @@ class PolicyEngine:
         The reference goes past it where its weights are whole: it has no parameter gradients, and the engine refuses
         `torch.autograd.grad` through its output under ZeRO-0.
         """
-        past = reference and self._config.scaling.zero_stage < 3
-        forward = self.policy if past else self.engine
+        forward = self.policy if reference and self._weights_are_whole else self.engine
         return forward(latents, time, inputs, reference=reference)
 
     @property
     def for_latents(self) -> Policy:
         """What `torch.autograd.grad` to the latents may go through: the engine takes a gradient through its own output for
         its backward, which under ZeRO-3 it must, to gather the weights."""
-        return self if self._config.scaling.zero_stage == 3 else self.policy
+        return self.policy if self._weights_are_whole else self
+
+    @property
+    def _weights_are_whole(self) -> bool:
+        return self._config.scaling.zero_stage < 3
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the parameter gradients of a scalar; leaves such as the step's latents get theirs unscaled."""

@@ -106,19 +106,17 @@ class MicroBatch:
         drawn (times kl_coef and the weights), and the reference's step (without graph). No parameter gets a gradient."""
         latents = self.leaf(step_index)
         policy = policy_for_latents(self._policy)
-        arguments = (self.kernel, step_index, latents, self.trajectory.inputs)
+        share = 1 if self._latent_reduction == "sum" else latents[0].numel()
+        factors = self.kl_coef / share * self.weights.view(-1, *[1] * (latents.dim() - 1))
         with torch.enable_grad():
-            step = policy_step(policy, *arguments, reference=False)
-            ref = policy_step(policy, *arguments, reference=True)
-            log_ratio = self._weighted_kl(self.trajectory.latents[step_index + 1] - ref.mean.detach(), ref.std)
-            carried = (step.mean * cotangent + (step.mean - ref.mean) * log_ratio).sum()
+            step, ref = (
+                policy_step(policy, self.kernel, step_index, latents, self.trajectory.inputs, reference=reference)
+                for reference in (False, True)
+            )
+            score = (self.trajectory.latents[step_index + 1] - ref.mean.detach()) / ref.std**2
+            carried = (step.mean * cotangent + (step.mean - ref.mean) * factors * score).sum()
             (pulled_back,) = torch.autograd.grad(carried, latents)
         return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
-
-    def _weighted_kl(self, distance: Tensor, std: Tensor) -> Tensor:
-        """kl_coef · weights · distance / std²: the gradient of a step's weighted KL by the distance of its two means."""
-        share = 1 if self._latent_reduction == "sum" else distance[0].numel()
-        return self.kl_coef / share * self.weights.view(-1, *[1] * (distance.dim() - 1)) * distance / std**2
 
     def require_finite(self, values: Tensor, what: str) -> None:
         """NonFiniteError that names `what`, and its value where it is a single one."""

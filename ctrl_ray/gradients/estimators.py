@@ -6,6 +6,7 @@ a whole micro-batch and all its guidance branches (two with classifier-free guid
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,14 +32,6 @@ class _ByCotangent(Estimator):
     def pass_reference(self, batch: MicroBatch, step_index: int, carried: Tensor) -> Tensor:
         """Through the reference's step."""
         return batch.through_reference(step_index, carried)[0]
-
-    def _push(
-        self, batch: MicroBatch, step_index: int, carried: Tensor, reference: GaussianStep, weight: float
-    ) -> None:
-        """The parameters' gradient by a graph of the policy's step alone, whose latents are fixed."""
-        step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
-        kl = batch.kl(step_index, step, reference)
-        batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
 
     def _loss(self, batch: MicroBatch, step_index: int, mean: Tensor, carried: Tensor, kl: Tensor) -> Tensor:
         loss = (mean * carried).sum() + batch.kl_coef * (kl * batch.weights).sum()
@@ -66,6 +59,23 @@ class _ThroughPolicy(_ByCotangent):
         return Calls(2, 2, float(weighted)) if controlled else Calls(1, 1, 0)
 
 
+class _AtFixedLatents(_ByCotangent):
+    """The parameters' gradient has a graph of its own, of the policy's step alone, whose latents are fixed."""
+
+    @abstractmethod
+    def carry(self, batch: MicroBatch, step_index: int, carried: Tensor) -> tuple[Tensor, GaussianStep]:
+        """The cotangent at step k, without a gradient of any parameter, and the reference's step."""
+
+    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
+        """What `carry` says; where the step has a weight, the policy's mean is regressed on the cotangent."""
+        pulled_back, ref = self.carry(batch, step_index, carried)
+        if weight:
+            step = batch.step(step_index, batch.trajectory.latents[step_index], reference=False)
+            kl = batch.kl(step_index, step, ref)
+            batch.backward(self._loss(batch, step_index, step.mean, carried, kl) * weight)
+        return pulled_back
+
+
 class Full(_ThroughPolicy):
     """The exact gradient of the discretised objective: every step is visited with weight 1.
 
@@ -80,7 +90,7 @@ class Full(_ThroughPolicy):
         return AdjointPlan((1.0,) * num_steps)
 
 
-class StickingTheLanding(_ByCotangent):
+class StickingTheLanding(_AtFixedLatents):
     """The exact gradient of E log w, w the weight of a path (`ctrl_ray.evaluation.certificate`), without the part of it whose
     mean is zero: the policy's density counts as a function of the latents alone (Roeder et al. 2017).
 
@@ -101,12 +111,9 @@ class StickingTheLanding(_ByCotangent):
         """All steps."""
         return AdjointPlan((1.0,) * num_steps)
 
-    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
-        """The cotangent through both steps; then the parameters' gradient by a graph of its own."""
-        pulled_back, ref = batch.through_both(step_index, carried)
-        if weight:
-            self._push(batch, step_index, carried, ref, weight)
-        return pulled_back
+    def carry(self, batch: MicroBatch, step_index: int, carried: Tensor) -> tuple[Tensor, GaussianStep]:
+        """Through both steps."""
+        return batch.through_both(step_index, carried)
 
     def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
         """Policy and reference for the latents; the policy for its parameters."""
@@ -159,7 +166,7 @@ class RandomSuffix(_ThroughPolicy):
 
 
 @dataclass(frozen=True)
-class AdjointMatching(_ByCotangent):
+class AdjointMatching(_AtFixedLatents):
     """The policy is regressed on the lean adjoint, which the *reference* alone carries back (Domingo-Enrich et al. 2025).
 
     Per matched step, with h_k detached: ⟨mean_k, a_{k+1}⟩ + kl_coef KL_k. matched_steps of the T steps are chosen, one
@@ -182,12 +189,9 @@ class AdjointMatching(_ByCotangent):
             weights[low + int(draw * (high - low))] = float(high - low)
         return AdjointPlan(tuple(weights))
 
-    def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
-        """The adjoint through the reference; where matched, the policy's mean is regressed on it."""
-        pulled_back, ref = batch.through_reference(step_index, carried)
-        if weight:
-            self._push(batch, step_index, carried, ref, weight)
-        return pulled_back
+    def carry(self, batch: MicroBatch, step_index: int, carried: Tensor) -> tuple[Tensor, GaussianStep]:
+        """Through the reference."""
+        return batch.through_reference(step_index, carried)
 
     def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
         """The reference's step; the policy's where matched."""

@@ -431,11 +431,8 @@ def test_a_backward_costs_the_same_whatever_the_estimator(tiny_pipeline: Path) -
     """Operations of a forward and a backward are the network's; estimators differ in how many of them they make."""
     base = _tiny_config(tiny_pipeline)
     full = PolicyCounter(base, base.controls).flops(2)
-    for name in (
-        "sticking_the_landing",
-        "adjoint_matching",
-        "reinforce",
-    ):  # last_k and random_suffix go back through the policy as full does
+    # last_k and random_suffix go back through the policy as full does
+    for name in ("sticking_the_landing", "adjoint_matching", "reinforce"):
         config = dataclasses.replace(base, estimator=EstimatorConfig(name=name), group_size=2)  # type: ignore[arg-type]
         flops = PolicyCounter(config, config.controls).flops(2)
         assert flops.forward == full.forward
