@@ -106,7 +106,12 @@ class ControlledPipeline:
         check_base_model(info, backbone)
         chosen = sampling_precision(precision, info.training, device)
         policy = load_policy_on(
-            backbone, info.num_classes, lora=info.lora, full_finetune=info.lora is None, precision=chosen
+            backbone,
+            info.num_classes,
+            lora=info.lora,
+            kind=info.kind,
+            full_finetune=info.lora is None,
+            precision=chosen,
         )
         load_into_policy(adapter, policy)
         folders = {**find_classifiers(adapter, list(info.controls), {}), **(classifiers or {})}

@@ -162,6 +162,9 @@ class SamplerConfig:
     """Classifier-free guidance of the prompt. 1.0 switches it off; any other value doubles the denoiser's work."""
     control_scale: float | None = None
     """A guidance scale for the label alone (three denoiser branches). None: prompt and label share guidance_scale."""
+    null_branch: Literal["pre_trained", "class"] = "pre_trained"
+    """With a guidance_scale other than 1: whose the unconditional branch is. 'pre_trained': without prompt and label, as in
+    the paper. 'class': without prompt but with the label, as tools do that know an exported class as an ordinary LoRA."""
     reference_steps: int = 0
     """The pre-trained model takes this many of the last denoising steps, in training and in sampling. They are a
     fixed part of the reward. The last step or two have so little noise that any deviation there costs a large KL and
@@ -189,6 +192,19 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora rank is {self.rank}; expected at least 1")
+
+
+AdapterKind = Literal["gains", "embedding", "both"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """How a label reaches the denoiser. With `full_finetune` it is by control embeddings, whatever is set here."""
+
+    kind: AdapterKind = "embedding"
+    """'gains': each class turns the ranks of LoRA up, down or round; without a label the policy is the pre-trained model,
+    bit for bit, and every class is exported as a LoRA file that plain diffusers loads. 'embedding': the paper's label
+    embedding, added to the time embedding, beside one LoRA for all classes. 'both': gains and the embedding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -565,6 +581,8 @@ class TrainConfig:
     """The sampler that the policy is trained for."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     """Gradient estimator."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """How labels reach the denoiser."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -37,14 +37,16 @@ class Guidance:
     """Classifier-free guidance, combined inside the policy."""
 
     scale: float = 1.0
-    """w in ε_u + w (ε_c − ε_u); 1.0 = off. The unconditional branch drops prompt and labels together."""
+    """w in ε_u + w (ε_c − ε_u); 1.0 = off."""
     control_scale: float | None = None
     """Separate scale s of the label direction: ε_u + w (ε_prompt − ε_u) + s (ε_prompt,labels − ε_prompt)."""
+    null_branch: Literal["pre_trained", "class"] = "pre_trained"
+    """The unconditional branch drops the prompt, and the labels with it or not."""
 
     @classmethod
     def of(cls, sampler: SamplerConfig) -> Guidance:
         """The guidance that a sampler's settings name."""
-        return cls(sampler.guidance_scale, sampler.control_scale)
+        return cls(sampler.guidance_scale, sampler.control_scale, sampler.null_branch)
 
     @property
     def num_branches(self) -> int:

@@ -14,6 +14,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.batches import evaluation_batch
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.errors import ConfigError, NonFiniteError
+from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
 
 TRUE_KL = 1e-3
@@ -107,7 +108,7 @@ def _reading(learner: Learner, amplitude: float) -> float:
 def near_reference(policy: ControlledPolicy, amplitude: float, seed: int) -> Iterator[None]:
     """Meanwhile the policy is the pre-trained model but for small random changes, the same but for their amplitude.
 
-    LoRA's B matrices and the tables (null rows stay zero) are amplitude × N(0, 1), weights that are trained as a whole are
+    B matrices and the embeddings' tables (null rows stay zero) are amplitude × N(0, 1), weights that are trained as a whole are
     those of the reference × (1 + amplitude × N(0, 1)).
     """
     trainable = policy.trainable_parameters()
@@ -117,12 +118,12 @@ def near_reference(policy: ControlledPolicy, amplitude: float, seed: int) -> Ite
     generator = torch.Generator(device).manual_seed(seed)
     try:
         for name, parameter in trainable.items():
-            if "lora_A" in name:
+            if "lora_A" in name or f"{GAINS}.down." in name or f"{GAINS}.tables." in name:
                 continue
             noise = torch.randn(parameter.shape, generator=generator, device=device).mul_(amplitude)
             pretrained = reference.get(name.removeprefix(f"{policy.backbone.denoiser}."))
             parameter.copy_(noise if pretrained is None else pretrained + pretrained * noise)
-        for name in policy.controls.names:
+        for name in policy.controls.tables:
             policy.controls.table(name).weight[-1] = 0
         yield
     finally:

@@ -238,7 +238,9 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
         controls.setdefault(name, control)
     controls = {name: info.controls.get(name, control) for name, control in controls.items()}
     counts = {name: control.num_classes for name, control in controls.items()}
-    policy = load_policy_on(backbone, counts, lora=info.lora, full_finetune=info.lora is None, precision=job.precision)
+    policy = load_policy_on(
+        backbone, counts, lora=info.lora, kind=info.kind, full_finetune=info.lora is None, precision=job.precision
+    )
     load_into_policy(adapter, policy)
     policy.scale_adapter(job.adapter_scale)
     return policy.eval(), controls, backbone.make_kernel(job.sampler, info.scheduler)

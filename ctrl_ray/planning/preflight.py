@@ -132,6 +132,7 @@ def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
         controls=controls,
         sampler=config.sampler,
         lora=None if config.full_finetune else config.lora,
+        kind=config.adapter.kind,
         training={
             "kl_coef": config.kl_coef,
             "latent_reduction": config.latent_reduction,
@@ -256,7 +257,8 @@ def _summary(
     forwards, backwards = (number * num_branches(config) for number in calls[:2])
     workers = config.scaling.fixed_num_workers
     needed = needed_resources(config)
-    kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}"
+    gains = " with label gains" if config.adapter.kind != "embedding" else ""
+    kind = "the whole denoiser" if config.full_finetune else f"LoRA rank {config.lora.rank}{gains}"
     lines = [
         to_json(config),
         "",

@@ -1,4 +1,4 @@
-"""What a run exports: LoRA in diffusers' own format, control embeddings, and the facts that belong to them."""
+"""What a run exports: LoRA in diffusers' own format, control embeddings or label gains, and the facts that belong to them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.base_model import fingerprint
+from ctrl_ray.policy.class_loras import save_class_loras
+from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.runs.files import write_whole
 
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "control_embeddings.safetensors"
+GAINS_FILE = "label_gains.safetensors"
 _WEIGHTS = "diffusion_pytorch_model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1, which is still read, knew one kind of adapter, 'embedding', and one unconditional branch, the pre-trained model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class AdapterInfo:
     """DDIM scheduler config."""
     lora: LoraConfig | None
     """None: the whole denoiser was trained and lies in its sub-folder (unet/)."""
+    kind: AdapterKind = "embedding"
+    """How labels reach the denoiser."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the run: kl_coef, updates, evaluation, the share of pre-trained candidates, and the precision and sizes that
     fitted its machines, which `python -m ctrl_ray.evaluate` takes up."""
@@ -74,6 +80,7 @@ class AdapterInfo:
             "controls": controls,
             **dataclasses.asdict(self.sampler),
             "scheduler": dict(self.scheduler),
+            "kind": self.kind,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             "training": dict(self.training),
         }
@@ -87,10 +94,12 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         raise ModelError(f"{file} does not exist; expected an adapter folder, such as RUN/adapter of a finished run")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
+        if content["format_version"] not in range(1, FORMAT_VERSION + 1):
             raise ModelError(
-                f"{file} has format version {content['format_version']}; this ctrl_ray reads {FORMAT_VERSION}"
+                f"{file} has format version {content['format_version']}; this ctrl_ray reads 1 to {FORMAT_VERSION}"
             )
+        if content["format_version"] == 1:
+            content = {"kind": "embedding", "null_branch": "pre_trained", **content}
         base = content["base_model"]
         return AdapterInfo(
             base_model=base["id"],
@@ -115,6 +124,7 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
                 alpha=content["lora"]["alpha"],
                 target_modules=tuple(content["lora"]["target_modules"]),
             ),
+            kind=content["kind"],
             training=content["training"],
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -148,6 +158,12 @@ def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo
     if info.lora is None:
         denoiser: Any = policy.denoiser
         denoiser.save_pretrained(folder / policy.backbone.denoiser, safe_serialization=True)
+    elif info.kind != "embedding":
+        state = policy.denoiser.state_dict()
+        gains = {name: value.detach().cpu().contiguous() for name, value in state.items() if f".{GAINS}." in name}
+        save_file(gains, folder / GAINS_FILE)
+        if info.kind == "gains":
+            save_class_loras(folder, policy, info.controls)
     else:
         layers = {key: v.detach().cpu().contiguous() for key, v in get_peft_model_state_dict(policy.denoiser).items()}
         facts = {
@@ -159,7 +175,7 @@ def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo
         policy.backbone.pipeline_class.save_lora_weights(
             folder, **{f"{key}_lora_layers": layers, f"{key}_lora_adapter_metadata": facts}
         )
-    tables = {name: policy.controls.table(name).weight.detach().cpu().contiguous() for name in policy.controls.names}
+    tables = {name: policy.controls.table(name).weight.detach().cpu().contiguous() for name in policy.controls.tables}
     _save_facts(folder, tables, info)
     return folder
 
@@ -201,7 +217,8 @@ def shard_file(stem: str, rank: int, num_ranks: int) -> str:
 
 
 def _save_facts(folder: Path, tables: Mapping[str, Tensor], info: AdapterInfo) -> None:
-    save_file(dict(tables), folder / EMBEDDINGS_FILE)
+    if tables:
+        save_file(dict(tables), folder / EMBEDDINGS_FILE)
     (folder / ADAPTER_FILE).write_text(info.to_json(), encoding="utf-8")
 
 
@@ -223,10 +240,14 @@ def read_embeddings(folder: str | Path, info: AdapterInfo) -> dict[str, Tensor]:
 def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInfo:
     """Set a policy's parameters from an adapter (`--init-adapter`, evaluation).
 
-    Controls that the adapter lacks keep their zero tables; a control of the adapter that the policy lacks, other
-    classes, or another LoRA rank are ModelErrors.
+    Controls that the adapter lacks stay as they start, without effect; a control of the adapter that the policy lacks, other
+    classes, another kind of adapter or another LoRA rank are ModelErrors.
     """
     info = read_adapter_info(folder)
+    if info.lora is not None and policy.lora is not None and info.kind != policy.kind:
+        raise ModelError(
+            f"adapter {folder} is of kind {info.kind!r}, this policy of kind {policy.kind!r}; set adapter.kind to {info.kind}"
+        )
     for name, count in info.num_classes.items():
         have = policy.controls.num_classes.get(name)
         if have != count:
@@ -234,11 +255,14 @@ def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInf
                 f"adapter {folder} has control {name!r} with {count} classes; this policy has "
                 f"{'no such control' if have is None else f'{have} classes'}. Keep the adapter's controls in the config"
             )
-    for name, table in read_embeddings(folder, info).items():
-        weight = policy.controls.table(name).weight
-        weight.data.copy_(table.to(weight.device))
+    if info.lora is None or info.kind != "gains":
+        for name, table in read_embeddings(folder, info).items():
+            weight = policy.controls.table(name).weight
+            weight.data.copy_(table.to(weight.device))
     if info.lora is None:
         _load_denoiser(Path(folder) / policy.backbone.denoiser, policy)
+    elif info.kind != "embedding":
+        _load_gains(Path(folder) / GAINS_FILE, policy, info)
     else:
         _load_lora(Path(folder) / LORA_FILE, policy)
     return info
@@ -251,17 +275,36 @@ def _load_lora(file: Path, policy: ControlledPolicy) -> None:
     loaded = policy.backbone.pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name)
     state = loaded[0] if isinstance(loaded, tuple) else loaded  # with the networks' alphas, in some families
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    expected = get_peft_model_state_dict(policy.denoiser)
-    shapes = {key: tuple(value.shape) for key, value in own.items()}
-    wanted = {key: tuple(value.shape) for key, value in expected.items()}
-    if shapes != wanted:
-        different = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-        raise ModelError(
-            f"{file} does not fit this policy's LoRA ({len(different)} of {len(wanted)} tensors differ, first "
-            f"{different[0]}: file {shapes.get(different[0])}, policy {wanted.get(different[0])}); use the same "
-            "lora.rank and lora.target_modules as the adapter"
-        )
+    _require_shapes(file, own, get_peft_model_state_dict(policy.denoiser), "this policy's LoRA")
     set_peft_model_state_dict(policy.denoiser, own)
+
+
+def _load_gains(file: Path, policy: ControlledPolicy, info: AdapterInfo) -> None:
+    """Those of the adapter's controls; a control that only the policy has keeps its own."""
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
+    state = load_file(file)
+    own = {
+        name: parameter
+        for name, parameter in policy.denoiser.named_parameters()
+        if f".{GAINS}." in name and name.partition(f".{GAINS}.")[2].split(".")[1] in info.controls
+    }
+    _require_shapes(file, state, own, "this policy's label gains")
+    for name, parameter in own.items():
+        parameter.data.copy_(state[name].to(parameter.device))
+
+
+def _require_shapes(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whose: str) -> None:
+    """ModelError where names or shapes differ."""
+    have = {name: tuple(value.shape) for name, value in found.items()}
+    want = {name: tuple(value.shape) for name, value in wanted.items()}
+    if have != want:
+        different = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        raise ModelError(
+            f"{file} does not fit {whose} ({len(different)} of {len(want)} tensors differ, first {different[0]}: file "
+            f"{have.get(different[0])}, policy {want.get(different[0])}); use the same lora.rank and lora.target_modules as "
+            "the adapter"
+        )
 
 
 def _load_denoiser(folder: Path, policy: ControlledPolicy) -> None:
@@ -285,6 +328,7 @@ def make_adapter_info(
     controls: Mapping[str, ControlConfig],
     sampler: SamplerConfig,
     lora: LoraConfig | None,
+    kind: AdapterKind = "embedding",
     training: Mapping[str, Any],
 ) -> AdapterInfo:
     """Facts of a run as `adapter.json` stores them; hashes the base model."""
@@ -298,5 +342,6 @@ def make_adapter_info(
         sampler=sampler,
         scheduler=json.loads(json.dumps(public, default=str)),
         lora=lora,
+        kind=kind if lora is not None else "embedding",
         training=dict(training),
     )

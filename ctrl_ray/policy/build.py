@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ctrl_ray.config import ControlConfig, LoraConfig, Precision, TrainConfig
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, Precision, TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
@@ -20,7 +20,13 @@ def policy_controls(config: TrainConfig) -> dict[str, ControlConfig]:
     """Controls in label-column order: the config's, then those that only the initial adapter has (always null here)."""
     controls = dict(config.controls)
     if config.init_adapter:
-        for name, control in read_adapter_info(config.init_adapter).controls.items():
+        info = read_adapter_info(config.init_adapter)
+        if info.lora is not None and not config.full_finetune and info.kind != config.adapter.kind:
+            raise ConfigError(
+                f"adapter.kind is {config.adapter.kind!r}, but the adapter {config.init_adapter} is of kind "
+                f"{info.kind!r}; go on with --adapter.kind {info.kind}"
+            )
+        for name, control in info.controls.items():
             if name in controls and controls[name].num_classes != control.num_classes:
                 raise ConfigError(
                     f"control {name!r} has {controls[name].num_classes} classes in the config but "
@@ -42,6 +48,7 @@ def build_policy(
         backbone,
         {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
         lora=None if config.full_finetune else config.lora,
+        kind=config.adapter.kind,
         full_finetune=config.full_finetune,
         precision=config.scaling.precision,
         seed=config.seed,
@@ -60,6 +67,7 @@ def load_policy_on(
     num_classes: Mapping[str, int],
     *,
     lora: LoraConfig | None,
+    kind: AdapterKind = "embedding",
     full_finetune: bool = False,
     precision: Precision = "fp32",
     seed: int = 0,
@@ -74,6 +82,7 @@ def load_policy_on(
             denoiser,
             num_classes,
             lora=lora,
+            kind=kind,
             full_finetune=full_finetune,
             precision=precision,
             seed=seed,

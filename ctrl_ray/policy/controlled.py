@@ -1,4 +1,4 @@
-"""The augmented model: a frozen denoiser plus LoRA and control embeddings, and the same weights without them."""
+"""The augmented model: a frozen denoiser plus LoRA that knows the labels, and the same weights without it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctrl_ray.config import LoraConfig, Precision
+from ctrl_ray.config import AdapterKind, LoraConfig, Precision
 from ctrl_ray.diffusion.steps import ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
+from ctrl_ray.policy.control.gains import add_label_gains, label_gains
 from ctrl_ray.policy.cotangent_scale import CotangentScale
 from ctrl_ray.policy.peft_internals import switch_adapters
 from ctrl_ray.policy.precision import half_dtype, keep_in_float32
@@ -36,8 +37,8 @@ class ControlledPolicy(TrainablePolicy):
 
     `reference` is an argument of the forward, never a global toggle: with gradient checkpointing the recomputation
     re-enters the mode of its own forward. LoRA has no dropout, and the backbone stays in eval mode: what the rollout
-    computes, the adjoint pass computes again. At initialisation policy and reference are equal bit for bit (LoRA's B
-    matrices and all tables are zero).
+    computes, the adjoint pass computes again. At initialisation policy and reference are equal bit for bit (B matrices and
+    embeddings are zero), and with label gains alone they stay so for samples whose labels are all null.
     """
 
     def __init__(
@@ -47,14 +48,15 @@ class ControlledPolicy(TrainablePolicy):
         num_classes: Mapping[str, int],
         *,
         lora: LoraConfig | None,
+        kind: AdapterKind = "embedding",
         full_finetune: bool = False,
         precision: Precision = "fp32",
         seed: int = 0,
     ) -> None:
         """num_classes: classes of each control, in label-column order. lora: None with `full_finetune` (all weights are
         trained, and a frozen copy of them is the reference), else the pre-trained model alone, with nothing to train but
-        the control embeddings. precision: a frozen denoiser comes in its type (`frozen_dtype`); one that is trained comes
-        in float32, and runs under autocast in bf16 and fp16."""
+        the control embeddings. kind: how the labels reach a denoiser with LoRA. precision: a frozen denoiser comes in its
+        type (`frozen_dtype`); one that is trained comes in float32, and runs under autocast in bf16 and fp16."""
         super().__init__()
         self.backbone = backbone
         self.latent_shape = backbone.latent_shape
@@ -70,15 +72,23 @@ class ControlledPolicy(TrainablePolicy):
             denoiser.requires_grad_(True)
         else:
             denoiser.requires_grad_(False)
-            if lora is not None:
-                _add_lora(backbone, denoiser, lora, seed)
+        self.lora, self.kind = lora, kind
+        gained: list[nn.Module] = []
+        if lora is not None and kind == "embedding":
+            _add_lora(backbone, denoiser, lora, seed)
+        elif lora is not None:
+            gained = add_label_gains(_targets(backbone, denoiser, lora), num_classes, lora.rank, seed)
         point, width = backbone.embedding_point(denoiser)
-        self.controls = ControlEmbeddings(num_classes, width)
+        self.controls = ControlEmbeddings(num_classes, None if gained and kind == "gains" else width)
         self._lora_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        self._gained_layers = gained
+        for layer in gained:
+            layer.register_forward_hook(self._add_label_gains)
         self._scale = 1.0
         self._reference = False
         self._labels: Tensor | None = None
-        point.register_forward_hook(self._add_control_embedding)
+        if self.controls.tables:
+            point.register_forward_hook(self._add_control_embedding)
         self._cotangent_scale: CotangentScale | None = None
         if precision == "fp16":
             self.enable_cotangent_scaling()
@@ -89,14 +99,14 @@ class ControlledPolicy(TrainablePolicy):
         return self.get_submodule(self.backbone.denoiser)
 
     def forward(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
-        """Guided prediction, float32 like the latents (B, C, H, W).
-
-        The unconditional branch of the guidance drops prompt and labels together.
-        """
+        """Guided prediction, float32 like the latents (B, C, H, W)."""
         condition, guidance = inputs.condition, inputs.guidance
         branches = _BRANCHES[guidance.num_branches]
         null = self.controls.null(len(latents), inputs.labels.device)
-        labels = _stack([inputs.labels if labelled else null for _, labelled in branches])
+        dropped = inputs.labels if guidance.null_branch == "class" else null
+        labels = _stack(
+            [inputs.labels if labelled else dropped if kind == "null" else null for kind, labelled in branches]
+        )
         sources = []
         for kind, _ in branches:
             tensors = condition.tensors if kind == "prompt" else condition.null_tensors
@@ -197,6 +207,14 @@ class ControlledPolicy(TrainablePolicy):
             embeddings = self._scale * embeddings
         return output + embeddings.to(output.dtype)
 
+    def _add_label_gains(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._reference or self._labels is None:
+            return output
+        assert self.lora is not None
+        scale = self.lora.alpha / self.lora.rank * self._scale
+        adapted: Tensor = label_gains(layer)(args[0], output, self._labels, scale)
+        return adapted
+
     def _autocast(self, device: torch.device) -> Any:
         if self._autocast_dtype is None:
             return nullcontext()
@@ -208,14 +226,21 @@ def _stack(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _add_lora(backbone: Backbone, denoiser: Any, lora: LoraConfig, seed: int) -> None:
+def _targets(backbone: Backbone, denoiser: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
+    """The layers that the config asks to adapt, by name."""
     known = backbone.adapted_layers(denoiser)
-    if not any(f".{name}".endswith(f".{target}") for name in known for target in lora.target_modules):
+    found = [name for name in known if any(f".{name}".endswith(f".{target}") for target in lora.target_modules)]
+    if not found:
         endings = sorted({name.removesuffix(".0").rpartition(".")[2] for name in known})
         raise ConfigError(
             f"lora.target_modules {list(lora.target_modules)} are not in this denoiser; expected endings of its layers' "
             f"names; the last parts of those are {', '.join(endings)}"
         )
+    return {name: denoiser.get_submodule(name) for name in found}
+
+
+def _add_lora(backbone: Backbone, denoiser: Any, lora: LoraConfig, seed: int) -> None:
+    _targets(backbone, denoiser, lora)
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

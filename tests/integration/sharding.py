@@ -150,6 +150,7 @@ def _info(config: TrainConfig) -> AdapterInfo:
         controls=config.controls,
         sampler=config.sampler,
         lora=None if config.full_finetune else config.lora,
+        kind=config.adapter.kind,
         training={},
     )
 

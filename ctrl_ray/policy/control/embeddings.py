@@ -17,7 +17,8 @@ class ControlEmbeddings(nn.Module):
     a table per control composes, where the reference code has one joint table).
     """
 
-    def __init__(self, num_classes: Mapping[str, int], embedding_dim: int) -> None:
+    def __init__(self, num_classes: Mapping[str, int], embedding_dim: int | None) -> None:
+        """embedding_dim: None where labels reach the denoiser in another way; then there are no tables."""
         super().__init__()
         for name, classes in num_classes.items():
             if classes < 2:
@@ -26,10 +27,11 @@ class ControlEmbeddings(nn.Module):
                 raise ConfigError(f"control name {name!r} is not an identifier (letters, digits, underscores)")
         self.num_classes = dict(num_classes)
         self._null: dict[str, Tensor] = {}
-        self.tables = nn.ModuleDict(
-            {name: nn.Embedding(n + 1, embedding_dim, padding_idx=n) for name, n in num_classes.items()}
-        )
-        for name in num_classes:
+        self.tables = nn.ModuleDict()
+        if embedding_dim is None:
+            return
+        for name, classes in num_classes.items():
+            self.tables[name] = nn.Embedding(classes + 1, embedding_dim, padding_idx=classes)
             nn.init.zeros_(self.table(name).weight)
 
     def table(self, name: str) -> nn.Embedding:

@@ -1,0 +1,254 @@
+"""Label gains: nothing without a label, an ordinary LoRA for each class, and the way to disk and back."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config.presets import shapes
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
+from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.pipeline import ControlledPipeline
+from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
+from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.class_loras import class_file
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.protocol import Inputs
+from tests.policies import make_policy
+
+CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
+LORA = LoraConfig(rank=2, alpha=6.0, target_modules=shapes().lora.target_modules)
+"""Convolutions, attention, time projections; alpha is not the rank."""
+PROMPTS = ["a red circle", "a blue cross"]
+SAMPLER = SamplerConfig(num_steps=3, reference_steps=1)
+
+
+def _policy(folder: str, kind: AdapterKind = "gains", names: tuple[str, ...] = ("size", "hue"), **kwargs: Any):
+    counts = {name: CONTROLS[name].num_classes for name in names}
+    return make_policy(folder, counts, lora=LORA, kind=kind, **kwargs)
+
+
+def _move(policy: ControlledPolicy) -> ControlledPolicy:
+    """Off the pre-trained model, as training would: null rows stay zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.trainable_parameters().items():
+        change = 0.05 * torch.randn(parameter.shape, generator=generator)
+        if "tables." in name:
+            change[-1] = 0
+        parameter.data += change
+    return policy
+
+
+def _save(folder: Path, policy: ControlledPolicy, base: str, sampler: SamplerConfig = SAMPLER) -> Path:
+    info = make_adapter_info(
+        base_model=base,
+        base_revision=None,
+        controls={name: CONTROLS[name] for name in policy.controls.names},
+        sampler=sampler,
+        lora=LORA,
+        kind=policy.kind,
+        training={},
+    )
+    return save_adapter(folder, policy, info)
+
+
+@functools.cache
+def _given(folder: str) -> tuple[Tensor, Tensor, Any]:
+    condition = load_backbone(folder).load_encoder().encode(PROMPTS)
+    return torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(500), condition
+
+
+def _predict(
+    policy: ControlledPolicy, folder: str, labels: Any, guidance: Guidance = NO_GUIDANCE, *, reference: bool = False
+) -> Tensor:
+    latents, time, condition = _given(folder)
+    inputs = Inputs(condition, torch.as_tensor(labels), guidance)
+    return policy(latents, time, inputs, reference=reference).prediction
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@torch.no_grad()
+def test_a_sample_without_labels_is_the_pre_trained_models_bit_for_bit(tiny_pipeline: str, precision: Any) -> None:
+    """At the start whatever the labels; later for a null row beside a labelled one, guided or not; a label alone moves its own
+    sample only."""
+    policy = _policy(tiny_pipeline, precision=precision)
+    null, mixed = [[3, 2], [3, 2]], [[3, 2], [1, 0]]
+    guidances = (Guidance(), Guidance(7.5), Guidance(7.5, 2.0))
+    plain = [_predict(policy, tiny_pipeline, null, guidance, reference=True) for guidance in guidances]
+    assert torch.equal(_predict(policy, tiny_pipeline, mixed), plain[0])
+    _move(policy)
+    for guidance, expected in zip(guidances, plain, strict=True):
+        assert torch.equal(_predict(policy, tiny_pipeline, null, guidance), expected)
+        found = _predict(policy, tiny_pipeline, mixed, guidance)
+        assert torch.equal(found[0], expected[0]) and (found[1] - expected[1]).abs().max() > 1e-3
+
+
+def test_null_rows_get_no_gradient_and_labels_move_all_that_is_trained(tiny_pipeline: str) -> None:
+    """After a backward: zero for every null row, not zero for A, B and the rows of the labels asked for."""
+    policy = _move(_policy(tiny_pipeline))
+    _predict(policy, tiny_pipeline, [[0, 2], [1, 1]]).square().sum().backward()
+    for name, parameter in policy.trainable_parameters().items():
+        gradient = parameter.grad
+        assert gradient is not None
+        if "tables." in name:
+            assert not gradient[-1].any()
+            assert gradient[:2].any(1).tolist() == ([True, True] if "size" in name else [False, True])
+        else:
+            assert gradient.any(), name
+
+
+def test_recomputed_activations_give_the_same_gradient(tiny_pipeline: str) -> None:
+    """Gradient checkpointing re-enters the labels of its own forward, though another came between."""
+    gradients = []
+    for checkpointed in (False, True):
+        policy = _move(_policy(tiny_pipeline))
+        if checkpointed:
+            policy.enable_gradient_checkpointing()
+        output = _predict(policy, tiny_pipeline, [[0, 2], [1, 1]])
+        _predict(policy, tiny_pipeline, [[2, 0], [2, 0]], reference=True)
+        output.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()]))
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_the_adapters_scale_is_that_of_its_update(tiny_pipeline: str) -> None:
+    """0: the pre-trained model; a half: as a table of half the gains."""
+    policy, halved = _move(_policy(tiny_pipeline)), _move(_policy(tiny_pipeline))
+    labels = [[0, 1], [2, 2]]
+    for name, parameter in halved.trainable_parameters().items():
+        if "tables." in name:
+            parameter.data /= 2
+    policy.scale_adapter(0.5)
+    torch.testing.assert_close(_predict(policy, tiny_pipeline, labels), _predict(halved, tiny_pipeline, labels))
+    policy.scale_adapter(0.0)
+    assert torch.equal(_predict(policy, tiny_pipeline, labels), _predict(policy, tiny_pipeline, labels, reference=True))
+
+
+@torch.no_grad()
+def test_the_unconditional_branch_may_keep_its_class(tiny_pipeline: str) -> None:
+    """null_branch 'class': u(label) + w (c(label) − u(label)), 'pre_trained': u without a label."""
+    policy, labels, null = _move(_policy(tiny_pipeline)), torch.tensor([[0, 1], [2, 2]]), torch.tensor([[3, 2], [3, 2]])
+    latents, time, _ = _given(tiny_pipeline)
+    empty = load_backbone(tiny_pipeline).load_encoder().encode(["", ""])
+    labelled = _predict(policy, tiny_pipeline, labels)
+    for branch, of in (("class", labels), ("pre_trained", null)):
+        without = policy(latents, time, Inputs(empty, of), reference=False).prediction
+        found = _predict(policy, tiny_pipeline, labels, Guidance(2.0, None, branch))
+        torch.testing.assert_close(found, without + 2.0 * (labelled - without), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gains", "both"])
+@torch.no_grad()
+def test_an_adapter_comes_back_as_it_was(tiny_pipeline: str, tmp_path: Path, kind: AdapterKind) -> None:
+    """Predictions bit for bit, its kind and its unconditional branch; only gains have files of classes."""
+    policy = _move(_policy(tiny_pipeline, kind))
+    _save(tmp_path, policy, tiny_pipeline, SamplerConfig(num_steps=3, null_branch="class"))
+    info, other = read_adapter_info(tmp_path), _policy(tiny_pipeline, kind)
+    assert (info.kind, info.sampler.null_branch) == (kind, "class")
+    load_into_policy(tmp_path, other)
+    labels = [[0, 2], [1, 1]]
+    assert torch.equal(_predict(policy, tiny_pipeline, labels), _predict(other, tiny_pipeline, labels))
+    assert (tmp_path / "classes").is_dir() == (kind == "gains")
+    assert (tmp_path / "control_embeddings.safetensors").is_file() == (kind == "both")
+
+
+@torch.no_grad()
+def test_a_second_control_starts_without_effect_beside_the_first(tiny_pipeline: str, tmp_path: Path) -> None:
+    """The first keeps what it learned; another kind or rank is refused with the remedy."""
+    policy = _move(_policy(tiny_pipeline, names=("size",)))
+    _save(tmp_path, policy, tiny_pipeline)
+    wider = _policy(tiny_pipeline)
+    load_into_policy(tmp_path, wider)
+    alone, beside = _predict(policy, tiny_pipeline, [[0], [1]]), _predict(wider, tiny_pipeline, [[0, 0], [1, 1]])
+    torch.testing.assert_close(alone, beside, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match=r"kind 'gains'.*set adapter.kind to gains"):
+        load_into_policy(tmp_path, _policy(tiny_pipeline, "embedding"))
+    other = make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(rank=3), kind="gains")
+    with pytest.raises(ModelError, match=r"same lora.rank"):
+        load_into_policy(tmp_path, other)
+
+
+@torch.no_grad()
+def test_format_version_1_still_loads(tiny_pipeline: str, tmp_path: Path) -> None:
+    """It knew neither kinds nor another unconditional branch."""
+    policy = _move(_policy(tiny_pipeline, "embedding"))
+    _save(tmp_path, policy, tiny_pipeline)
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    assert content.pop("kind") == "embedding" and content.pop("null_branch") == "pre_trained"
+    (tmp_path / "adapter.json").write_text(json.dumps({**content, "format_version": 1}))
+    other = _policy(tiny_pipeline, "embedding")
+    info = load_into_policy(tmp_path, other)
+    assert (info.kind, info.sampler.null_branch) == ("embedding", "pre_trained")
+    assert torch.equal(
+        _predict(policy, tiny_pipeline, [[0, 2], [1, 1]]), _predict(other, tiny_pipeline, [[0, 2], [1, 1]])
+    )
+
+
+@torch.no_grad()
+def test_a_class_is_a_lora_that_diffusers_loads(tiny_pipeline: str, tmp_path: Path) -> None:
+    """One file a class; two controls are two files loaded together. Predictions of the stock denoiser are the policy's."""
+    policy = _move(_policy(tiny_pipeline))
+    _save(tmp_path, policy, tiny_pipeline)
+    files = sorted(file.name for file in (tmp_path / "classes").iterdir())
+    assert files == [
+        *(class_file("hue", label) for label in range(2)),
+        *(class_file("size", label) for label in range(3)),
+    ]
+    latents, time, condition = _given(tiny_pipeline)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    pipe.load_lora_weights(tmp_path / "classes", weight_name="size=2.safetensors", adapter_name="size")
+    pipe.load_lora_weights(tmp_path / "classes", weight_name="hue=0.safetensors", adapter_name="hue")
+    for names, labels in ((["size"], [2, 2]), (["hue"], [3, 0]), (["size", "hue"], [2, 0])):
+        pipe.set_adapters(names)
+        theirs = pipe.unet(latents, time, encoder_hidden_states=condition.tensors["text"]).sample
+        ours = _predict(policy, tiny_pipeline, [labels, labels])
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+        assert (ours - _predict(policy, tiny_pipeline, [labels, labels], reference=True)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_stock_pipeline_draws_our_images(tiny_pipeline: str, tmp_path: Path, guidance_scale: float) -> None:
+    """DDIM with eta 1, the same generators, LoRA off before the last step: to 1e-4 of [0, 1]."""
+    sampler = SamplerConfig(num_steps=3, reference_steps=1, guidance_scale=guidance_scale, null_branch="class")
+    _save(tmp_path, _move(_policy(tiny_pipeline)), tiny_pipeline, sampler)
+    ours = ControlledPipeline.from_pretrained(tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    stock = load_backbone(tiny_pipeline).load_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(tmp_path / "classes", weight_name="size=1.safetensors")
+
+    def without_lora_at_last(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.disable_lora()
+        return tensors
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+
+    expected = ours(PROMPTS, controls={"size": 1}, generator=generators(), output_type="np").images
+    found = stock(
+        PROMPTS,
+        num_inference_steps=3,
+        eta=1.0,
+        guidance_scale=guidance_scale,
+        generator=generators(),
+        output_type="np",
+        callback_on_step_end=without_lora_at_last,
+    ).images
+    plain = ours(PROMPTS, generator=generators(), output_type="np").images
+    assert abs(found - expected).max() < 1e-4 < abs(plain - expected).max()
+
+
+def test_layers_that_gains_cannot_adapt_are_refused(tiny_pipeline: str) -> None:
+    """By the layers' names, before anything is trained."""
+    with pytest.raises(ConfigError, match=r"lora.target_modules \['nowhere'\] are not in this denoiser"):
+        make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(target_modules=("nowhere",)), kind="gains")
