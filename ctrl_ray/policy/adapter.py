@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.base_model import fingerprint
-from ctrl_ray.policy.class_loras import save_class_loras
+from ctrl_ray.policy.class_loras import save_class_loras, write_usage
 from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.runs.files import write_whole
@@ -28,6 +29,8 @@ ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "control_embeddings.safetensors"
 GAINS_FILE = "label_gains.safetensors"
+README_FILE = "README.md"
+"""How plain diffusers uses the files of the classes."""
 _WEIGHTS = "diffusion_pytorch_model"
 FORMAT_VERSION = 2
 """1, which is still read, knew one kind of adapter, 'embedding', and one unconditional branch, the pre-trained model's."""
@@ -164,6 +167,8 @@ def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo
         save_file(gains, folder / GAINS_FILE)
         if info.kind == "gains":
             save_class_loras(folder, policy, info.controls)
+            base = policy.backbone.folder if is_embedded(info.base_model) else info.base_model
+            write_usage(folder / README_FILE, policy, base, info.controls, info.sampler)
     else:
         layers = {key: v.detach().cpu().contiguous() for key, v in get_peft_model_state_dict(policy.denoiser).items()}
         facts = {

@@ -216,36 +216,35 @@ def test_a_class_is_a_lora_that_diffusers_loads(tiny_pipeline: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_stock_pipeline_draws_our_images(tiny_pipeline: str, tmp_path: Path, guidance_scale: float) -> None:
-    """DDIM with eta 1, the same generators, LoRA off before the last step: to 1e-4 of [0, 1]."""
+def test_a_stock_pipeline_draws_our_images(
+    tiny_pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance_scale: float
+) -> None:
+    """By the lines of the adapter's README, with the same generators: to 1e-4 of [0, 1]."""
     sampler = SamplerConfig(num_steps=3, reference_steps=1, guidance_scale=guidance_scale, null_branch="class")
-    _save(tmp_path, _move(_policy(tiny_pipeline)), tiny_pipeline, sampler)
+    _save(tmp_path, _move(_policy(tiny_pipeline)), str(tiny_pipeline), sampler)
     ours = ControlledPipeline.from_pretrained(tmp_path)
     ours.set_progress_bar_config(disable=True)
-    stock = load_backbone(tiny_pipeline).load_pipeline()
-    stock.set_progress_bar_config(disable=True)
-    stock.load_lora_weights(tmp_path / "classes", weight_name="size=1.safetensors")
-
-    def without_lora_at_last(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step == 1:
-            pipe.disable_lora()
-        return tensors
-
-    def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
-
-    expected = ours(PROMPTS, controls={"size": 1}, generator=generators(), output_type="np").images
-    found = stock(
-        PROMPTS,
-        num_inference_steps=3,
-        eta=1.0,
-        guidance_scale=guidance_scale,
-        generator=generators(),
-        output_type="np",
-        callback_on_step_end=without_lora_at_last,
-    ).images
-    plain = ours(PROMPTS, generator=generators(), output_type="np").images
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    code = text.split("```python")[1].split("```")[0].replace("size=0", "size=1")
+    setup, _, call = code.partition("image = ")
+    names: dict[str, Any] = {"PROMPTS": PROMPTS, "generators": _generators()}
+    exec(setup, names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    call = (
+        call.strip()
+        .removesuffix("[0]")
+        .replace('pipe("PROMPT"', 'pipe(PROMPTS, generator=generators, output_type="np"')
+    )
+    found = eval(call, names)
+    expected = ours(PROMPTS, controls={"size": 1}, generator=_generators(), output_type="np").images
+    plain = ours(PROMPTS, generator=_generators(), output_type="np").images
     assert abs(found - expected).max() < 1e-4 < abs(plain - expected).max()
+    assert ("what a stock pipeline does" in text) == (guidance_scale != 1.0)
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
 
 
 def test_layers_that_gains_cannot_adapt_are_refused(tiny_pipeline: str) -> None:
