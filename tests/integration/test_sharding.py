@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import ctrl_ray
 from ctrl_ray.config import (
+    AdapterConfig,
     ControlConfig,
     EstimatorConfig,
     LoraConfig,
@@ -52,6 +53,7 @@ def base_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             name: ControlConfig(classes=tuple(f"class {index}" for index in range(count)), guidance_strength=2.0)
             for name, count in (("jpeg_size", 4), ("colourfulness", 3))
         },
+        adapter=AdapterConfig(kind="both"),  # its parameters are those of both other kinds
         lora=LoraConfig(rank=2, alpha=2.0),
     )
 
