@@ -27,7 +27,8 @@ from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 from ctrl_ray.sample import image_seed
-from ctrl_ray.verification.rejection import image_features, mmd
+from ctrl_ray.verification.distances import mmd
+from ctrl_ray.verification.measured import image_features
 
 CONTROL = "jpeg_size"
 _BATCH = 64

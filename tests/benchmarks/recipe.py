@@ -4,8 +4,9 @@ Each recipe trains `shapes` for so many CPU seconds (of one thread, updates only
 the gap of `ctrl_ray.evaluation.certificate`: KL(policy's paths ‖ target's paths) in nats, 0 for an exact sampler. log Z is
 estimated once, from samples of the pre-trained model, and shared by all recipes.
 
-A recipe is a `Method` and a config. `today()` is the recipe of the main job as it stood when this benchmark was written, its
-settings written out, so that it stays what it was when the preset moves.
+A recipe is a `Method` and a config, the same for every control: the shipped one of JPEG size, or `--control NAME=FOLDER`, where
+FOLDER holds a classifier of `python -m ctrl_ray.classify`. `today` is the recipe of the main job as it stood when this
+benchmark was written, its settings written out, so that it stays what it was when the preset moves.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ctrl_ray.classifiers.classifier import read_control
 from ctrl_ray.config import (
+    AdapterConfig,
     ControlConfig,
     EstimatorConfig,
     LoraConfig,
@@ -48,7 +51,9 @@ from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
 
-CONTROL = "jpeg_size"
+STRENGTH = 4.0
+"""guidance_strength of every control."""
+_PROBED_UPDATES = 2
 _BATCH = 64
 _TUNED_IDS, _PRE_TRAINED_IDS = 1 << 24, 1 << 25
 _TUNED_SEED, _PRE_TRAINED_SEED = 4242, 777
@@ -63,9 +68,24 @@ class Recipe:
     make_method: Callable[[TrainConfig], Method] = CTRL.of
 
 
-def today(seed: int = 0) -> Recipe:
-    """The main job's recipe, its settings frozen here (only data, classifier and thresholds are the preset's)."""
-    shapes = preset("shapes")
+Controls = Mapping[str, ControlConfig]
+"""One control and its name."""
+
+
+def shipped_control() -> Controls:
+    """JPEG size, with the preset's classifier and thresholds."""
+    (item,) = preset("shapes").controls.items()
+    return {item[0]: dataclasses.replace(item[1], guidance_strength=STRENGTH)}
+
+
+def fitted_control(argument: str) -> Controls:
+    """Of NAME=FOLDER."""
+    name, _, folder = argument.partition("=")
+    return {name: dataclasses.replace(read_control(folder, name), guidance_strength=STRENGTH, classifier=folder)}
+
+
+def today(controls: Controls, seed: int) -> Recipe:
+    """The main job's recipe, its settings frozen here."""
     every_layer = (
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
@@ -73,14 +93,7 @@ def today(seed: int = 0) -> Recipe:
     config = TrainConfig(
         base_model="shapes",
         data="shapes",
-        controls={
-            CONTROL: ControlConfig(
-                guidance_strength=4.0,
-                oracle="jpeg_size",
-                thresholds=shapes.controls[CONTROL].thresholds,
-                classifier=shapes.controls[CONTROL].classifier,
-            )
-        },
+        controls=dict(controls),
         seed=seed,
         num_updates=55,
         global_batch_size=64,
@@ -88,6 +101,7 @@ def today(seed: int = 0) -> Recipe:
         kl_coef=1.0,
         control_dropout=0.1,
         sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
+        adapter=AdapterConfig(kind="embedding"),
         lora=LoraConfig(rank=8, alpha=8.0, target_modules=every_layer),
         estimator=EstimatorConfig(name="full"),
         optimizer=OptimizerConfig(
@@ -103,6 +117,32 @@ def today(seed: int = 0) -> Recipe:
         ),
     )
     return Recipe("today's", config)
+
+
+def gains(controls: Controls, seed: int) -> Recipe:
+    """Label gains, a quarter of the batch, no dropout and no clipping, a rate that falls to 0."""
+    config = today(controls, seed).config
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        learning_rate=7e-3,
+        gradient_clipping=0.0,
+        warmup_updates=4,
+        final_learning_rate_fraction=0.0,
+    )
+    return Recipe(
+        "gains",
+        dataclasses.replace(
+            config,
+            adapter=AdapterConfig(kind="gains"),
+            global_batch_size=16,
+            micro_batch_size_per_worker=16,
+            control_dropout=0.0,
+            optimizer=optimizer,
+        ),
+    )
+
+
+RECIPES = (today, gains)
 
 
 class PlainEngine:
@@ -176,7 +216,7 @@ def pre_trained_tilts(learner: Learner, num_samples: int) -> np.ndarray:
         noise = keyed_noise(_PRE_TRAINED_SEED, 0, batch.sample_ids, shape, steps)
         inputs = Inputs(learner.encoder.encode(batch.prompts), batch.labels, Guidance.of(learner.config.sampler))
         trajectory = rollout(learner.engine, learner.kernel, inputs, noise, reference=True)
-        found.append(learner.rewards.class_log_probs(trajectory.clean_latents, batch.prompts)[CONTROL])
+        found.append(learner.rewards.class_log_probs(trajectory.clean_latents, batch.prompts)[_control(learner)])
     tilts: np.ndarray = _exponent(learner) * torch.cat(found).double().numpy()
     return tilts
 
@@ -198,13 +238,14 @@ class Judged:
 @torch.no_grad()
 def judge_recipe(learner: Learner, tilts: np.ndarray, num_samples: int) -> Judged:
     """Sample the trained policy (the same noise every time) and certify every class."""
-    control = learner.config.controls[CONTROL]
+    name = _control(learner)
+    control = learner.config.controls[name]
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for batch in _batches(learner, _TUNED_IDS, num_samples):
         trajectory = learner.roll_out(batch, _TUNED_SEED, 0, with_kl=True)
         assert trajectory.log_ratio is not None and trajectory.kl_per_step is not None
         log_prob = learner.submit(batch, trajectory.clean_latents).result().log_probs[:, 0].double()
-        true = oracle_labels(CONTROL, control, learner.rewards.decode(trajectory.clean_latents).numpy()).classes
+        true = oracle_labels(name, control, learner.rewards.decode(trajectory.clean_latents).numpy()).classes
         labels, kl = batch.labels[:, 0], trajectory.kl_per_step.double().sum(1)
         right = torch.from_numpy(true) == labels
         parts.append((labels, _exponent(learner) * log_prob, trajectory.log_ratio, kl, right))
@@ -224,15 +265,26 @@ def judge_recipe(learner: Learner, tilts: np.ndarray, num_samples: int) -> Judge
     )
 
 
+def _control(learner: Learner) -> str:
+    (name,) = learner.config.controls
+    return name
+
+
 def _exponent(learner: Learner) -> float:
-    return learner.config.controls[CONTROL].guidance_strength / learner.config.kl_coef
+    return learner.config.controls[_control(learner)].guidance_strength / learner.config.kl_coef
 
 
-def train_recipe(recipe: Recipe, learner: Learner, cpu_s: float) -> tuple[float, int]:
-    """(CPU seconds, updates) of training to the config's end, or until `cpu_s` are spent.
+def affordable_updates(recipe: Recipe, rewards: LocalRewards, cpu_s: float) -> int:
+    """How many updates a recipe makes in so many CPU seconds, by the cost of a few, which are then forgotten."""
+    learner = make_learner(recipe.config, rewards)
+    method, start = recipe.make_method(recipe.config), time.process_time()
+    for update in range(_PROBED_UPDATES):
+        method.update(learner, update)
+    return max(1, round(cpu_s / (time.process_time() - start) * _PROBED_UPDATES))
 
-    The schedule is the config's own: give a recipe a `num_updates` that the budget lets it reach.
-    """
+
+def train_recipe(recipe: Recipe, learner: Learner) -> float:
+    """CPU seconds of training to the end of the config's schedule."""
     method, spent = recipe.make_method(learner.config), 0.0
     for update in range(learner.config.num_updates):
         start = time.process_time()
@@ -243,35 +295,37 @@ def train_recipe(recipe: Recipe, learner: Learner, cpu_s: float) -> tuple[float,
             f"{metrics['reward']:.2f}, KL {metrics['kl']:.2f}",
             flush=True,
         )
-        if spent >= cpu_s:
-            return spent, update + 1
-    return spent, learner.config.num_updates
+    return spent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu-s", type=float, default=120.0, help="CPU seconds of updates of each run")
-    parser.add_argument("--num-updates", type=int, default=9, help="of each run: its schedule ends there")
+    parser.add_argument("--control", metavar="NAME=FOLDER", help="another control than the shipped JPEG size")
+    parser.add_argument("--cpu-s", type=float, default=120.0, help="CPU seconds of updates of each run, about")
+    parser.add_argument("--recipes", nargs="+", choices=[make.__name__ for make in RECIPES], help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=512, help="of each run, for its figures")
     parser.add_argument("--pre-trained-samples", type=int, default=1024, help="for log Z")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    recipes = [today]
-    rewards = shared_rewards(today().config)
-    tilts = pre_trained_tilts(make_learner(today().config, rewards), arguments.pre_trained_samples)
+    controls = fitted_control(arguments.control) if arguments.control else shipped_control()
+    recipes = [make for make in RECIPES if not arguments.recipes or make.__name__ in arguments.recipes]
+    first = today(controls, 0).config
+    rewards = shared_rewards(first)
+    tilts = pre_trained_tilts(make_learner(first, rewards), arguments.pre_trained_samples)
     print("log Z  " + ", ".join("{:.2f} ± {:.2f}".format(*log_mean_weight(column)) for column in tilts.T))
+    updates = {make: affordable_updates(make(controls, 0), rewards, arguments.cpu_s) for make in recipes}
     rows = []
     for seed in arguments.seeds:
         for make in recipes:  # in turns, so that a machine that slows down slows all of them
-            recipe = make(seed)
-            config = dataclasses.replace(recipe.config, num_updates=arguments.num_updates)
+            recipe = make(controls, seed)
+            config = dataclasses.replace(recipe.config, num_updates=updates[make])
             learner = make_learner(config, rewards)
-            spent, updates = train_recipe(recipe, learner, arguments.cpu_s)
+            spent = train_recipe(recipe, learner)
             judged = judge_recipe(learner, tilts, arguments.samples)
             rows.append(
-                f"{recipe.name:<12}{seed:>5}{spent:>8.0f}{updates * config.global_batch_size:>13}"
+                f"{recipe.name:<12}{seed:>5}{spent:>8.0f}{config.num_updates * config.global_batch_size:>13}"
                 f"{judged.gap:>8.2f} ± {judged.standard_error:<6.2f}{judged.kl:>6.2f}{judged.accuracy:>10.3f}   "
                 f"{' '.join(f'{gap:.1f}' for gap in judged.gaps)}   {' '.join(f'{e:.3f}' for e in judged.ess)}"
             )
