@@ -1,7 +1,6 @@
 """Reading without Ray: order, row numbers, side file, memory, and the statistics that labelling prints."""
 
 import json
-import logging
 import tracemalloc
 from pathlib import Path
 
@@ -57,18 +56,17 @@ def test_the_error_names_file_row_and_fix(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{bad}, row 4 (counted from 0): control 'style' (column 'style') is 9")
 
 
-def test_skip_sets_bad_rows_aside_and_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_sets_bad_rows_aside_and_counts_them(tmp_path: Path, logged: list[str]) -> None:
     file = write(tmp_path / "a.parquet", [0, 5, 2, 1, 1], images={3: b"broken"})
-    with caplog.at_level(logging.WARNING, logger="ctrl_ray"):
-        rows = list(iter_rows(file, STYLE, "skip"))
+    rows = list(iter_rows(file, STYLE, "skip"))
     assert [row["style"] for row in rows] == [0, 2, 1]
     aside = tmp_path / "a.parquet.bad_rows.jsonl"
     found = [json.loads(line) for line in aside.read_text().splitlines()]
     assert [(row["file"], row["row"]) for row in found] == [(str(file), 1), (str(file), 3)]
     assert "out of range" in found[0]["reason"]
     assert "does not decode" in found[1]["reason"]
-    assert "2 of 5 rows" in caplog.text
-    assert str(aside) in caplog.text
+    (line,) = logged
+    assert "2 of 5 rows" in line and str(aside) in line
 
 
 def test_skip_without_a_good_row_is_an_error(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_note_is_made_anew_only_when_it_changes_or_ages(
     assert coordinator.asked[-1] == [{"CPU": 0.5}, {"CPU": 0.5}]
 
 
-def test_a_pool_lives_without_a_coordinator(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pool_lives_without_a_coordinator(monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
 
     def fail() -> Any:
@@ -89,7 +89,8 @@ def test_a_pool_lives_without_a_coordinator(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(module, "get_or_create_autoscaling_coordinator", fail)
     _reservation().hold(1)
-    assert "was not told what the reward pool takes (RuntimeError: no such actor)" in caplog.text
+    (line,) = logged
+    assert "was not told what the reward pool takes (RuntimeError: no such actor)" in line
 
 
 def test_actors_that_take_nothing_are_not_noted(coordinator: _Coordinator) -> None:
