@@ -271,7 +271,8 @@ def _summary(
         ),
         f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
         f"{config.sampler.guidance_scale:g}",
-        f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}, control embeddings {tables:,}",
+        f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}"
+        + (f", control embeddings {tables:,}" if tables else ""),
         f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
         "KL floor   measured when the run starts: what rounding reads as KL; target_kl must be at least twice that",

@@ -164,14 +164,15 @@ class ControlledPolicy(TrainablePolicy):
         self._scale = scale
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
-        """Optimizer groups: LoRA (or the whole denoiser), and the control embeddings without weight decay."""
+        """Optimizer groups: LoRA (or the whole denoiser), and the control embeddings, if any, without weight decay."""
         trainable = self.trainable_parameters()
         embedding = [p for name, p in trainable.items() if name.startswith("controls.")]
         denoiser = [p for name, p in trainable.items() if not name.startswith("controls.")]
-        return [
+        groups: list[dict[str, Any]] = [
             {"params": denoiser, "lr": learning_rate, "name": "denoiser"},
             {"params": embedding, "lr": embedding_learning_rate, "weight_decay": 0.0, "name": "control_embeddings"},
         ]
+        return [group for group in groups if group["params"]]  # DeepSpeed drops empty ones
 
     @contextmanager
     def _mode(self, reference: bool, labels: Tensor | None) -> Iterator[None]:

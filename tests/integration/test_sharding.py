@@ -53,7 +53,7 @@ def base_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             name: ControlConfig(classes=tuple(f"class {index}" for index in range(count)), guidance_strength=2.0)
             for name, count in (("jpeg_size", 4), ("colourfulness", 3))
         },
-        adapter=AdapterConfig(kind="both"),  # its parameters are those of both other kinds
+        adapter=AdapterConfig(kind="gains"),  # the tests of whole runs have embeddings
         lora=LoraConfig(rank=2, alpha=2.0),
     )
 
