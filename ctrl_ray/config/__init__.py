@@ -148,6 +148,9 @@ class ClassifierConfig:
         )
 
 
+NullBranch = Literal["pre_trained", "class"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
     """The sampler that the policy is trained for. The guarantee holds for these values only; the adapter stores
@@ -162,7 +165,7 @@ class SamplerConfig:
     """Classifier-free guidance of the prompt. 1.0 switches it off; any other value doubles the denoiser's work."""
     control_scale: float | None = None
     """A guidance scale for the label alone (three denoiser branches). None: prompt and label share guidance_scale."""
-    null_branch: Literal["pre_trained", "class"] = "pre_trained"
+    null_branch: NullBranch = "pre_trained"
     """With a guidance_scale other than 1: whose the unconditional branch is. 'pre_trained': without prompt and label, as in
     the paper. 'class': without prompt but with the label, as tools do that know an exported class as an ordinary LoRA."""
     reference_steps: int = 0
@@ -173,6 +176,11 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1")
         _require(0 <= self.eta <= 1, f"eta is {self.eta}; expected a number in [0, 1]")
+        _require(
+            self.control_scale is None or self.null_branch == "pre_trained",
+            f"control_scale is {self.control_scale} and null_branch 'class', but a direction of the label alone starts at a "
+            "branch without it; set null_branch to pre_trained, or leave control_scale out",
+        )
         _require(
             0 <= self.reference_steps < self.num_steps,
             f"reference_steps is {self.reference_steps}; expected 0 to num_steps - 1 ({self.num_steps - 1})",

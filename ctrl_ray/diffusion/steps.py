@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import SamplerConfig
+from ctrl_ray.config import NullBranch, SamplerConfig
 
 LatentReduction = Literal["sum", "mean"]
 
@@ -40,7 +40,7 @@ class Guidance:
     """w in ε_u + w (ε_c − ε_u); 1.0 = off."""
     control_scale: float | None = None
     """Separate scale s of the label direction: ε_u + w (ε_prompt − ε_u) + s (ε_prompt,labels − ε_prompt)."""
-    null_branch: Literal["pre_trained", "class"] = "pre_trained"
+    null_branch: NullBranch = "pre_trained"
     """The unconditional branch drops the prompt, and the labels with it or not."""
 
     @classmethod

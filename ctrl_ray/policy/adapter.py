@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft import get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, NullBranch, SamplerConfig
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
@@ -103,6 +103,9 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
             )
         if content["format_version"] == 1:
             content = {"kind": "embedding", "null_branch": "pre_trained", **content}
+        for key, known in (("kind", get_args(AdapterKind)), ("null_branch", get_args(NullBranch))):
+            if content[key] not in known:
+                raise ModelError(f"{file} has {key} {content[key]!r}; this ctrl_ray knows {', '.join(known)}")
         base = content["base_model"]
         return AdapterInfo(
             base_model=base["id"],

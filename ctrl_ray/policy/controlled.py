@@ -73,17 +73,16 @@ class ControlledPolicy(TrainablePolicy):
         else:
             denoiser.requires_grad_(False)
         self.lora, self.kind = lora, kind
-        gained: list[nn.Module] = []
         if lora is not None and kind == "embedding":
             _add_lora(backbone, denoiser, lora, seed)
         elif lora is not None:
-            gained = add_label_gains(_targets(backbone, denoiser, lora), num_classes, lora.rank, seed)
+            targets = _targets(backbone, denoiser, lora)
+            add_label_gains(targets, num_classes, lora.rank, seed)
+            for layer in targets.values():
+                layer.register_forward_hook(self._add_label_gains)
         point, width = backbone.embedding_point(denoiser)
-        self.controls = ControlEmbeddings(num_classes, None if gained and kind == "gains" else width)
+        self.controls = ControlEmbeddings(num_classes, None if lora is not None and kind == "gains" else width)
         self._lora_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
-        self._gained_layers = gained
-        for layer in gained:
-            layer.register_forward_hook(self._add_label_gains)
         self._scale = 1.0
         self._reference = False
         self._labels: Tensor | None = None

@@ -35,7 +35,7 @@ class LabelGains(nn.Module):
         self.up = nn.ParameterDict()
         self.tables = nn.ModuleDict()
         for name, classes in num_classes.items():
-            # a reference's layer may lie on meta or in 16 bits; what is trained is float32 where the layer is
+            # drawn on the CPU wherever the layer lies (also on meta, for counting), and float32 whatever its type
             down = torch.empty(rank, layer.weight[0].numel(), device="cpu").normal_(std=1 / rank, generator=generator)
             self.down[name] = nn.Parameter(down.reshape(rank, *weight.shape[1:]).to(weight.device))
             self.up[name] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
@@ -59,9 +59,9 @@ class LabelGains(nn.Module):
         (B, in, H, W) and (B, out, H, W) of a convolution. scale: alpha / rank, times what the adapter is scaled by.
         """
         dtype = layer_output.dtype
-        gains = torch.cat([table(labels[:, column]) for column, table in enumerate(self.tables.values())], 1) * scale
-        down = torch.cat(list(self.down.values())).to(dtype)
-        up = torch.cat(list(self.up.values()), 1).to(dtype)
+        gains = _joined([table(labels[:, column]) for column, table in enumerate(self.tables.values())], 1) * scale
+        down = _joined(list(self.down.values()), 0).to(dtype)
+        up = _joined(list(self.up.values()), 1).to(dtype)
         gains, layer_input = gains.to(dtype), layer_input.to(dtype)
         if down.dim() == 2:
             inner = F.linear(layer_input, down)
@@ -73,10 +73,8 @@ class LabelGains(nn.Module):
         return torch.baddbmm(layer_output.flatten(2), by_sample, inner.flatten(2)).view_as(layer_output)
 
 
-def add_label_gains(
-    layers: Mapping[str, nn.Module], num_classes: Mapping[str, int], rank: int, seed: int
-) -> list[nn.Module]:
-    """Give each layer its `LabelGains`, as a submodule of its own; returns the layers.
+def add_label_gains(layers: Mapping[str, nn.Module], num_classes: Mapping[str, int], rank: int, seed: int) -> None:
+    """Give each layer its `LabelGains`, as a submodule of its own.
 
     A control's first A depends on the seed and the layer's place alone, so that every rank draws the same.
     """
@@ -87,7 +85,6 @@ def add_label_gains(
             )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         layer.add_module(GAINS, LabelGains(layer, num_classes, rank, generator))
-    return list(layers.values())
 
 
 def label_gains(layer: nn.Module) -> LabelGains:
@@ -95,6 +92,11 @@ def label_gains(layer: nn.Module) -> LabelGains:
     found: Any = getattr(layer, GAINS)
     assert isinstance(found, LabelGains)
     return found
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Ranks of all controls; those of a single one are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _first_gains(classes: int, rank: int) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 
 from ctrl_ray import config
 from ctrl_ray.config import (
+    AdapterConfig,
     ClassifierConfig,
     ControlConfig,
     EstimatorConfig,
@@ -219,6 +220,7 @@ def _unusual() -> TrainConfig:
         target_kl=4.5,
         sampler=SamplerConfig(num_steps=5, eta=0.5, guidance_scale=1.5, control_scale=2.0),
         estimator=EstimatorConfig(name="random_suffix", full_probability=0.5),
+        adapter=AdapterConfig(kind="both"),
         group_size=2,
         lora=LoraConfig(rank=2, target_modules=("to_q", "to_v")),
         optimizer=OptimizerConfig(learning_rate=3e-4, gradient_clipping=0.0),

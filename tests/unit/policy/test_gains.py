@@ -12,13 +12,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig, TrainConfig
 from ctrl_ray.config.presets import shapes
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.class_loras import class_file
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
@@ -105,6 +106,7 @@ def test_null_rows_get_no_gradient_and_labels_move_all_that_is_trained(tiny_pipe
             assert gradient.any(), name
 
 
+@pytest.mark.full
 def test_recomputed_activations_give_the_same_gradient(tiny_pipeline: str) -> None:
     """Gradient checkpointing re-enters the labels of its own forward, though another came between."""
     gradients = []
@@ -146,7 +148,7 @@ def test_the_unconditional_branch_may_keep_its_class(tiny_pipeline: str) -> None
         torch.testing.assert_close(found, without + 2.0 * (labelled - without), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gains", "both"])
+@pytest.mark.parametrize("kind", ["gains", pytest.param("both", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_an_adapter_comes_back_as_it_was(tiny_pipeline: str, tmp_path: Path, kind: AdapterKind) -> None:
     """Predictions bit for bit, its kind and its unconditional branch; only gains have files of classes."""
@@ -172,6 +174,9 @@ def test_a_second_control_starts_without_effect_beside_the_first(tiny_pipeline: 
     torch.testing.assert_close(alone, beside, rtol=1e-5, atol=1e-6)
     with pytest.raises(ModelError, match=r"kind 'gains'.*set adapter.kind to gains"):
         load_into_policy(tmp_path, _policy(tiny_pipeline, "embedding"))
+    config = TrainConfig(base_model=str(tiny_pipeline), controls=CONTROLS, init_adapter=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"of kind 'gains'; go on with --adapter.kind gains"):
+        build_policy(config)
     other = make_policy(tiny_pipeline, {"size": 3}, lora=LoraConfig(rank=3), kind="gains")
     with pytest.raises(ModelError, match=r"same lora.rank"):
         load_into_policy(tmp_path, other)
@@ -191,8 +196,12 @@ def test_format_version_1_still_loads(tiny_pipeline: str, tmp_path: Path) -> Non
     assert torch.equal(
         _predict(policy, tiny_pipeline, [[0, 2], [1, 1]]), _predict(other, tiny_pipeline, [[0, 2], [1, 1]])
     )
+    (tmp_path / "adapter.json").write_text(json.dumps({**content, "kind": "spells", "null_branch": "class"}))
+    with pytest.raises(ModelError, match=r"kind 'spells'; this ctrl_ray knows gains, embedding, both"):
+        read_adapter_info(tmp_path)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_a_class_is_a_lora_that_diffusers_loads(tiny_pipeline: str, tmp_path: Path) -> None:
     """One file a class; two controls are two files loaded together. Predictions of the stock denoiser are the policy's."""
@@ -215,7 +224,7 @@ def test_a_class_is_a_lora_that_diffusers_loads(tiny_pipeline: str, tmp_path: Pa
         assert (ours - _predict(policy, tiny_pipeline, [labels, labels], reference=True)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, pytest.param(3.0, marks=pytest.mark.full)])
 def test_a_stock_pipeline_draws_our_images(
     tiny_pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance_scale: float
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ctrl_ray import train
+from ctrl_ray.config import SamplerConfig
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
 from ctrl_ray.reporting.summary_text import closing_lines, format_summary
 
@@ -68,11 +69,14 @@ def test_images_alone_have_no_before_and_no_gap() -> None:
     assert closing_lines({"after": _side(size=0.875)}) == []
 
 
-def test_the_end_of_a_run_says_what_was_not_learned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_says_what_was_not_learned_and_what_it_exported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     found = {"control": "colour", "class": None, "accuracy": NOT_ABOVE, "log_prob": None}
     after = {**_side(size=0.87, colour=0.51), **CERTIFICATE, "not_learned": [found]}
     summary = {"before": _side(size=0.23, colour=0.514), "after": after, "kl_noise_floor": None, "report": "page.html"}
-    train._print_end(Path("run"), summary, 90.0)
+    (tmp_path / "adapter" / "classes").mkdir(parents=True)
+    train._print_end(tmp_path, summary, SamplerConfig(num_steps=10, reference_steps=2), 90.0)
     printed = capsys.readouterr().out
     assert "accuracy/size" in printed and "accuracy, mean" in printed and "num_samples" not in printed
     assert "The policy is 2.1 ± 0.2 nats from the best that any sampler can do" in printed
@@ -80,4 +84,9 @@ def test_the_end_of_a_run_says_what_was_not_learned(capsys: pytest.CaptureFixtur
         "\ncolour: accuracy 0.510 after, 0.514 before (difference -0.004 ± 0.021): not above the pre-trained model. Try:"
         in (printed)
     )
-    assert printed.index("not above") < printed.index("report   page.html")
+    assert (
+        printed.index("not above")
+        < printed.index("report   page.html")
+        < printed.index("LoRA files for plain diffusers")
+    )
+    assert "disable_lora() if step == 7 else None" in printed, "of ten steps the last two are the pre-trained model's"
