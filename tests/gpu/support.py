@@ -58,8 +58,9 @@ def move_off_reference(policy: ControlledPolicy, amplitude: float = 0.05) -> Non
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values():
         parameter += amplitude * torch.randn(parameter.shape, generator=generator).to(parameter)
-    for table in policy.controls.tables.values():
-        table.weight[-1] = 0
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight[-1] = 0
 
 
 def run_engines(

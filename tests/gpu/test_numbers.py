@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray import embedded
-from ctrl_ray.config import EstimatorConfig, LoraConfig, SamplerConfig, ScalingConfig, TrainConfig
+from ctrl_ray.config import AdapterConfig, EstimatorConfig, LoraConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.evaluate import evaluate_policy
@@ -22,6 +22,7 @@ from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.model import load_reward_model
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -130,21 +131,30 @@ def test_an_evaluation_is_that_of_the_cpu(config: TrainConfig, pool: bool, devic
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_policy_and_reference_are_equal_at_the_start(precision: Any, device: torch.device) -> None:
-    """To the bit, with LoRA on every layer of the shipped pipeline, guided, with labels and without."""
-    shapes = preset("shapes")
-    config = dataclasses.replace(shapes, scaling=ScalingConfig(precision=precision))
-    policy = build_policy(config).to(device)
+    """To the bit, with LoRA on every layer of the shipped pipeline, guided, with labels and without; with label gains a
+    sample without a label stays equal once training has moved them."""
     labels = torch.tensor([[0], [3], [4]], device=device)
-    condition = policy.backbone.load_encoder(device).encode(["a red circle", "a blue square", ""])
-    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    time = torch.tensor(400, device=device)
-    with torch.no_grad():
-        trained, reference = (
-            policy(latents, time, Inputs(condition, labels, Guidance(3.0)), reference=choice).prediction
-            for choice in (False, True)
+    for kind in ("embedding", "gains"):
+        config = dataclasses.replace(
+            preset("shapes"), adapter=AdapterConfig(kind=kind), scaling=ScalingConfig(precision=precision)
         )
-    assert torch.isfinite(trained).all() and trained.dtype == torch.float32
-    assert torch.equal(trained, reference)
+        policy = build_policy(config).to(device)
+        trained, reference = _predictions(policy, labels)
+        assert torch.isfinite(trained).all() and trained.dtype == torch.float32
+        assert torch.equal(trained, reference)
+    move_off_reference(policy)
+    trained, reference = _predictions(policy, labels)
+    assert torch.equal(trained[2], reference[2]) and not torch.equal(trained[:2], reference[:2])
+
+
+@torch.no_grad()
+def _predictions(policy: ControlledPolicy, labels: Tensor) -> list[Tensor]:
+    """Of the policy and of the reference, guided."""
+    condition = policy.backbone.load_encoder(labels.device).encode(["a red circle", "a blue square", ""])
+    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    inputs = Inputs(condition, labels, Guidance(3.0))
+    time = torch.tensor(400, device=labels.device)
+    return [policy(latents, time, inputs, reference=reference).prediction for reference in (False, True)]
 
 
 def test_a_checkpointed_update_is_the_plain_one(config: TrainConfig, device: torch.device, measured: Measured) -> None:
