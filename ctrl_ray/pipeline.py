@@ -23,9 +23,9 @@ from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noi
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
-from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.policy.build import load_adapted_policy, load_policy_on
 from ctrl_ray.policy.call_condition import call_condition
 from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -105,15 +105,7 @@ class ControlledPipeline:
         backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
         check_base_model(info, backbone)
         chosen = sampling_precision(precision, info.training, device)
-        policy = load_policy_on(
-            backbone,
-            info.num_classes,
-            lora=info.lora,
-            kind=info.kind,
-            full_finetune=info.lora is None,
-            precision=chosen,
-        )
-        load_into_policy(adapter, policy)
+        policy = load_adapted_policy(adapter, info, backbone, info.num_classes, chosen)
         folders = {**find_classifiers(adapter, list(info.controls), {}), **(classifiers or {})}
         scoring = CandidateScoring(info.controls, folders, exponents, info)
         return cls(policy.requires_grad_(False), info, scheduler=info.scheduler, precision=chosen, scoring=scoring).to(

@@ -26,9 +26,9 @@ from ctrl_ray.evaluation.certificate import exponents_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout
 from ctrl_ray.gradients.variance_cost import LogTilt, variance_cost
-from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.adapter import check_base_model, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.policy.build import load_adapted_policy, load_policy_on
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.precision import set_float32_precision
 from ctrl_ray.policy.protocol import Inputs
@@ -238,10 +238,7 @@ def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlCo
         controls.setdefault(name, control)
     controls = {name: info.controls.get(name, control) for name, control in controls.items()}
     counts = {name: control.num_classes for name, control in controls.items()}
-    policy = load_policy_on(
-        backbone, counts, lora=info.lora, kind=info.kind, full_finetune=info.lora is None, precision=job.precision
-    )
-    load_into_policy(adapter, policy)
+    policy = load_adapted_policy(adapter, info, backbone, counts, job.precision)
     policy.scale_adapter(job.adapter_scale)
     return policy.eval(), controls, backbone.make_kernel(job.sampler, info.scheduler)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, Precision, TrainConfig
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.adapter import check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -87,3 +88,19 @@ def load_policy_on(
             precision=precision,
             seed=seed,
         )
+
+
+def load_adapted_policy(
+    folder: str | Path, info: AdapterInfo, backbone: Backbone, num_classes: Mapping[str, int], precision: Precision
+) -> ControlledPolicy:
+    """The policy of an adapter, whose `info` has been read and whose controls are among `num_classes`."""
+    policy = load_policy_on(
+        backbone,
+        num_classes,
+        lora=info.lora,
+        kind=info.kind,
+        full_finetune=info.lora is None,
+        precision=precision,
+    )
+    load_into_policy(folder, policy)
+    return policy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
-from ctrl_ray.policy.control.gains import GAINS, label_gains
+from ctrl_ray.policy.control.gains import GAINS, LabelGains
 from ctrl_ray.policy.controlled import ControlledPolicy
 
 CLASSES_FOLDER = "classes"
@@ -21,13 +21,12 @@ def class_file(control: str, label: int) -> str:
 
 
 @torch.no_grad()
-def save_class_loras(folder: Path, policy: ControlledPolicy, controls: Mapping[str, ControlConfig]) -> list[Path]:
+def save_class_loras(folder: Path, policy: ControlledPolicy, controls: Mapping[str, ControlConfig]) -> None:
     """Write `folder`/classes/NAME=LABEL.safetensors for each class of each control, in diffusers' own format.
 
     Each is B diag(scale · g[label]) A of every layer, alpha folded in: its weight in a pipeline is 1, and less turns the
     class down. It is for policies of kind 'gains' whose parameters are whole.
     """
-    written = []
     for name, control in controls.items():
         for label in range(control.num_classes):
             layers = class_lora(policy, name, label)
@@ -36,8 +35,6 @@ def save_class_loras(folder: Path, policy: ControlledPolicy, controls: Mapping[s
                 **{f"{policy.backbone.denoiser}_lora_layers": layers},
                 weight_name=class_file(name, label),
             )
-            written.append(folder / CLASSES_FOLDER / class_file(name, label))
-    return written
 
 
 def class_lora(policy: ControlledPolicy, control: str, label: int) -> dict[str, Tensor]:
@@ -45,10 +42,10 @@ def class_lora(policy: ControlledPolicy, control: str, label: int) -> dict[str, 
     assert policy.lora is not None
     scale = policy.lora.alpha / policy.lora.rank
     state: dict[str, Tensor] = {}
-    for layer, module in policy.denoiser.named_modules():
-        if GAINS not in dict(module.named_children()):
+    for name, gains in policy.denoiser.named_modules():
+        if not isinstance(gains, LabelGains):
             continue
-        gains = label_gains(module)
+        layer = name.removesuffix(f".{GAINS}")
         down, up = gains.down[control], gains.up[control] * (scale * gains.table(control).weight[label])
         state[f"{layer}.lora_A.weight"] = down.detach().cpu().contiguous()
         # of a convolution, B is one of 1 by 1
