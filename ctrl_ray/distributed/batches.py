@@ -55,26 +55,47 @@ def training_batch(
     controls: Mapping[str, ControlConfig],
     active: Sequence[str],
     control_dropout: float,
+    *,
+    global_batch_size: int,
     group_size: int = 1,
 ) -> Batch:
     """Prompt uniform, each active control's label from its law, null with probability `control_dropout`.
 
     controls: the policy's, in column order; those not in `active` (kept from an initial adapter) are always null.
     group_size: samples whose ids have the same quotient by it share prompt and labels.
+    Among the update's groups labels are drawn systematically: every class as often as its probability says, to one.
     """
-    rows = []
     groups = [sample_id // group_size for sample_id in sample_ids]
-    for group in groups:
-        row = []
-        for name, control in controls.items():
-            weights = control.label_weights or (1.0,) * control.num_classes
-            dropped = draw_uniform(seed, update, group, f"dropout {name}") < control_dropout
-            label = draw_index(seed, update, group, f"label {name}", weights)
-            row.append(control.num_classes if dropped or name not in active else label)
-        rows.append(row)
+    columns = []
+    for name, control in controls.items():
+        if name in active:
+            kept = [(1 - control_dropout) * weight for weight in _shares(control)]
+            labels = _systematic_labels(seed, update, global_batch_size // group_size, name, [*kept, control_dropout])
+            columns.append([labels[group] for group in groups])
+        else:
+            columns.append([control.num_classes] * len(groups))
     uniform = (1.0,) * len(prompts)
     chosen = tuple(prompts[draw_index(seed, update, group, "prompt", uniform)] for group in groups)
-    return make_batch(sample_ids, chosen, torch.tensor(rows), controls)
+    return make_batch(sample_ids, chosen, torch.tensor(columns).T.reshape(len(groups), -1), controls)
+
+
+def _shares(control: ControlConfig) -> list[float]:
+    """Probabilities of a control's classes."""
+    weights = control.label_weights or (1.0,) * control.num_classes
+    return [weight / sum(weights) for weight in weights]
+
+
+def _systematic_labels(seed: int, update: int, num_groups: int, control: str, shares: Sequence[float]) -> list[int]:
+    """A label for every group: one point in each of as many equal parts of [0, 1), in an order of its own, through the
+    law's distribution function; each label alone follows the law."""
+    order = sorted(range(num_groups), key=lambda group: draw_uniform(seed, update, group, f"label order {control}"))
+    offset = draw_uniform(seed, update, 0, f"label offset {control}")
+    points = (torch.arange(num_groups, dtype=torch.float64) + offset) / num_groups
+    borders = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:-1]
+    labels = [0] * num_groups
+    for group, label in zip(order, torch.bucketize(points, borders, right=True).tolist(), strict=True):
+        labels[group] = label
+    return labels
 
 
 def evaluation_batch(
