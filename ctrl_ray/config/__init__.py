@@ -227,11 +227,19 @@ class EstimatorConfig:
     steps: int = 0
     """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
     (0 means all); fewer are cheaper."""
+    keep_graphs: bool = False
+    """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
+    again; with adapter.kind gains policy and reference are one forward too. A third less work, and activations of all
+    steps at once: for small denoisers."""
     full_probability: float = 0.3
     """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
     denoiser calls."""
 
     def __post_init__(self) -> None:
+        _require(
+            not self.keep_graphs or self.name == "full",
+            f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; leave it out",
+        )
         _require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
         _require(
             0 < self.full_probability <= 1,
@@ -632,6 +640,17 @@ class TrainConfig:
             self.estimator.name != "reinforce" or self.group_size >= 2,
             "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
             "more",
+        )
+        _require(
+            not self.estimator.keep_graphs
+            or (
+                self.scaling.zero_stage < 3
+                and self.scaling.gradient_checkpointing is False
+                and self.scaling.precision != "fp16"
+            ),
+            "estimator.keep_graphs keeps the activations of every denoising step, which does not go with scaling.zero_stage 3, "
+            f"gradient_checkpointing or fp16; got zero_stage {self.scaling.zero_stage}, gradient_checkpointing "
+            f"{self.scaling.gradient_checkpointing} and precision {self.scaling.precision}: leave keep_graphs out",
         )
         _require(
             math.isfinite(self.kl_coef) and self.kl_coef >= 0,

@@ -28,7 +28,7 @@ from ctrl_ray.distributed.deepspeed_internals import (
 )
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
-from ctrl_ray.policy.protocol import Inputs, Policy, TrainablePolicy
+from ctrl_ray.policy.protocol import Inputs, Policy, TrainablePolicy, beside_reference
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
@@ -85,6 +85,10 @@ class PolicyEngine:
         """What `torch.autograd.grad` to the latents may go through: the engine takes a gradient through its own output for
         its backward, which under ZeRO-3 it must, to gather the weights."""
         return self.policy if self._weights_are_whole else self
+
+    def beside_reference(self, inputs: Inputs) -> Inputs | None:
+        """The policy's: see `ctrl_ray.policy.protocol.beside_reference`."""
+        return beside_reference(self.policy, inputs)
 
     @property
     def _weights_are_whole(self) -> bool:

@@ -61,7 +61,11 @@ def run_training(
         storage_path=below(storage_path, CHECKPOINTS),
         run_name=run_name,
         max_failures=config.scaling.max_failures,
-        environment=worker_environment(use_gpu=config.scaling.use_gpu, num_threads=config.scaling.num_threads),
+        environment=worker_environment(
+            use_gpu=config.scaling.use_gpu,
+            num_threads=config.scaling.num_threads,
+            keeps_graphs=config.estimator.keep_graphs,
+        ),
         asked=needed_resources(config),
         keep=keep,
         validation=validation_config(job) if config.evaluation.asynchronous else None,

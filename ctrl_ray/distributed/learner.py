@@ -60,7 +60,9 @@ class Learner:
         prompts = self.evaluation_prompts or self.prompts
         return evaluation_batch(sample_ids, prompts, self.controls, tuple(self.config.controls))
 
-    def roll_out(self, batch: Batch, seed: int, update: int, *, with_kl: bool = False) -> Trajectory:
+    def roll_out(
+        self, batch: Batch, seed: int, update: int, *, with_kl: bool = False, with_graphs: bool = False
+    ) -> Trajectory:
         """Sample a batch under the policy, its noise keyed by (seed, update, sample id)."""
         return rollout(
             self.engine,
@@ -70,6 +72,7 @@ class Learner:
                 seed, update, batch.sample_ids, self.engine.latent_shape, self.kernel.num_steps, self.rank.device
             ),
             with_kl=with_kl,
+            with_graphs=with_graphs,
             latent_reduction=self.config.latent_reduction,
         )
 

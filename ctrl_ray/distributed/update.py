@@ -69,7 +69,7 @@ class CTRL:
             if padding:
                 part = batch.select(0, 1)
             with clock("rollout_s"):
-                trajectory = learner.roll_out(part, config.seed, update)
+                trajectory = learner.roll_out(part, config.seed, update, with_graphs=self.estimator.keeps_graphs)
                 pending = learner.submit(part, trajectory.clean_latents)
             if waiting is not None:
                 totals += self._go_back(learner, waiting, update, clock)

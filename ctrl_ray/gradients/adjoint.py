@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, step_kl
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.gradients.rollout import Trajectory, policy_step
+from ctrl_ray.gradients.rollout import StepGraph, Trajectory, policy_step
 from ctrl_ray.policy.protocol import Policy, policy_for_latents
 
 
@@ -87,6 +87,15 @@ class MicroBatch:
         """Law of the next latents under the policy or the reference."""
         return policy_step(self._policy, self.kernel, step_index, latents, self.trajectory.inputs, reference=reference)
 
+    def graph(self, step_index: int) -> StepGraph:
+        """Policy and reference at h_k: the graph that the rollout kept, or a new one."""
+        kept = self.trajectory.graphs.get(step_index)
+        if kept is not None:
+            return kept
+        latents = self.leaf(step_index)
+        step, ref = (self.step(step_index, latents, reference=reference) for reference in (False, True))
+        return StepGraph(latents, step, ref)
+
     def kl(self, step_index: int, step: GaussianStep, ref: GaussianStep) -> Tensor:
         """KL_k, (B,) in nats; it is also noted for the statistics. **The KL of training is computed here.**"""
         kl = step_kl(step, ref, self._latent_reduction)
@@ -143,6 +152,11 @@ class Estimator(ABC):
     name: ClassVar[str]
     needs_cotangent: ClassVar[bool] = True
     """Whether the reward must have a gradient."""
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether the rollout keeps every step's graph for the adjoint pass."""
+        return False
 
     @abstractmethod
     def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:

@@ -44,9 +44,8 @@ class _ThroughPolicy(_ByCotangent):
 
     def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
         """One backward gives both: parameter gradient and next cotangent."""
-        latents = batch.leaf(step_index)
-        step = batch.step(step_index, latents, reference=False)
-        kl = batch.kl(step_index, step, batch.step(step_index, latents, reference=True))
+        latents, step, ref = batch.graph(step_index)
+        kl = batch.kl(step_index, step, ref)
         loss = self._loss(batch, step_index, step.mean, carried, kl)
         if weight == 0:
             return torch.autograd.grad(loss, latents)[0]
@@ -76,14 +75,28 @@ class _AtFixedLatents(_ByCotangent):
         return pulled_back
 
 
+@dataclass(frozen=True)
 class Full(_ThroughPolicy):
     """The exact gradient of the discretised objective: every step is visited with weight 1.
 
     Unbiased: autograd through the whole graph, to rounding. Cost: 3 T forwards (rollout; policy and reference in the
-    adjoint pass), 2 T backwards; one each less for a step that is the reference's.
+    adjoint pass), 2 T backwards; one each less for a step that is the reference's. With keep_graphs 2 T forwards, and all
+    steps' graphs in memory at once.
     """
 
-    name = "full"
+    keep_graphs: bool = False
+    name: ClassVar[str] = "full"
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """As it was asked for."""
+        return self.keep_graphs
+
+    def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
+        """With the graphs of the rollout: the reference's forward beside the policy's, and both backwards."""
+        if self.keep_graphs and controlled:
+            return Calls(1, 2, float(weighted))
+        return super().step_calls(controlled=controlled, weighted=weighted)
 
     def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:
         """All steps."""
@@ -249,7 +262,7 @@ def make_estimator(config: EstimatorConfig, num_steps: int) -> Estimator:
             f"estimator.steps is {config.steps}, but the sampler has {num_steps} steps (sampler.num_steps); lower it"
         )
     makers: dict[str, Callable[[], Estimator]] = {
-        Full.name: Full,
+        Full.name: lambda: Full(config.keep_graphs),
         StickingTheLanding.name: StickingTheLanding,
         LastK.name: lambda: LastK(config.steps or 1),
         RandomSuffix.name: lambda: RandomSuffix(config.full_probability),

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ctrl_ray.diffusion.noise import draw_noise
 from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_sample, step_kl, step_log_ratio
-from ctrl_ray.policy.protocol import Inputs, Policy
+from ctrl_ray.policy.protocol import Inputs, Policy, beside_reference
 from ctrl_ray.rewards.protocol import Rewards
 
 NoiseSource = Callable[[int], Tensor]
 """0: the initial noise; k + 1: the noise of step k; each (B, ...). Asked once for each, in this order."""
+
+
+class StepGraph(NamedTuple):
+    """One denoising step with what its backward needs."""
+
+    latents: Tensor
+    """h_k, (B, ...): a leaf that takes a gradient."""
+    step: GaussianStep
+    ref: GaussianStep
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class Trajectory:
     log_ratio: Tensor | None = None
     """log of the policy's density of the path over the reference's, (B,) float64 in nats, where it or the KL was asked for:
     what the path's weight for the target takes away from its reward (`evaluation.certificate`)."""
+    graphs: Mapping[int, StepGraph] = field(default_factory=dict, repr=False)
+    """By step index, where the rollout kept them: each serves one backward."""
 
     @property
     def clean_latents(self) -> Tensor:
@@ -84,6 +95,7 @@ def rollout(
     reference: bool = False,
     with_kl: bool = False,
     with_log_ratio: bool = False,
+    with_graphs: bool = False,
     latent_reduction: LatentReduction = "sum",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -93,8 +105,9 @@ def rollout(
     reference: they are a fixed part of the reward. with_kl also runs the reference at every step and keeps the KL, (B, T)
     in nats, and the path's log-ratio; both are of the model that samples, so of the pre-trained one they are 0.
     with_log_ratio asks for the policy's log-ratio on a path of either model: with `reference` the policy runs too,
-    and the sum is of z · u − ½ ‖u‖². on_step(step_index, next_latents) is told each step as it is done. The rewards are not
-    asked.
+    and the sum is of z · u − ½ ‖u‖². with_graphs keeps the graph of every step of the policy, and of the reference beside
+    it, so that an adjoint pass computes no forward again; its memory grows with the number of steps.
+    on_step(step_index, next_latents) is told each step as it is done. The rewards are not asked.
 
         noise = keyed_noise(seed, update, sample_ids, policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, Inputs(encoder.encode(prompts), labels), noise, with_kl=True)
@@ -104,11 +117,17 @@ def rollout(
     kept = [latents]
     kls = []
     log_ratio = None
+    graphs = {}
+    doubled = beside_reference(policy, inputs) if with_graphs else None
     if with_kl or with_log_ratio:
         log_ratio = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
     for step_index in range(kernel.num_steps):
         controlled = kernel.controlled(step_index)
-        step = policy_step(policy, kernel, step_index, latents, inputs, reference=reference or not controlled)
+        if with_graphs and controlled and not reference:
+            graphs[step_index] = graph = step_graph(policy, kernel, step_index, latents, inputs, doubled)
+            step = GaussianStep(graph.step.mean.detach(), graph.step.std)
+        else:
+            step = policy_step(policy, kernel, step_index, latents, inputs, reference=reference or not controlled)
         z = noise(step_index + 1) if kernel.std(step_index) > 0 else None
         kl = latents.new_zeros(len(latents))
         if log_ratio is not None and controlled and (with_log_ratio or not reference):
@@ -122,7 +141,25 @@ def rollout(
         kept.append(latents)
         if on_step is not None:
             on_step(step_index, latents)
-    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None, log_ratio)
+    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None, log_ratio, graphs)
+
+
+def step_graph(
+    policy: Policy, kernel: StepKernel, step_index: int, latents: Tensor, inputs: Inputs, doubled: Inputs | None = None
+) -> StepGraph:
+    """Policy and reference at the same latents, with their graph; by one forward with inputs of `beside_reference`."""
+    leaf = latents.detach().requires_grad_(True)
+    with torch.enable_grad():
+        if doubled is None:
+            step, ref = (
+                policy_step(policy, kernel, step_index, leaf, inputs, reference=reference)
+                for reference in (False, True)
+            )
+            return StepGraph(leaf, step, ref)
+        twice = leaf.repeat(2, *[1] * (leaf.dim() - 1))
+        both = policy_step(policy, kernel, step_index, twice, doubled, reference=False)
+        (mean, ref_mean), std = both.mean.chunk(2), both.std
+        return StepGraph(leaf, GaussianStep(mean, std), GaussianStep(ref_mean, std))
 
 
 def policy_step(

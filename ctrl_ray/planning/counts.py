@@ -6,6 +6,7 @@ kernel and torch's own autograd, while a dispatch mode follows which storages ar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -23,12 +24,12 @@ from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
 from ctrl_ray.gradients.adjoint import Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
-from ctrl_ray.gradients.rollout import Trajectory, policy_step
+from ctrl_ray.gradients.rollout import Trajectory, policy_step, step_graph
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
-from ctrl_ray.policy.protocol import Condition, Inputs
+from ctrl_ray.policy.protocol import Condition, Inputs, beside_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,10 @@ class StepBytes:
     backward_peak: int
     """The most that is alive during the estimator's forwards and backwards at a step."""
     rollout_peak: int
-    """The most that is alive during one forward without gradient."""
+    """The most that is alive during one forward without gradient; with kept graphs, during the forwards of policy and
+    reference with theirs."""
+    graph_kept: int = 0
+    """Alive from the rollout to the adjoint pass: a step's graph, where the estimator keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,13 +239,23 @@ def _count_step(
     with torch.no_grad():
         policy_step(policy, kernel, step_index, latents, inputs, reference=False)
     rollout_peak, forward = live.peak - start, live.operations
-    start, live.operations = live.restart_peak(), 0.0
+    start, live.operations, graph_kept = live.restart_peak(), 0.0, 0
+    if estimator.keeps_graphs:
+        graph = step_graph(policy, kernel, step_index, latents, inputs, beside_reference(policy, inputs))
+        rollout_peak, graph_kept = live.peak - start, live.bytes - start
+        batch.kept = {False: graph_kept // 2, True: graph_kept - graph_kept // 2}
+        batch.trajectory = dataclasses.replace(trajectory, graphs={step_index: graph})
+        live.operations -= forward  # the policy's own belongs to the rollout
     estimator.pull_back(batch, step_index, carried, weight)
     peak, adjoint = live.peak - start, live.operations
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
     counted = StepBytes(
-        policy_kept=batch.kept[False], reference_kept=batch.kept[True], backward_peak=peak, rollout_peak=rollout_peak
+        policy_kept=batch.kept[False],
+        reference_kept=batch.kept[True],
+        backward_peak=peak,
+        rollout_peak=rollout_peak,
+        graph_kept=graph_kept,
     )
     return counted, forward, adjoint
 

@@ -58,7 +58,8 @@ class MemoryPlan:
     communication: int
     """DeepSpeed's reduction bucket; under ZeRO-3 also the parameters gathered at a time."""
     activations: int
-    """Both forwards and the backward of one denoising step, at their peak."""
+    """Both forwards and the backward of one denoising step, at their peak; with estimator.keep_graphs also the graphs of all
+    other steps, and of the micro-batch that is scored meanwhile."""
     policy_kept: int
     """Of the activations: what the policy's forward keeps for its backward."""
     reference_kept: int
@@ -184,10 +185,12 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
     local_rewards = counts.decoder.weights if local else 0
     resident = sum(weights.values()) + encoder + local_rewards + master + moments
     kept_buffers = bucket if stage == 3 else 0
-    waiting = (in_flight - 1) * (trajectory + prompts)
+    graphs = (config.sampler.num_steps - config.sampler.reference_steps) * step.graph_kept
+    waiting = (in_flight - 1) * (trajectory + prompts + graphs)
     always = resident + gradients + kept_buffers + gathered
-    rollout = 3 * trajectory + prompts + step.rollout_peak  # noise, latents kept, and their stack at the end
-    scoring = trajectory + prompts + min(_chunk(config), batch) * counts.decoder.with_gradient
+    other_graphs = max(0, graphs - step.graph_kept)
+    rollout = 3 * trajectory + prompts + other_graphs + step.rollout_peak  # noise, latents kept, their stack at the end
+    scoring = trajectory + prompts + graphs + min(_chunk(config), batch) * counts.decoder.with_gradient
     evaluated = 0 if config.evaluation.asynchronous else always + _evaluating(config, counts, evaluation)
     return MemoryPlan(
         frozen_weights=weights["frozen"],
@@ -199,7 +202,7 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
         gradients=gradients,
         optimizer=moments,
         communication=bucket + gathered,
-        activations=step.backward_peak,
+        activations=step.backward_peak + other_graphs + (in_flight - 1) * graphs,
         policy_kept=step.policy_kept,
         reference_kept=step.reference_kept,
         latents=in_flight * trajectory,

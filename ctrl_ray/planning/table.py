@@ -90,7 +90,11 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
             memory.communication,
             "   one bucket and the parameters gathered at a time" if stage == 3 else "   one reduction bucket",
         ),
-        ("activations of one step", memory.activations, kept),
+        (
+            "activations of all steps" if config.estimator.keep_graphs else "activations of one step",
+            memory.activations,
+            kept,
+        ),
         ("latents kept", memory.latents, f"   {batches} micro-batches × {steps} latents"),
         ("cotangents and conditions", memory.requests, ""),
     ]

@@ -126,6 +126,12 @@ class ControlledPolicy(TrainablePolicy):
         parts = prediction.chunk(len(branches))
         return ModelOutput(combine_guidance(parts, guidance))
 
+    def beside_reference(self, inputs: Inputs) -> Inputs | None:
+        """With label gains alone: the samples without labels, which are the reference, below those with them."""
+        if self.lora is None or self.kind != "gains":
+            return None
+        return inputs.repeated(self.controls.null(len(inputs), inputs.labels.device))
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the denoiser's blocks in the backward pass, each in the mode its own forward ran in."""
 

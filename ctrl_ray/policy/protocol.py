@@ -51,6 +51,11 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.condition)
 
+    def repeated(self, labels: Tensor) -> Inputs:
+        """The same samples once more below, with these labels."""
+        rows = [*range(len(self)), *range(len(self))]
+        return Inputs(self.condition.select(rows), torch.cat([self.labels, labels]), self.guidance)
+
     def select(self, rows: Sequence[int]) -> Inputs:
         """The inputs of some of the samples, in the given order."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.labels.device)
@@ -71,6 +76,14 @@ def policy_for_latents(policy: Policy) -> Policy:
     """The same policy, where `torch.autograd.grad` to its latents goes through it; an engine says what that is."""
     found: Policy = getattr(policy, "for_latents", policy)
     return found
+
+
+def beside_reference(policy: Policy, inputs: Inputs) -> Inputs | None:
+    """Inputs of twice as many samples, the second half of them the pre-trained model's: one forward is then policy and
+    reference. None: the policy needs one for each."""
+    found = getattr(policy, "beside_reference", None)
+    doubled: Inputs | None = None if found is None else found(inputs)
+    return doubled
 
 
 class Encoder(Protocol):

@@ -158,6 +158,10 @@ class PlainEngine:
         """The policy's forward."""
         return self.policy(latents, time, inputs, reference=reference)
 
+    def beside_reference(self, inputs: Inputs) -> Inputs | None:
+        """The policy's."""
+        return self.policy.beside_reference(inputs)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients."""
         loss.backward()

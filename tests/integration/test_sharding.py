@@ -38,6 +38,8 @@ SGD_CASES = {(False, name): scaling for name, scaling in STAGES.items()} | {
     (True, name): scaling for name, scaling in (STAGES | OFFLOADED).items()
 }
 """By (all weights are trained, name)."""
+KEEPING = ("stage0", "stage2")
+"""Where the rollout keeps its graphs, several forwards of the engine before the first backward."""
 PAST_THE_ENGINE = ("stage0", "stage3")
 """Where an estimator asks for gradients of the latents alone, which the engine may not take for its backward."""
 
@@ -88,6 +90,10 @@ def _landing(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, estimator=EstimatorConfig(name="sticking_the_landing"))
 
 
+def _keeping(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, estimator=EstimatorConfig(keep_graphs=True))
+
+
 @pytest.fixture(scope="module")
 def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers leave: two SGD updates of every stage, and AdamW runs with a checkpoint half-way."""
@@ -96,6 +102,7 @@ def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFacto
         f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling), poisoned=True)
         for (full, name), scaling in SGD_CASES.items()
     } | {f"landing-{name}": Case(config=_landing(_sgd(base_config, False, STAGES[name]))) for name in PAST_THE_ENGINE}
+    cases |= {f"kept-{name}": Case(config=_keeping(_sgd(base_config, False, STAGES[name]))) for name in KEEPING}
     for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
         config = _config(base_config, full, STAGES[f"stage{stage}"], OptimizerConfig(learning_rate=3e-3))
         cases[name] = Case(config=config, save_after=2)
@@ -119,6 +126,11 @@ def test_two_workers_go_past_the_engine_as_one_process_does(two_workers: Path, b
     """`sticking_the_landing`, whose cotangent goes through the policy without its parameters."""
     config = _landing(_sgd(base_config, False, ScalingConfig()))
     _check_steps(config, two_workers, [f"landing-{name}" for name in PAST_THE_ENGINE])
+
+
+def test_graphs_kept_by_two_workers_are_those_of_one_process(two_workers: Path, base_config: TrainConfig) -> None:
+    """Which computes them again, policy and reference apart."""
+    _check_steps(_sgd(base_config, False, ScalingConfig()), two_workers, [f"kept-{name}" for name in KEEPING])
 
 
 def _check_steps(config: TrainConfig, folder: Path, cases: list[str]) -> None:

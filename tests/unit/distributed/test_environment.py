@@ -22,6 +22,11 @@ def test_every_process_is_told_its_kind_of_device() -> None:
     """A CPU process sees no card either, whatever Ray shows it."""
     on_cpu = worker_environment(use_gpu=False, num_threads=3)
     assert on_cpu == {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}
+    keeping = worker_environment(use_gpu=False, num_threads=3, keeps_graphs=True)
+    assert keeping.items() > on_cpu.items() and set(keeping) - set(on_cpu) == {
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+    }
     on_gpu = worker_environment(use_gpu=True, num_threads=3)
     assert on_gpu["DS_ACCELERATOR"] == "cuda" and "CUDA_VISIBLE_DEVICES" not in on_gpu
     assert on_gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import EstimatorConfig, SamplerConfig, TrainConfig
+from ctrl_ray.config import EstimatorConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import gaussian_log_prob
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.grid import solve_on_grid
@@ -28,6 +28,7 @@ from tests.analytic import make_learner, means_on
 
 ALL: dict[str, Callable[[], Estimator]] = {
     "full": estimators.Full,
+    "full with kept graphs": lambda: estimators.Full(keep_graphs=True),
     "sticking_the_landing": estimators.StickingTheLanding,
     "last_k": lambda: estimators.LastK(2),
     "random_suffix": estimators.RandomSuffix,
@@ -67,7 +68,11 @@ def _gradient(
     noise = keyed_noise(0, 0, range(batch_size), (1,), learner.kernel.num_steps)
     called = policy_of(policy)
     trajectory = rollout(
-        called, learner.kernel, Inputs(learner.encoder.encode(prompts), labels), lambda k: noise(k).to(dtype)
+        called,
+        learner.kernel,
+        Inputs(learner.encoder.encode(prompts), labels),
+        lambda k: noise(k).to(dtype),
+        with_graphs=estimator.keeps_graphs,
     )
     strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
     rewarded = learner.rewards.submit(trajectory.clean_latents, prompts, labels, strengths).result()
@@ -132,6 +137,7 @@ def test_counted_calls_are_the_stated_ones(name: str, reference_steps: int) -> N
     ("name", "forwards", "backwards"),
     [
         ("full", 18, 12),
+        ("full with kept graphs", 12, 12),
         ("sticking_the_landing", 24, 18),
         ("last_k", 10, 4),
         ("adjoint_matching", 18, 12),
@@ -265,6 +271,13 @@ def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
     )
     for name in ("full", "sticking_the_landing", "adjoint_matching", "reinforce"):
         assert make_estimator(EstimatorConfig(name=name), 4).name == name  # type: ignore[arg-type]
+    assert make_estimator(EstimatorConfig(keep_graphs=True), 4).keeps_graphs
+    with pytest.raises(ConfigError, match="keep_graphs is of the estimator full only"):
+        EstimatorConfig(name="last_k", keep_graphs=True)
+    for scaling in ({"zero_stage": 3}, {"gradient_checkpointing": "auto"}, {"precision": "fp16"}):
+        (asked,) = scaling.items()
+        with pytest.raises(ConfigError, match=f"got .*{asked[0]} {asked[1]}"):
+            TrainConfig(estimator=EstimatorConfig(keep_graphs=True), scaling=ScalingConfig(**scaling))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"12.*10 steps"):
         make_estimator(EstimatorConfig(name="last_k", steps=12), 10)
     with pytest.raises(ConfigError, match="group_size is 1"):

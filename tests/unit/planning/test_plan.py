@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctrl_ray.cluster.resources import ClusterFacts, NodeFacts, cluster_facts
 from ctrl_ray.config import (
+    AdapterConfig,
     ControlConfig,
     EstimatorConfig,
     EvaluationConfig,
@@ -24,7 +25,7 @@ from ctrl_ray.config import (
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.diffusion.steps import step_kl
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.gradients.rollout import policy_step
+from ctrl_ray.gradients.rollout import policy_step, rollout
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, _inputs, stored_elements
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
@@ -103,6 +104,45 @@ def test_one_micro_batch_has_nothing_in_flight_and_local_rewards_bring_the_decod
     assert plan.reward_model == 900
     always = 36_000 + 4000 + 800 + 900 + 8000 + 4000  # weights, encoder, VAE, moments, gradients
     assert plan.scoring_peak == always + trajectory + 2 * 100 + 2 * 300
+
+
+def test_kept_graphs_are_there_from_the_rollout_on() -> None:
+    """Nine steps' graphs of the micro-batch that goes back, and of the one that is scored meanwhile."""
+    config, kept = _scaled(0, 1), dataclasses.replace(STEP, graph_kept=50_000)
+    plain, keeping = (memory_plan(config, COUNTS, step, EVALUATION) for step in (STEP, kept))
+    assert keeping.activations == 120_000 + 8 * 50_000 + 9 * 50_000
+    assert keeping.rollout_peak == plain.rollout_peak + 8 * 50_000 + 9 * 50_000
+    alone = dataclasses.replace(config, global_batch_size=2)
+    assert memory_plan(alone, COUNTS, kept, EVALUATION).activations == 120_000 + 8 * 50_000
+
+
+def test_a_kept_graph_is_counted_as_it_is(tiny_pipeline: Path) -> None:
+    """Label gains, policy and reference in one forward: against real ones, of which all three steps' are alive at once."""
+    config = _config(
+        base_model=str(tiny_pipeline),
+        adapter=AdapterConfig(kind="gains"),
+        estimator=EstimatorConfig(keep_graphs=True),
+        sampler=SamplerConfig(num_steps=3),
+    )
+    kernel = load_backbone(str(tiny_pipeline)).make_kernel(config.sampler)
+    counted = PolicyCounter(config, CONTROLS).step(4)
+    policy = build_policy(config, CONTROLS)
+    with LiveBytes() as live:
+        latents, inputs = _inputs(policy, config, 4)
+        for parameter in policy.parameters():
+            live.add(parameter)
+        noise = torch.zeros(4, *policy.latent_shape)
+        start = live.restart_peak()
+        trajectory = rollout(policy, kernel, inputs, lambda k: latents if k == 0 else noise, with_graphs=True)
+        assert len(trajectory.graphs) == 3
+        assert 3 * counted.graph_kept == pytest.approx(live.bytes - start, rel=0.03)
+    assert counted.backward_peak > counted.graph_kept == counted.policy_kept + counted.reference_kept
+    flops, computed_again = (
+        PolicyCounter(dataclasses.replace(config, estimator=EstimatorConfig(keep_graphs=keep)), CONTROLS).flops(4)
+        for keep in (True, False)
+    )
+    assert flops.forward == computed_again.forward
+    assert flops.backward == pytest.approx(computed_again.backward, rel=0.2)  # null rows have LoRA too
 
 
 def test_an_evaluation_is_counted_at_its_own_batch() -> None:

@@ -16,6 +16,7 @@ from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfi
 from ctrl_ray.config.presets import shapes
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
 from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
@@ -23,6 +24,7 @@ from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.class_loras import class_file
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
+from tests.gradients import full_pass
 from tests.policies import make_policy
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
@@ -119,6 +121,31 @@ def test_recomputed_activations_give_the_same_gradient(tiny_pipeline: str) -> No
         output.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["gains", "both"])
+def test_graphs_kept_by_the_rollout_give_the_same_gradient(tiny_pipeline: str, kind: AdapterKind) -> None:
+    """float64: 1e-9 of those computed again; with gains alone one forward is policy and reference, with their KL."""
+    policy = _move(_policy(tiny_pipeline, kind)).double()
+    inputs, kernel = (
+        Inputs(_given(tiny_pipeline)[2], torch.tensor([[0, 2], [3, 1]])),
+        policy.backbone.make_kernel(SAMPLER),
+    )
+    noise = keyed_noise(0, 0, [0, 1], policy.latent_shape, kernel.num_steps)
+    found, called = [], []
+    policy.denoiser.register_forward_hook(lambda *_: called.append(None))
+    for kept in (False, True):
+        policy.zero_grad()
+        called.clear()
+        trajectory = rollout(policy, kernel, inputs, lambda k: noise(k).double(), with_graphs=kept)
+        full_pass(policy, kernel, trajectory, torch.ones_like(trajectory.clean_latents), torch.ones(2))
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()]))
+        # three steps, the last of them the reference's: its own, and once more on the way back
+        assert (
+            len(called)
+            == 2 + 2 * {(False, "gains"): 3, (False, "both"): 3, (True, "gains"): 1, (True, "both"): 2}[kept, kind]
+        )
+    assert (found[1] - found[0]).norm() < 1e-9 * found[0].norm()
 
 
 @torch.no_grad()
