@@ -576,6 +576,9 @@ class TrainConfig:
     its exponent depends on the number of latent dimensions."""
     control_dropout: float = 0.1
     """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference."""
+    label_draws: Literal["independent", "systematic"] = "independent"
+    """How an update's labels are drawn. 'systematic': every class as often as its share says, to one, in a random order; less
+    noise where batches are small."""
     target_kl: float | None = None
     """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported. It must
     be at least twice the kl_noise_floor, which the run measures when it starts."""

@@ -55,28 +55,37 @@ def training_batch(
     controls: Mapping[str, ControlConfig],
     active: Sequence[str],
     control_dropout: float,
-    *,
-    global_batch_size: int,
     group_size: int = 1,
+    *,
+    systematic_over: int | None = None,
 ) -> Batch:
     """Prompt uniform, each active control's label from its law, null with probability `control_dropout`.
 
     controls: the policy's, in column order; those not in `active` (kept from an initial adapter) are always null.
     group_size: samples whose ids have the same quotient by it share prompt and labels.
-    Among the update's groups labels are drawn systematically: every class as often as its probability says, to one.
+    systematic_over: the update's samples, among whose groups every class then is as often as its probability says, to one;
+    None: each group's labels are drawn by themselves.
     """
     groups = [sample_id // group_size for sample_id in sample_ids]
     columns = []
     for name, control in controls.items():
-        if name in active:
-            kept = [(1 - control_dropout) * weight for weight in _shares(control)]
-            labels = _systematic_labels(seed, update, global_batch_size // group_size, name, [*kept, control_dropout])
-            columns.append([labels[group] for group in groups])
-        else:
+        if name not in active:
             columns.append([control.num_classes] * len(groups))
+        elif systematic_over is None:
+            columns.append([_label(seed, update, group, name, control, control_dropout) for group in groups])
+        else:
+            shares = [*((1 - control_dropout) * share for share in _shares(control)), control_dropout]
+            labels = _systematic_labels(seed, update, systematic_over // group_size, name, shares)
+            columns.append([labels[group] for group in groups])
     uniform = (1.0,) * len(prompts)
     chosen = tuple(prompts[draw_index(seed, update, group, "prompt", uniform)] for group in groups)
     return make_batch(sample_ids, chosen, torch.tensor(columns).T.reshape(len(groups), -1), controls)
+
+
+def _label(seed: int, update: int, group: int, name: str, control: ControlConfig, dropout: float) -> int:
+    if draw_uniform(seed, update, group, f"dropout {name}") < dropout:
+        return control.num_classes
+    return draw_index(seed, update, group, f"label {name}", control.label_weights or (1.0,) * control.num_classes)
 
 
 def _shares(control: ControlConfig) -> list[float]:

@@ -57,8 +57,8 @@ class CTRL:
             learner.controls,
             tuple(config.controls),
             config.control_dropout,
-            global_batch_size=config.global_batch_size,
-            group_size=config.group_size,
+            config.group_size,
+            systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
         )
         totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
         size = config.fixed_micro_batch_size

@@ -292,7 +292,6 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
             plan.controls,
             tuple(config.controls),
             config.control_dropout,
-            global_batch_size=config.global_batch_size,
         )
         samples = zip(batch.prompts, batch.labels.tolist(), strict=True)
         assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)

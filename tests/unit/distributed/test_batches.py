@@ -15,9 +15,13 @@ PROMPTS = ("one", "two", "three")
 
 
 def _batch(
-    ids: range, dropout: float = 0.25, active: tuple[str, ...] = ("size", "hue"), size: int = 16, update: int = 7
+    ids: range,
+    dropout: float = 0.25,
+    active: tuple[str, ...] = ("size", "hue"),
+    update: int = 7,
+    systematic_over: int | None = None,
 ) -> Batch:
-    return training_batch(0, update, ids, PROMPTS, CONTROLS, active, dropout, global_batch_size=size)
+    return training_batch(0, update, ids, PROMPTS, CONTROLS, active, dropout, systematic_over=systematic_over)
 
 
 def test_a_sample_is_the_same_on_any_rank() -> None:
@@ -30,27 +34,39 @@ def test_a_sample_is_the_same_on_any_rank() -> None:
 
 
 def test_label_law_dropout_and_strengths() -> None:
-    """Within an update every class as often as its law says, to one; over updates a sample alone follows the law, and the
-    controls do not follow each other. Null labels have strength 0."""
-    batch, size = _batch(range(16)), 16
-    counts = (
-        torch.bincount(batch.labels[:, 0], minlength=5).tolist(),
-        torch.bincount(batch.labels[:, 1], minlength=3).tolist(),
-    )
-    for found, law in zip(counts, ((0.1875,) * 4 + (0.25,), (0.1875, 0.5625, 0.25)), strict=True):
-        assert all(abs(count - size * share) < 1 for count, share in zip(found, law, strict=True)), (found, law)
+    """Uniform and weighted laws, null labels with strength 0, within four standard errors."""
+    n = 4000
+    batch = _batch(range(n))
+    null = (batch.labels == torch.tensor([4, 2])).double().mean(0)
+    assert bool(((null - 0.25).abs() < 4 * (0.25 * 0.75 / n) ** 0.5).all())
     assert torch.equal(batch.strengths == 0, batch.labels == torch.tensor([4, 2]))
     assert set(batch.strengths[:, 0].tolist()) == {0.0, 4.0}
+    hue = batch.labels[:, 1][batch.labels[:, 1] < 2].double()
+    assert abs(float(hue.mean()) - 0.75) < 4 * (0.75 * 0.25 / len(hue)) ** 0.5
+    size = batch.labels[:, 0][batch.labels[:, 0] < 4]
+    shares = torch.bincount(size, minlength=4) / len(size)
+    assert bool(((shares - 0.25).abs() < 4 * (0.25 * 0.75 / len(size)) ** 0.5).all())
+
+
+def test_systematic_labels_are_as_often_as_their_shares_say() -> None:
+    """Within an update to one; over updates a sample alone follows the law, and the controls do not follow each other."""
+    batch, size = _batch(range(16), systematic_over=16), 16
+    law = ((0.1875,) * 4 + (0.25,), (0.1875, 0.5625, 0.25))
+    for column, shares in enumerate(law):
+        counts = torch.bincount(batch.labels[:, column], minlength=len(shares)).tolist()
+        assert all(abs(count - size * share) < 1 for count, share in zip(counts, shares, strict=True)), (counts, shares)
+    assert torch.equal(batch.strengths == 0, batch.labels == torch.tensor([4, 2]))
+    assert torch.equal(_batch(range(5, 9), systematic_over=16).labels, batch.labels[5:9])  # the same on any rank
     n = 2000
-    labels = torch.stack([_batch(range(3, 4), update=update).labels[0] for update in range(n)])
+    labels = torch.stack([_batch(range(3, 4), update=update, systematic_over=16).labels[0] for update in range(n)])
     joint = torch.zeros(5, 3).index_put((labels[:, 0], labels[:, 1]), torch.ones(n), accumulate=True) / n
-    law = torch.tensor([0.1875] * 4 + [0.25])[:, None] * torch.tensor([0.1875, 0.5625, 0.25])
-    assert bool(((joint - law).abs() < 4 * (law * (1 - law) / n).sqrt()).all())
+    product = torch.tensor(law[0])[:, None] * torch.tensor(law[1])
+    assert bool(((joint - product).abs() < 4 * (product * (1 - product) / n).sqrt()).all())
 
 
 def test_inactive_controls_are_always_null() -> None:
     """A control that only the initial adapter has is not asked for."""
-    assert bool((_batch(range(50), 0.0, ("hue",), 50).labels[:, 0] == 4).all())
+    assert bool((_batch(range(50), 0.0, ("hue",)).labels[:, 0] == 4).all())
 
 
 def test_evaluation_is_balanced() -> None:

@@ -32,10 +32,7 @@ class RegressTwice:
         from ctrl_ray.distributed.batches import training_batch
 
         ids = range(config.global_batch_size)
-        names, size = tuple(config.controls), config.global_batch_size
-        batch = training_batch(
-            config.seed, update, ids, learner.prompts, learner.controls, names, 0.0, global_batch_size=size
-        )
+        batch = training_batch(config.seed, update, ids, learner.prompts, learner.controls, tuple(config.controls), 0.0)
         trajectory = learner.roll_out(batch, config.seed, update)
         answer = learner.submit(batch, trajectory.clean_latents).result()
         for _ in range(2):
