@@ -231,6 +231,13 @@ class EstimatorConfig:
     """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
     again; with adapter.kind gains policy and reference are one forward too. A third less work, and activations of all
     steps at once: for small denoisers."""
+    max_drift: float = 0.0
+    """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
+    drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's
+    variance. Biased while it binds: the lower, the less KL and the less accuracy. 0: no bound."""
+    final_max_drift: float = 0.0
+    """The bound grows geometrically to this over the run, so that what misses its class is brought in when the learning rate is
+    small. 0: it stays at max_drift."""
     full_probability: float = 0.3
     """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
     denoiser calls."""
@@ -239,6 +246,18 @@ class EstimatorConfig:
         _require(
             not self.keep_graphs or self.name == "full",
             f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; leave it out",
+        )
+        _require(
+            0 <= self.max_drift < math.inf and 0 <= self.final_max_drift < math.inf,
+            f"estimator.max_drift is {self.max_drift} and final_max_drift {self.final_max_drift}; expected numbers >= 0",
+        )
+        _require(
+            self.max_drift > 0 or self.final_max_drift == 0,
+            f"estimator.final_max_drift is {self.final_max_drift}, but max_drift, from which it grows, is 0; set both",
+        )
+        _require(
+            self.max_drift == 0 or self.name != "reinforce",
+            f"estimator.max_drift is {self.max_drift}, but the estimator reinforce carries no cotangent to bound; leave it out",
         )
         _require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
         _require(

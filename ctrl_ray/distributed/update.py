@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class CTRL:
             config.group_size,
             systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
         )
-        totals = torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
+        totals = torch.zeros(_NUM_SUMS + 2 * learner.num_rewarded, dtype=torch.float64)
         size = config.fixed_micro_batch_size
         waiting: _Scored | None = None
         for index in range(num_rounds(config.global_batch_size, rank.size, size, config.group_size)):
@@ -109,13 +110,22 @@ class CTRL:
                     sample_weights=torch.full((len(scored.batch),), weight, device=rank.device),
                     backward=learner.engine.backward,
                     latent_reduction=config.latent_reduction,
+                    max_drift=drift_bound(config, update),
                     groups=torch.tensor(scored.batch.sample_ids, device=rank.device) // config.group_size,
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{where}: {error}") from error
         if scored.padding:
-            return torch.zeros(4 + 2 * learner.num_rewarded, dtype=torch.float64)
+            return torch.zeros(_NUM_SUMS + 2 * learner.num_rewarded, dtype=torch.float64)
         return _sums(learner, scored.batch, answer, plan, stats)
+
+
+def drift_bound(config: TrainConfig, update: int) -> float:
+    """The longest drift that a trajectory may ask of a step in an update (from 0); infinite where nothing is bounded."""
+    first, last = config.estimator.max_drift, config.estimator.final_max_drift
+    if first == 0:
+        return math.inf
+    return first * ((last or first) / first) ** (update / config.num_updates)
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,11 @@ def _require_rewards(answer: RewardAnswer, needs_cotangent: bool, where: str) ->
         )
 
 
+_NUM_SUMS = 5
+
+
 def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPlan, stats: AdjointStats) -> Tensor:
-    """(Σ reward, labelled samples, Σ KL labelled, Σ KL null, per control Σ log p, per control labelled samples)."""
+    """(Σ reward, labelled samples, Σ KL labelled, Σ KL null, Σ bounded, per control Σ log p, per control labelled samples)."""
     columns = learner.num_rewarded
     log_probs = answer.log_probs.double().cpu()
     null = torch.tensor([control.num_classes for control in learner.controls.values()])[:columns]
@@ -150,7 +163,15 @@ def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPla
     reward = (batch.strengths[:, :columns].double() * log_probs).sum()
     return torch.cat(
         [
-            torch.stack([reward, labelled.sum(), (kl * labelled).sum(), (kl * (1 - labelled)).sum()]),
+            torch.stack(
+                [
+                    reward,
+                    labelled.sum(),
+                    (kl * labelled).sum(),
+                    (kl * (1 - labelled)).sum(),
+                    stats.bounded.double().sum().cpu(),
+                ]
+            ),
             (log_probs * counted).sum(0),
             counted.sum(0),
         ]
@@ -160,8 +181,8 @@ def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPla
 def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, clock: _Clock) -> dict[str, float]:
     config, columns, seconds = learner.config, learner.num_rewarded, clock.seconds()
     total = config.global_batch_size
-    reward_sum, labelled, kl_labelled, kl_null = totals[:4].tolist()
-    log_prob_sums, counts = totals[4 : 4 + columns].tolist(), totals[4 + columns :].tolist()
+    reward_sum, labelled, kl_labelled, kl_null, bounded = totals[:_NUM_SUMS].tolist()
+    log_prob_sums, counts = (part.tolist() for part in totals[_NUM_SUMS:].split(columns))
     metrics = {
         "reward": reward_sum / max(1.0, labelled),
         "kl": kl_labelled / max(1.0, labelled),
@@ -171,6 +192,8 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
         **seconds,
         "samples_per_s": total / seconds["update_s"],
     }
+    if config.estimator.max_drift:
+        metrics["bounded"] = bounded / total
     if total > labelled:
         metrics["kl_null"] = kl_null / (total - labelled)
     for name, value, count in zip(config.controls, log_prob_sums, counts, strict=True):

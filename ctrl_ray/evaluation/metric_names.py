@@ -33,6 +33,10 @@ METRICS: dict[str, MetricDefinition] = {
         "mean over the samples with a label of log p(y|x,c) of this control, by the reward classifier", "nats", True
     ),
     "loss": MetricDefinition("-Σ guidance_strength · log p(y|x,c) + kl_coef · KL, mean over samples", "nats", False),
+    "bounded": MetricDefinition(
+        "share of the denoising steps that were gone back through whose cotangent was shortened (estimator.max_drift)",
+        "1",
+    ),
     "gradient_norm": MetricDefinition("global L2 norm of the gradient, before clipping", "1"),
     "learning_rate": MetricDefinition("learning rate of the LoRA (or denoiser) weights", "1"),
     "kl_noise_floor": MetricDefinition(

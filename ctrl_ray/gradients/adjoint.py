@@ -15,6 +15,7 @@ estimators are in `ctrl_ray.gradients.estimators`).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class AdjointStats:
 
     kl_per_step: Tensor
     """(B, T) nats; NaN where the plan computed none."""
+    bounded: Tensor
+    """(B,): share of the controlled steps whose cotangent was bounded."""
 
 
 class MicroBatch:
@@ -70,6 +73,7 @@ class MicroBatch:
         backward: Callable[[Tensor], None],
         latent_reduction: LatentReduction = "sum",
         groups: Tensor | None = None,
+        max_drift: float = math.inf,
     ) -> None:
         """See `adjoint_pass` for what they are."""
         clean = trajectory.clean_latents
@@ -77,7 +81,8 @@ class MicroBatch:
         self.kl_coef, self.backward = kl_coef, backward
         self.weights = sample_weights.to(clean.dtype)
         self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
-        self._policy, self._latent_reduction = policy, latent_reduction
+        self.num_bounded = torch.zeros(len(clean), device=clean.device)
+        self._policy, self._latent_reduction, self._max_drift = policy, latent_reduction, max_drift
 
     def leaf(self, step_index: int) -> Tensor:
         """h_k as a leaf that takes a gradient."""
@@ -101,6 +106,18 @@ class MicroBatch:
         kl = step_kl(step, ref, self._latent_reduction)
         self.kl_per_step[:, step_index] = kl.detach()
         return kl
+
+    def bounded(self, step_index: int, cotangent: Tensor) -> Tensor:
+        """The cotangent λ of a controlled step's outcome, each sample's no longer than one that asks for a drift of
+        `max_drift`: the drift where λ and the KL balance is −std λ / kl_coef, in standard deviations."""
+        if math.isinf(self._max_drift):
+            return cotangent
+        share = 1 if self._latent_reduction == "sum" else cotangent[0].numel()
+        longest = self.weights * (self._max_drift * self.kl_coef / share / self.kernel.std(step_index))
+        length = cotangent.flatten(1).norm(dim=1)
+        self.num_bounded += length > longest
+        factor = (longest / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1)
+        return cotangent * factor.view(-1, *[1] * (cotangent.dim() - 1))
 
     def through_reference(self, step_index: int, cotangent: Tensor) -> tuple[Tensor, GaussianStep]:
         """The cotangent carried back through the reference's step alone, and that step (without graph)."""
@@ -205,6 +222,7 @@ def adjoint_pass(
     backward: Callable[[Tensor], None],
     latent_reduction: LatentReduction = "sum",
     groups: Tensor | None = None,
+    max_drift: float = math.inf,
 ) -> AdjointStats:
     """Accumulate the gradient of Σ_b sample_weights_b (−reward_b + kl_coef Σ_k KL_bk) into the policy's parameters.
 
@@ -221,6 +239,8 @@ def adjoint_pass(
             over ranks); 0 marks padding.
         backward: runs back-propagation of a scalar into parameters and leaves (`Tensor.backward`, or the engine's).
         groups: (B,) which samples share prompt and label, for the score function's baseline; None: no baseline.
+        max_drift: longest drift, in standard deviations of a step's noise, that a sample's cotangent may ask of a step; a
+            longer cotangent is shortened before the step is gone back through. Biased where it binds.
 
     Raises NonFiniteError where the loss of a step, or what is carried to the next, is not finite.
     """
@@ -233,13 +253,17 @@ def adjoint_pass(
         backward=backward,
         latent_reduction=latent_reduction,
         groups=groups,
+        max_drift=max_drift,
     )
+    controlled = [k for k in range(plan.stop_below, kernel.num_steps) if kernel.controlled(k)]
     carried = estimator.start(batch, reward)
     for step_index in reversed(range(plan.stop_below, kernel.num_steps)):
-        if kernel.controlled(step_index):
+        if step_index in controlled:
+            if estimator.needs_cotangent:
+                carried = batch.bounded(step_index, carried)
             carried = estimator.pull_back(batch, step_index, carried, plan.weights[step_index])
         else:  # the reference's own step: a fixed part of the reward, with no parameters
             batch.kl_per_step[:, step_index] = 0.0
             carried = estimator.pass_reference(batch, step_index, carried)
         batch.require_finite(carried, f"the cotangent at denoising step {step_index}")
-    return AdjointStats(batch.kl_per_step)
+    return AdjointStats(batch.kl_per_step, batch.num_bounded / max(1, len(controlled)))

@@ -129,6 +129,36 @@ def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -
     assert padded["controls.tables.size.weight"][0].abs().max() > 0
 
 
+def test_a_trajectory_asks_for_no_longer_drift_than_the_bound(tiny_pipeline: str) -> None:
+    """Two steps, the last of them the reference's, which shortens nothing: cotangents of a thousand times their length give the
+    gradient of one that asks for 1.5 standard deviations of the first step's noise; one below the bound is not touched, and a
+    sample without weight stays without."""
+    policy, _, inputs = _setup(tiny_pipeline, 2, Guidance())
+    kernel = policy.backbone.make_kernel(SamplerConfig(num_steps=2, reference_steps=1))
+    noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, 2)
+    trajectory = rollout(policy, kernel, inputs, lambda p: noise(p).double())
+    weights = torch.tensor([0.2, 0.8, 0.0], dtype=torch.float64)
+    start = torch.randn(trajectory.clean_latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradient(factors: list[float], **bound: float) -> tuple[Tensor, list[float]]:
+        policy.zero_grad()
+        scaled = start * torch.tensor(factors, dtype=torch.float64).view(3, 1, 1, 1)
+        stats = full_pass(policy, kernel, trajectory, scaled, weights, kl_coef=0.7, **bound)
+        found = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values() if p.grad is not None])
+        return found, stats.bounded.tolist()
+
+    with torch.enable_grad():
+        latents = trajectory.latents[1].clone().requires_grad_()
+        mean = policy_step(policy, kernel, 1, latents, inputs, reference=True).mean
+        (pulled_back,) = torch.autograd.grad((mean * start).sum(), latents)
+    asked = pulled_back.flatten(1).norm(dim=1) * kernel.std(0) / 0.7
+    expected, _ = gradient([1.5 / float(asked[0]), 0.5 / float(asked[1]), 1.0])
+    found, bounded = gradient([1000.0, 0.5 / float(asked[1]), 1.0], max_drift=1.5)
+    assert bounded == [1, 0, 0]
+    assert (found - expected).norm() < 1e-6 * expected.norm()  # the weights of a bound are float32, as the samples' are
+    assert (gradient([1000.0, 1.0, 1.0])[0] - expected).norm() > expected.norm()
+
+
 @pytest.mark.full
 def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
     """The recomputation must run in the mode (policy or reference) of its own forward."""

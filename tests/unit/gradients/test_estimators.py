@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ctrl_ray.config import EstimatorConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.diffusion.steps import gaussian_log_prob
+from ctrl_ray.distributed.update import drift_bound
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import Sampler
@@ -278,6 +280,12 @@ def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
         (asked,) = scaling.items()
         with pytest.raises(ConfigError, match=f"got .*{asked[0]} {asked[1]}"):
             TrainConfig(estimator=EstimatorConfig(keep_graphs=True), scaling=ScalingConfig(**scaling))  # type: ignore[arg-type]
+    for wrong in ({"max_drift": -1.0}, {"final_max_drift": 3.0}, {"name": "reinforce", "max_drift": 2.0}):
+        with pytest.raises(ConfigError, match="max_drift"):
+            EstimatorConfig(**wrong)  # type: ignore[arg-type]
+    growing = TrainConfig(num_updates=4, estimator=EstimatorConfig(max_drift=2.0, final_max_drift=32.0))
+    assert [drift_bound(growing, update) for update in range(4)] == pytest.approx([2.0, 4.0, 8.0, 16.0])
+    assert math.isinf(drift_bound(TrainConfig(), 3))
     with pytest.raises(ConfigError, match=r"12.*10 steps"):
         make_estimator(EstimatorConfig(name="last_k", steps=12), 10)
     with pytest.raises(ConfigError, match="group_size is 1"):
