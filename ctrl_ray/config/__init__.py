@@ -679,6 +679,11 @@ class TrainConfig:
             f"kl_coef is {self.kl_coef}; expected a finite number >= 0",
         )
         _require(
+            self.kl_coef > 0 or self.estimator.max_drift == 0,
+            f"estimator.max_drift is {self.estimator.max_drift} and kl_coef 0, but without a KL no drift is too long; set "
+            "max_drift to 0",
+        )
+        _require(
             self.sampler.eta > 0,
             f"eta is {self.sampler.eta}: a deterministic step has no density, so its KL to the pre-trained model does "
             "not exist; set sampler.eta to 1.0",

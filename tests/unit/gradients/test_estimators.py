@@ -283,6 +283,8 @@ def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
     for wrong in ({"max_drift": -1.0}, {"final_max_drift": 3.0}, {"name": "reinforce", "max_drift": 2.0}):
         with pytest.raises(ConfigError, match="max_drift"):
             EstimatorConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"max_drift is 2\.0 and kl_coef 0"):
+        TrainConfig(kl_coef=0.0, estimator=EstimatorConfig(max_drift=2.0))
     growing = TrainConfig(num_updates=4, estimator=EstimatorConfig(max_drift=2.0, final_max_drift=32.0))
     assert [drift_bound(growing, update) for update in range(4)] == pytest.approx([2.0, 4.0, 8.0, 16.0])
     assert math.isinf(drift_bound(TrainConfig(), 3))

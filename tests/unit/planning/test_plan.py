@@ -116,6 +116,7 @@ def test_kept_graphs_are_there_from_the_rollout_on() -> None:
     assert memory_plan(alone, COUNTS, kept, EVALUATION).activations == 120_000 + 8 * 50_000
 
 
+@pytest.mark.full
 def test_a_kept_graph_is_counted_as_it_is(tiny_pipeline: Path) -> None:
     """Label gains, policy and reference in one forward: against real ones, of which all three steps' are alive at once."""
     config = _config(

@@ -123,7 +123,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny_pipeline: str) -> No
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("kind", ["gains", "both"])
+@pytest.mark.parametrize("kind", ["gains", pytest.param("both", marks=pytest.mark.full)])
 def test_graphs_kept_by_the_rollout_give_the_same_gradient(tiny_pipeline: str, kind: AdapterKind) -> None:
     """float64: 1e-9 of those computed again; with gains alone one forward is policy and reference, with their KL."""
     policy = _move(_policy(tiny_pipeline, kind)).double()
