@@ -229,8 +229,8 @@ class EstimatorConfig:
     (0 means all); fewer are cheaper."""
     keep_graphs: bool = False
     """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
-    again; with adapter.kind gains policy and reference are one forward too. A third less work, and activations of all
-    steps at once: for small denoisers."""
+    again; with adapter.kind gains policy and reference are one forward too. Less time, and the activations of all steps
+    at once: for small denoisers."""
     max_drift: float = 0.0
     """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
     drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's

@@ -119,11 +119,17 @@ def _changes(config: TrainConfig, facts: ClusterFacts | None) -> Iterator[tuple[
     def rewarded(**changes: object) -> TrainConfig:
         return dataclasses.replace(config, rewards=dataclasses.replace(rewards, **changes))  # type: ignore[arg-type]
 
-    if not scaling.fixed_gradient_checkpointing:
+    keeps_graphs = config.estimator.keep_graphs
+    if keeps_graphs:  # what else lowers the activations does not go with it
+        yield (
+            "estimator.keep_graphs false",
+            dataclasses.replace(config, estimator=dataclasses.replace(config.estimator, keep_graphs=False)),
+        )
+    elif not scaling.fixed_gradient_checkpointing:
         yield "scaling.gradient_checkpointing true", scaled(gradient_checkpointing=True)
     if scaling.precision not in ("bf16", "fp16"):
         yield "scaling.precision bf16", scaled(precision="bf16")
-    if scaling.fixed_num_workers > 1 and scaling.zero_stage < 3:
+    if scaling.fixed_num_workers > 1 and scaling.zero_stage < 3 and not keeps_graphs:
         yield "scaling.zero_stage 3", scaled(zero_stage=3)
     size, group = config.fixed_micro_batch_size, config.group_size
     if size > group:

@@ -28,7 +28,7 @@ class Planner:
     def __init__(self, controls: Mapping[str, ControlConfig], kernel: DDIMKernel) -> None:
         """controls: the policy's, in column order; kernel: the sampler's chain of steps."""
         self._controls, self._kernel = controls, kernel
-        self._counters: dict[tuple[str, bool, int], PolicyCounter] = {}
+        self._counters: dict[tuple[str, bool, int, bool], PolicyCounter] = {}
 
     def plan(self, config: TrainConfig) -> RunPlan:
         """The plan of a config whose values are decided, counted at its sizes."""
@@ -76,10 +76,10 @@ class Planner:
             self._counters[key] = PolicyCounter(config, self._controls, persistence_threshold=key[2])
         return self._counters[key]
 
-    def _key(self, config: TrainConfig) -> tuple[str, bool, int]:
+    def _key(self, config: TrainConfig) -> tuple[str, bool, int, bool]:
         scaling = config.scaling
         threshold = scaling.zero3_persistence_threshold if scaling.zero_stage == 3 else PERSISTENCE_THRESHOLD
-        return scaling.precision, scaling.fixed_gradient_checkpointing, threshold
+        return scaling.precision, scaling.fixed_gradient_checkpointing, threshold, config.estimator.keep_graphs
 
 
 def memory_advice(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> str:

@@ -308,6 +308,22 @@ def train_recipe(recipe: Recipe, learner: Learner) -> float:
     return spent
 
 
+def as_a_worker(benchmark: str) -> None:
+    """Start this process anew with the environment that a worker has from its start."""
+    kept = worker_environment(use_gpu=False, num_threads=1, keeps_graphs=True)
+    if not os.environ.items() >= kept.items():
+        command = [sys.executable, "-m", f"tests.benchmarks.{benchmark}", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **kept})
+
+
+def this_machine() -> str:
+    """Hardware and versions, for the end of a table."""
+    machine = platform.processor() or platform.machine()
+    return (
+        f"{machine}, {os.cpu_count()} CPUs, one thread; Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,11 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=512, help="of each run, for its figures")
     parser.add_argument("--pre-trained-samples", type=int, default=1024, help="for log Z")
     arguments = parser.parse_args(argv)
-    kept = worker_environment(use_gpu=False, num_threads=1, keeps_graphs=True)
-    if not os.environ.items() >= kept.items():  # as a worker has it from its start, for both recipes
-        os.execve(
-            sys.executable, [sys.executable, "-m", "tests.benchmarks.recipe", *sys.argv[1:]], {**os.environ, **kept}
-        )
+    as_a_worker("recipe")
     torch.set_num_threads(1)
     controls = fitted_control(arguments.control) if arguments.control else shipped_control()
     recipes = [make for make in RECIPES if not arguments.recipes or make.__name__ in arguments.recipes]
@@ -347,10 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = f"{'recipe':<12}{'seed':>5}{'CPU s':>8}{'trajectories':>13}{'gap / nats':>17}{'KL':>6}{'accuracy':>10}"
     print(f"\n{head}   by class: gap, ESS")
     print("\n".join(rows))
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, one thread; Python "
-        f"{platform.python_version()}, torch {torch.__version__}"
-    )
+    print(f"\n{this_machine()}")
     return 0
 
 

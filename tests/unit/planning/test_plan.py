@@ -413,7 +413,8 @@ def test_remedies_name_every_setting_that_helps() -> None:
     """A stand-in plan in which each setting takes what it says."""
 
     def plan_of(config: TrainConfig) -> RunPlan:
-        training = config.fixed_micro_batch_size * (1 if config.scaling.gradient_checkpointing else 4)
+        each = 1 if config.scaling.gradient_checkpointing else 8 if config.estimator.keep_graphs else 4
+        training = config.fixed_micro_batch_size * each
         plan = _plan_of(training * GIB)
         memory = dataclasses.replace(plan.memory, evaluation_peak=config.evaluation.fixed_batch_size * GIB)
         return dataclasses.replace(plan, memory=memory, actor_bytes=config.rewards.fixed_decode_chunk_size * GIB)
@@ -433,6 +434,11 @@ def test_remedies_name_every_setting_that_helps() -> None:
     assert any("cards of their own" in text for text in remedies(config, plan_of, more))
     evaluating = dataclasses.replace(config, evaluation=EvaluationConfig(batch_size=16))
     assert remedies(evaluating, plan_of, facts)[0].startswith("evaluation.batch_size 8")
+    keeping = [
+        text.partition(":")[0]
+        for text in remedies(dataclasses.replace(config, estimator=EstimatorConfig(keep_graphs=True)), plan_of, facts)
+    ]
+    assert "estimator.keep_graphs false" in keeping and "scaling.gradient_checkpointing true" not in keeping
 
 
 @pytest.mark.full
