@@ -74,7 +74,8 @@ def training_batch(
         elif systematic_over is None:
             columns.append([_label(seed, update, group, name, control, control_dropout) for group in groups])
         else:
-            shares = [*((1 - control_dropout) * share for share in _shares(control)), control_dropout]
+            weights = _weights(control)
+            shares = [*((1 - control_dropout) * (weight / sum(weights)) for weight in weights), control_dropout]
             labels = _systematic_labels(seed, update, systematic_over // group_size, name, shares)
             columns.append([labels[group] for group in groups])
     uniform = (1.0,) * len(prompts)
@@ -85,13 +86,11 @@ def training_batch(
 def _label(seed: int, update: int, group: int, name: str, control: ControlConfig, dropout: float) -> int:
     if draw_uniform(seed, update, group, f"dropout {name}") < dropout:
         return control.num_classes
-    return draw_index(seed, update, group, f"label {name}", control.label_weights or (1.0,) * control.num_classes)
+    return draw_index(seed, update, group, f"label {name}", _weights(control))
 
 
-def _shares(control: ControlConfig) -> list[float]:
-    """Probabilities of a control's classes."""
-    weights = control.label_weights or (1.0,) * control.num_classes
-    return [weight / sum(weights) for weight in weights]
+def _weights(control: ControlConfig) -> tuple[float, ...]:
+    return control.label_weights or (1.0,) * control.num_classes
 
 
 def _systematic_labels(seed: int, update: int, num_groups: int, control: str, shares: Sequence[float]) -> list[int]:

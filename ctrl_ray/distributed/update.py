@@ -70,7 +70,7 @@ class CTRL:
             if padding:
                 part = batch.select(0, 1)
             with clock("rollout_s"):
-                trajectory = learner.roll_out(part, config.seed, update, with_graphs=self.estimator.keeps_graphs)
+                trajectory = learner.roll_out(part, config.seed, update, with_graphs=self.estimator.keep_graphs)
                 pending = learner.submit(part, trajectory.clean_latents)
             if waiting is not None:
                 totals += self._go_back(learner, waiting, update, clock)
@@ -149,6 +149,7 @@ def _require_rewards(answer: RewardAnswer, needs_cotangent: bool, where: str) ->
 
 
 _NUM_SUMS = 5
+"""Of an update, beside those of each control."""
 
 
 def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPlan, stats: AdjointStats) -> Tensor:

@@ -170,10 +170,8 @@ class Estimator(ABC):
     needs_cotangent: ClassVar[bool] = True
     """Whether the reward must have a gradient."""
 
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether the rollout keeps every step's graph for the adjoint pass."""
-        return False
+    keep_graphs: bool = False
+    """Whether the rollout keeps every step's graph for the adjoint pass."""
 
     @abstractmethod
     def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:

@@ -87,11 +87,6 @@ class Full(_ThroughPolicy):
     keep_graphs: bool = False
     name: ClassVar[str] = "full"
 
-    @property
-    def keeps_graphs(self) -> bool:
-        """As it was asked for."""
-        return self.keep_graphs
-
     def step_calls(self, *, controlled: bool, weighted: bool) -> Calls:
         """With the graphs of the rollout: the reference's forward beside the policy's, and both backwards."""
         if self.keep_graphs and controlled:

@@ -240,7 +240,7 @@ def _count_step(
         policy_step(policy, kernel, step_index, latents, inputs, reference=False)
     rollout_peak, forward = live.peak - start, live.operations
     start, live.operations, graph_kept = live.restart_peak(), 0.0, 0
-    if estimator.keeps_graphs:
+    if estimator.keep_graphs:
         graph = step_graph(policy, kernel, step_index, latents, inputs, beside_reference(policy, inputs))
         rollout_peak, graph_kept = live.peak - start, live.bytes - start
         batch.kept = {False: graph_kept // 2, True: graph_kept - graph_kept // 2}

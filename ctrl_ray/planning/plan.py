@@ -188,7 +188,7 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
     graphs = (config.sampler.num_steps - config.sampler.reference_steps) * step.graph_kept
     waiting = (in_flight - 1) * (trajectory + prompts + graphs)
     always = resident + gradients + kept_buffers + gathered
-    other_graphs = max(0, graphs - step.graph_kept)
+    other_graphs = graphs - step.graph_kept
     rollout = 3 * trajectory + prompts + other_graphs + step.rollout_peak  # noise, latents kept, their stack at the end
     scoring = trajectory + prompts + graphs + min(_chunk(config), batch) * counts.decoder.with_gradient
     evaluated = 0 if config.evaluation.asynchronous else always + _evaluating(config, counts, evaluation)

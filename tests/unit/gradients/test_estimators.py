@@ -74,7 +74,7 @@ def _gradient(
         learner.kernel,
         Inputs(learner.encoder.encode(prompts), labels),
         lambda k: noise(k).to(dtype),
-        with_graphs=estimator.keeps_graphs,
+        with_graphs=estimator.keep_graphs,
     )
     strengths = torch.full((batch_size, 1), case.problem.guidance_strengths[0])
     rewarded = learner.rewards.submit(trajectory.clean_latents, prompts, labels, strengths).result()
@@ -273,7 +273,7 @@ def test_makers_take_their_settings_and_refuse_what_does_not_fit() -> None:
     )
     for name in ("full", "sticking_the_landing", "adjoint_matching", "reinforce"):
         assert make_estimator(EstimatorConfig(name=name), 4).name == name  # type: ignore[arg-type]
-    assert make_estimator(EstimatorConfig(keep_graphs=True), 4).keeps_graphs
+    assert make_estimator(EstimatorConfig(keep_graphs=True), 4).keep_graphs
     with pytest.raises(ConfigError, match="keep_graphs is of the estimator full only"):
         EstimatorConfig(name="last_k", keep_graphs=True)
     for scaling in ({"zero_stage": 3}, {"gradient_checkpointing": "auto"}, {"precision": "fp16"}):
