@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ctrl_ray.config import (
+    AdapterConfig,
     ClassifierConfig,
     ControlConfig,
+    EstimatorConfig,
     EvaluationConfig,
     LoraConfig,
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
 )
+from ctrl_ray.config.presets import preset
+
+EVERY_LAYER = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
+)
+"""LoRA's layers of the small denoiser."""
+
+
+def shapes_of_the_paper() -> TrainConfig:
+    """The built-in example with the paper's adapter and gradient, which every sharding and precision trains: a label embedding,
+    LoRA on every layer, no graphs kept."""
+    return dataclasses.replace(
+        preset("shapes"),
+        global_batch_size=64,
+        micro_batch_size_per_worker=64,
+        label_draws="independent",
+        adapter=AdapterConfig(kind="embedding"),
+        lora=LoraConfig(rank=8, alpha=8.0, target_modules=EVERY_LAYER),
+        estimator=EstimatorConfig(name="full"),
+    )
 
 
 def tiny_run(pipeline: Path) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""How fast the policy may learn: learning rates of LoRA and control embeddings, and the rank of LoRA.
+"""How fast the policy may learn: learning rate, rank of LoRA, and how long a drift one trajectory may ask for in the end.
 
 Here a trial that lags is a bad one: ASHA looks at every evaluation and goes on with the better half.
 
@@ -15,14 +15,14 @@ from ray.tune.schedulers import ASHAScheduler
 PRESET = "shapes"
 METRIC = "accuracy"
 MODE = "max"
-NUM_UPDATES, EVERY = 56, 7
+NUM_UPDATES, EVERY = 160, 20
 
 
 def space() -> dict[str, Any]:
     """Dotted config path to distribution, or to one value for all trials."""
     return {
-        "optimizer.learning_rate": tune.loguniform(5e-4, 2e-2),
-        "optimizer.embedding_learning_rate": tune.loguniform(1e-2, 0.5),
+        "optimizer.learning_rate": tune.loguniform(1e-3, 3e-2),
+        "estimator.final_max_drift": tune.loguniform(2.0, 60.0),
         "lora.rank": tune.choice([2, 4, 8, 16]),
         "num_updates": NUM_UPDATES,
         "evaluation.every_updates": EVERY,
@@ -31,5 +31,5 @@ def space() -> dict[str, Any]:
 
 
 def scheduler() -> ASHAScheduler:
-    """Stops trials that are in the worse half after 7, 14 or 28 updates."""
+    """Stops trials that are in the worse half after 20, 40 or 80 updates."""
     return ASHAScheduler(time_attr="updates_done", grace_period=EVERY, max_t=NUM_UPDATES + 1, reduction_factor=2)

@@ -18,7 +18,7 @@ def space() -> dict[str, Any]:
     return {
         "kl_coef": tune.loguniform(0.5, 2.0),
         "controls.jpeg_size.guidance_strength": tune.loguniform(0.6, 5.0),
-        "optimizer.learning_rate": tune.loguniform(2e-3, 1e-2),
+        "optimizer.learning_rate": tune.loguniform(3e-3, 2e-2),
     }
 
 

@@ -593,8 +593,10 @@ class TrainConfig:
     latent_reduction: Literal["sum", "mean"] = "sum"
     """How the KL is reduced over latent dimensions. 'sum' is the method's. 'mean' is the public reference code's;
     its exponent depends on the number of latent dimensions."""
-    control_dropout: float = 0.1
-    """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference."""
+    control_dropout: float | Auto = "auto"
+    """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference. 'auto':
+    0 for one control with adapter.kind gains, which add nothing without a label, else 0.1. Several controls need it with gains
+    too: the policy with a label of one of them is to ignore the others."""
     label_draws: Literal["independent", "systematic"] = "independent"
     """How an update's labels are drawn. 'systematic': every class as often as its share says, to one, in a random order; less
     noise where batches are small."""
@@ -689,7 +691,8 @@ class TrainConfig:
             "not exist; set sampler.eta to 1.0",
         )
         _require(
-            0 <= self.control_dropout < 1, f"control_dropout is {self.control_dropout}; expected a share in [0, 1)"
+            self.control_dropout == "auto" or 0 <= self.fixed_control_dropout < 1,
+            f"control_dropout is {self.control_dropout}; expected a share in [0, 1), or auto",
         )
         _require(
             self.checkpoint_every_updates >= 1,
@@ -700,6 +703,13 @@ class TrainConfig:
     def fixed_micro_batch_size(self) -> int:
         """micro_batch_size_per_worker as a number; ConfigError while it is still to be decided."""
         return _fixed(self.micro_batch_size_per_worker, "micro_batch_size_per_worker")
+
+    @property
+    def fixed_control_dropout(self) -> float:
+        """control_dropout as a number."""
+        if self.control_dropout == "auto":
+            return 0.0 if self.adapter.kind == "gains" and len(self.controls) == 1 else 0.1
+        return self.control_dropout
 
     @property
     def worker_shares(self) -> tuple[int, int]:

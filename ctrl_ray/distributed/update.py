@@ -57,7 +57,7 @@ class CTRL:
             learner.prompts,
             learner.controls,
             tuple(config.controls),
-            config.control_dropout,
+            config.fixed_control_dropout,
             config.group_size,
             systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
         )

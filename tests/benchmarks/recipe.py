@@ -52,6 +52,7 @@ from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModelSpec, load_reward_model
+from tests.configs import EVERY_LAYER
 
 STRENGTH = 4.0
 """guidance_strength of every control."""
@@ -89,10 +90,6 @@ def fitted_control(argument: str) -> Controls:
 
 def today(controls: Controls, seed: int) -> Recipe:
     """The main job's recipe, its settings frozen here."""
-    every_layer = (
-        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-        *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
-    )
     config = TrainConfig(
         base_model="shapes",
         data="shapes",
@@ -105,7 +102,7 @@ def today(controls: Controls, seed: int) -> Recipe:
         control_dropout=0.1,
         sampler=SamplerConfig(num_steps=10, eta=1.0, guidance_scale=1.0, reference_steps=1),
         adapter=AdapterConfig(kind="embedding"),
-        lora=LoraConfig(rank=8, alpha=8.0, target_modules=every_layer),
+        lora=LoraConfig(rank=8, alpha=8.0, target_modules=EVERY_LAYER),
         estimator=EstimatorConfig(name="full"),
         optimizer=OptimizerConfig(
             name="adamw",

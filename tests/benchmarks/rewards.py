@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
@@ -40,6 +39,7 @@ from ctrl_ray.rewards.local import LocalPendingRewards
 from ctrl_ray.rewards.pool import RewardPool, start_reward_pool
 from ctrl_ray.rewards.protocol import Rewards
 from ctrl_ray.rewards.spec import RewardModelSpec
+from tests.configs import shapes_of_the_paper
 
 
 class NotOverlapped:
@@ -58,7 +58,7 @@ class NotOverlapped:
 def benchmark_config(samples: int, micro_batch: int) -> TrainConfig:
     """`shapes`, one thread here and one in the pool."""
     return dataclasses.replace(
-        preset("shapes"),
+        shapes_of_the_paper(),
         num_updates=1000,
         global_batch_size=samples,
         micro_batch_size_per_worker=micro_batch,

@@ -24,7 +24,6 @@ import torch
 
 from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ScalingConfig, TrainConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.method import make_method
@@ -32,6 +31,7 @@ from ctrl_ray.distributed.worker import set_up_process
 from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.policy.build import build_policy
+from tests.configs import shapes_of_the_paper
 from tests.integration.sharding import make_learner
 
 STAGES = (0, 1, 2, 3)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config(arguments: argparse.Namespace, folder: Path) -> TrainConfig:
-    base = preset("shapes")
+    base = shapes_of_the_paper()
     model = arguments.base_model
     if model == "tiny":
         from tests.tiny import make_tiny_pipeline

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ctrl_ray import embedded
 from ctrl_ray.config import AdapterConfig, EstimatorConfig, LoraConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.method import make_method
@@ -26,6 +25,7 @@ from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.model import load_reward_model
 from ctrl_ray.rewards.spec import RewardModelSpec
+from tests.configs import shapes_of_the_paper
 from tests.gpu.support import CPU, PRECISIONS, difference, move_off_reference
 from tests.gradients import full_pass
 from tests.learners import PROMPTS, learner_on, small_config
@@ -136,7 +136,7 @@ def test_policy_and_reference_are_equal_at_the_start(precision: Any, device: tor
     labels = torch.tensor([[0], [3], [4]], device=device)
     for kind in ("embedding", "gains"):
         config = dataclasses.replace(
-            preset("shapes"), adapter=AdapterConfig(kind=kind), scaling=ScalingConfig(precision=precision)
+            shapes_of_the_paper(), adapter=AdapterConfig(kind=kind), scaling=ScalingConfig(precision=precision)
         )
         policy = build_policy(config).to(device)
         trained, reference = _predictions(policy, labels)

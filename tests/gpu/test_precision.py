@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ctrl_ray.config import SamplerConfig, ScalingConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.noise_floor import TRUE_KL, measure_noise_floor
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.precision import set_float32_precision
+from tests.configs import shapes_of_the_paper
 from tests.gpu.support import PRECISIONS
 from tests.learners import PROMPTS
 
@@ -21,7 +21,7 @@ from tests.learners import PROMPTS
 @pytest.fixture
 def floors(device: torch.device) -> Iterator[dict[str, float]]:
     """Of the shipped pipeline, with guidance: nats by precision."""
-    shapes = preset("shapes")
+    shapes = shapes_of_the_paper()
     found = {}
     for precision in PRECISIONS:
         set_float32_precision(precision)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ import torch
 
 import ctrl_ray
 from ctrl_ray.config import ClassifierConfig, RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.reporting.tracking import read_metrics
+from tests.configs import shapes_of_the_paper
 
 Measured = Callable[..., None]
 _CONTEXT_MIB = 100
@@ -43,7 +43,7 @@ def local_ray() -> Iterator[None]:
 
 def small_run(folder: Path, **scaling: Any) -> TrainConfig:
     """Two updates of `shapes` as its preset has them, on samples few enough for seconds."""
-    shapes = preset("shapes")
+    shapes = shapes_of_the_paper()
     return dataclasses.replace(
         shapes,
         output_dir=str(folder),

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config.presets import preset
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.method import make_method
@@ -24,6 +23,7 @@ from ctrl_ray.gradients.estimators import Full
 from ctrl_ray.planning.counts import PolicyCounter
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.precision import set_float32_precision
+from tests.configs import shapes_of_the_paper
 from tests.gpu.sd_shaped import CONTROLS, random_micro_batch, random_policy, sd_config, write_sd_shaped
 from tests.gpu.support import PRECISIONS, synchronize
 from tests.learners import learner_on
@@ -60,7 +60,7 @@ def measures(device: torch.device) -> Measures:
 def shapes_updates(device: torch.device, *, small: bool) -> dict[str, Any]:
     """Medians of updates after the first, by precision, rewards on the device; precisions take turns. Also the most memory
     that an update of each took beyond what all of them together keep."""
-    shapes = preset("shapes")
+    shapes = shapes_of_the_paper()
     if small:
         shapes = dataclasses.replace(
             shapes,

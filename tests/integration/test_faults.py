@@ -291,7 +291,7 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(config: TrainConf
             plan.prompts,
             plan.controls,
             tuple(config.controls),
-            config.control_dropout,
+            config.fixed_control_dropout,
         )
         samples = zip(batch.prompts, batch.labels.tolist(), strict=True)
         assert seen[update, workers] == {json.dumps(sample) for sample in samples}, (update, workers)

@@ -91,7 +91,7 @@ CLASSES = [
         (TrainConfig, {"micro_batch_size_per_worker": 0}, "micro_batch_size_per_worker is 0; expected at least 1"),
         (TrainConfig, {"kl_coef": -1.0}, "kl_coef is -1.0; expected a finite number >= 0"),
         (TrainConfig, {"kl_coef": math.nan}, "kl_coef is nan; expected a finite number >= 0"),
-        (TrainConfig, {"control_dropout": 1.0}, "control_dropout is 1.0; expected a share in [0, 1)"),
+        (TrainConfig, {"control_dropout": 1.0}, "control_dropout is 1.0; expected a share in [0, 1), or auto"),
         (TrainConfig, {"checkpoint_every_updates": 0}, "checkpoint_every_updates is 0; expected at least 1"),
         (TrainConfig, {"sampler": SamplerConfig(eta=0.0)}, "eta is 0.0: a deterministic step has no density"),
     ],
@@ -302,3 +302,16 @@ def test_importing_the_configuration_loads_neither_torch_nor_ray() -> None:
     code = f"import sys, ctrl_ray.config, ctrl_ray.config.presets, ctrl_ray.errors; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_gains_of_one_control_are_trained_with_a_label_always() -> None:
+    size, colour = ControlConfig(classes=("small", "large")), ControlConfig(classes=("grey", "bright"))
+    shares = {
+        (kind, len(controls)): TrainConfig(adapter=AdapterConfig(kind=kind), controls=controls).fixed_control_dropout
+        for kind in ("gains", "embedding", "both")
+        for controls in ({"size": size}, {"size": size, "colour": colour})
+    }
+    assert shares.pop(("gains", 1)) == 0
+    assert set(shares.values()) == {0.1}
+    one = TrainConfig(adapter=AdapterConfig(kind="gains"), controls={"size": size}, control_dropout=0.3)
+    assert one.fixed_control_dropout == 0.3
