@@ -61,7 +61,7 @@ class SampleConfig:
     guidance_scale: float | None = None
     """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""
     adapter_scale: float = 1.0
-    """Scale of LoRA and control embeddings. 1: as trained."""
+    """Scale of what the adapter adds. 1: as trained."""
     candidates: int = 1
     """Draw so many candidates for each image and keep one, by its exact weight for the target: slower by about twice this
     number, and exact in the limit. Needs --control and a classifier. Works with an adapter, and with --base-model alone

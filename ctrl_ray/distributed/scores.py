@@ -12,8 +12,13 @@ UNSCORED = -1e6
 OVER_TARGET_KL = -1e9
 """Score of a checkpoint whose KL exceeds target_kl: worse than one without an evaluation."""
 
-TOLD_WITH_CHECKPOINT = ("accuracy", "kl", "gap", "gap_standard_error")
-"""What a checkpoint's report says of its evaluation beside the score: a sweep's schedulers read it."""
+_TOLD = ("accuracy", "kl", "gap", "gap_standard_error")
+
+
+def told_with_checkpoint(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a checkpoint's report says of its evaluation beside the score, each control's accuracy too: a sweep's schedulers and
+    its table read it."""
+    return {name: value for name, value in metrics.items() if name in _TOLD or name.startswith("accuracy/")}
 
 
 def exceeds_target_kl(config: TrainConfig, metrics: Mapping[str, float]) -> Stop | None:

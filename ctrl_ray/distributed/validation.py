@@ -20,7 +20,7 @@ from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn, Stop
-from ctrl_ray.distributed.scores import TOLD_WITH_CHECKPOINT, UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl, told_with_checkpoint
 from ctrl_ray.distributed.worker import TrainJob, make_learner
 from ctrl_ray.errors import GpuMemoryError, naming_memory
 from ctrl_ray.evaluation.samples import caption
@@ -73,9 +73,8 @@ def validate_checkpoint(checkpoint: Checkpoint, *, job: TrainJob) -> dict[str, A
     stop = exceeds_target_kl(job.config, metrics)
     if stop is not None:
         ray.get(job.channel.request_stop.remote(stop))
-    known: dict[str, Any] = {name: metrics[name] for name in TOLD_WITH_CHECKPOINT if name in metrics}
     # the pre-trained model is no candidate for the best adapter
-    return {"score": evaluation_score(metrics, job.config) if update else UNSCORED, **known}
+    return {"score": evaluation_score(metrics, job.config) if update else UNSCORED, **told_with_checkpoint(metrics)}
 
 
 class _Samples:

@@ -23,7 +23,7 @@ from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.noise_floor import add_noise_floor
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
-from ctrl_ray.distributed.scores import TOLD_WITH_CHECKPOINT, UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl, told_with_checkpoint
 from ctrl_ray.errors import HOPELESS, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
@@ -137,7 +137,7 @@ def _info(job: TrainJob, progress: Mapping[str, Any]) -> AdapterInfo:
 def _evaluate(job: TrainJob, learner: Learner, progress: dict[str, Any]) -> dict[str, float]:
     with naming_memory(f"the evaluation after update {progress['updates_done']}"):
         metrics = evaluate_policy(learner, job.config.evaluation.num_samples)
-    progress |= {name: metrics[name] for name in TOLD_WITH_CHECKPOINT if name in metrics}
+    progress |= told_with_checkpoint(metrics)
     _tell(job, learner.rank, EvaluationDone(progress["updates_done"], metrics))
     return metrics
 

@@ -8,7 +8,7 @@ import pytest
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.distributed.rows import Stop
-from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl
+from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl, told_with_checkpoint
 
 CONFIG = TrainConfig(controls={"size": ControlConfig(classes=("a", "b"), oracle="jpeg_size")})
 
@@ -23,3 +23,8 @@ def test_score_is_the_objective_and_refuses_too_much_kl() -> None:
     assert evaluation_score(over, limited) < UNSCORED < evaluation_score(under, limited)
     assert exceeds_target_kl(limited, over) == Stop("target_kl", "KL 3.00 nats exceeds target_kl 2")
     assert exceeds_target_kl(limited, under) is None and exceeds_target_kl(config, over) is None
+
+
+def test_a_sweep_is_told_each_controls_accuracy() -> None:
+    told = {"accuracy": 0.7, "accuracy/size": 0.9, "accuracy/colour": 0.5, "kl": 2.0, "gap": 3.0}
+    assert told_with_checkpoint({**told, "accuracy_error": 0.1, "macro_f1/size": 0.8, "log_prob/size": -1.0}) == told
