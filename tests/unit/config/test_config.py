@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import pickle
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from ctrl_ray import config
 from ctrl_ray.config import (
     AdapterConfig,
     ClassifierConfig,
@@ -275,7 +275,7 @@ def test_what_is_not_json_is_said_so() -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_field_says_its_consequence(cls: type) -> None:
     """An attribute docstring stands behind each field; it is also the command line's help."""
-    lines = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    lines = inspect.getsource(sys.modules[cls.__module__]).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"class {cls.__name__}:"))
     for field in dataclasses.fields(cls):
         at = next(i for i in range(start, len(lines)) if re.match(rf"    {field.name}: ", lines[i]))

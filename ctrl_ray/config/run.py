@@ -1,0 +1,181 @@
+"""All settings of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ctrl_ray import embedded
+from ctrl_ray.config.control import ClassifierConfig, ControlConfig
+from ctrl_ray.config.evaluation import EvaluationConfig
+from ctrl_ray.config.policy import AdapterConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
+from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig
+from ctrl_ray.config.values import Auto, fixed, is_auto_or, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """All settings of one run. A preset is a function that returns them (`ctrl_ray.config.presets`)."""
+
+    output_dir: str = "runs/shapes"
+    """Where the run is written (see the README's 'where the results lie')."""
+    base_model: str = embedded.NAME
+    """'shapes' (ships with the package), a folder in the diffusers format, or a hub id."""
+    base_revision: str | None = None
+    """Hub revision of base_model."""
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
+    """The controls by name. Several can be combined."""
+    data: str | None = None
+    """Offline data set for stage 1, a Parquet file or folder. 'shapes': the images of the built-in example are
+    drawn."""
+    num_drawn_images: int = 6000
+    """With data 'shapes': how many images are drawn."""
+    prompts_file: str | None = None
+    """File of prompts to train on, one per line. None: the prompt column of the data set, or the prompts of the
+    built-in example."""
+    seed: int = 0
+    """Seed of every random draw, together with (update, sample id, purpose)."""
+    num_updates: int = 60
+    """Optimizer updates."""
+    global_batch_size: int = 64
+    """Trajectories per update, over all workers. Where it does not divide, some workers have one group more."""
+    micro_batch_size_per_worker: int | Auto = 32
+    """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled. 'auto': the
+    largest that fits its memory, made even over the micro-batches of an update."""
+    group_size: int = 1
+    """This many consecutive samples share prompt and label. The estimator 'reinforce' compares them with each other."""
+    kl_coef: float = 1.0
+    """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
+    latent_reduction: Literal["sum", "mean"] = "sum"
+    """How the KL is reduced over latent dimensions. 'sum' is the method's. 'mean' is the public reference code's;
+    its exponent depends on the number of latent dimensions."""
+    control_dropout: float | Auto = "auto"
+    """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference. 'auto':
+    0 for one control with adapter.kind gains, which add nothing without a label, else 0.1. Several controls need it with gains
+    too: the policy with a label of one of them is to ignore the others."""
+    label_draws: Literal["independent", "systematic"] = "independent"
+    """How an update's labels are drawn. 'systematic': every class as often as its share says, to one, in a random order; less
+    noise where batches are small."""
+    target_kl: float | None = None
+    """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported. It must
+    be at least twice the kl_noise_floor, which the run measures when it starts."""
+    full_finetune: bool = False
+    """Train every weight of the denoiser instead of LoRA. A frozen copy stays in memory as the reference."""
+    init_adapter: str | None = None
+    """Adapter folder to go on from. A control that it does not have is added to it."""
+    checkpoint_every_updates: int = 10
+    """Updates between two checkpoints. A crash loses at most this many."""
+    num_checkpoints_to_keep: int = 2
+    """How many checkpoints stay on disk: the latest and the best."""
+    export_images: int = 8
+    """Images per class in the report and in Aim."""
+    aim: bool = True
+    """Also write the metrics and images to an Aim repository under output_dir."""
+    aim_repo: str | None = None
+    """Another Aim repository: a folder that no other process writes to, or aim://HOST:PORT of a tracking server."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The sampler that the policy is trained for."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """Gradient estimator."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """How labels reach the denoiser."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adaptation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    rewards: RewardPoolConfig = field(default_factory=RewardPoolConfig)
+    """Reward pool."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Workers and sharding."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Stage 1."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How the policy is judged."""
+
+    def __post_init__(self) -> None:
+        require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")
+        require(self.global_batch_size >= 1, f"global_batch_size is {self.global_batch_size}; expected at least 1")
+        micro_batch = self.micro_batch_size_per_worker
+        require(
+            is_auto_or(micro_batch, 1), f"micro_batch_size_per_worker is {micro_batch}; expected at least 1, or auto"
+        )
+        require(
+            self.group_size >= 1 and (isinstance(micro_batch, str) or micro_batch % self.group_size == 0),
+            f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker ({micro_batch})",
+        )
+        require(
+            self.global_batch_size % self.group_size == 0,
+            f"global_batch_size ({self.global_batch_size}) must be divisible by group_size ({self.group_size}), so that "
+            f"every group is whole; try {-(-self.global_batch_size // self.group_size) * self.group_size}",
+        )
+        if self.scaling.num_workers != "auto":
+            groups = self.global_batch_size // self.group_size
+            require(
+                groups >= self.scaling.fixed_num_workers,
+                f"global_batch_size ({self.global_batch_size}) has {groups} groups of group_size ({self.group_size}), which is "
+                f"not one for each of the {self.scaling.num_workers} workers; take a global_batch_size of at least "
+                f"{self.scaling.fixed_num_workers * self.group_size}, or fewer workers",
+            )
+        require(
+            self.estimator.name != "reinforce" or self.group_size >= 2,
+            "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
+            "more",
+        )
+        require(
+            not self.estimator.keep_graphs
+            or (
+                self.scaling.zero_stage < 3
+                and self.scaling.gradient_checkpointing is False
+                and self.scaling.precision != "fp16"
+            ),
+            "estimator.keep_graphs keeps the activations of every denoising step, which does not go with scaling.zero_stage 3, "
+            f"gradient_checkpointing or fp16; got zero_stage {self.scaling.zero_stage}, gradient_checkpointing "
+            f"{self.scaling.gradient_checkpointing} and precision {self.scaling.precision}: leave keep_graphs out",
+        )
+        require(
+            math.isfinite(self.kl_coef) and self.kl_coef >= 0,
+            f"kl_coef is {self.kl_coef}; expected a finite number >= 0",
+        )
+        require(
+            self.kl_coef > 0 or self.estimator.max_drift == 0,
+            f"estimator.max_drift is {self.estimator.max_drift} and kl_coef 0, but without a KL no drift is too long; set "
+            "max_drift to 0",
+        )
+        require(
+            self.sampler.eta > 0,
+            f"eta is {self.sampler.eta}: a deterministic step has no density, so its KL to the pre-trained model does "
+            "not exist; set sampler.eta to 1.0",
+        )
+        require(
+            self.control_dropout == "auto" or 0 <= self.fixed_control_dropout < 1,
+            f"control_dropout is {self.control_dropout}; expected a share in [0, 1), or auto",
+        )
+        require(
+            self.checkpoint_every_updates >= 1,
+            f"checkpoint_every_updates is {self.checkpoint_every_updates}; expected at least 1",
+        )
+
+    @property
+    def fixed_micro_batch_size(self) -> int:
+        """micro_batch_size_per_worker as a number; ConfigError while it is still to be decided."""
+        return fixed(self.micro_batch_size_per_worker, "micro_batch_size_per_worker")
+
+    @property
+    def fixed_control_dropout(self) -> float:
+        """control_dropout as a number."""
+        if self.control_dropout == "auto":
+            return 0.0 if self.adapter.kind == "gains" and len(self.controls) == 1 else 0.1
+        return self.control_dropout
+
+    @property
+    def worker_shares(self) -> tuple[int, int]:
+        """(fewest, most) trajectories that a worker has of an update: groups are shared as evenly as they divide."""
+        groups, workers = self.global_batch_size // self.group_size, self.scaling.fixed_num_workers
+        return groups // workers * self.group_size, -(-groups // workers) * self.group_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that every worker runs in an update; the last ones of a smaller share hold fewer trajectories."""
+        return -(-self.worker_shares[1] // self.fixed_micro_batch_size)

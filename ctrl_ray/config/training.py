@@ -1,0 +1,95 @@
+"""The gradient and what is done with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ctrl_ray.config.values import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimatorConfig:
+    """How the gradient of the objective is estimated (`ctrl_ray.gradients.estimators`)."""
+
+    name: Literal["full", "sticking_the_landing", "last_k", "random_suffix", "adjoint_matching", "reinforce"] = "full"
+    """'full': exact. 'sticking_the_landing': the same mean, less variance near the optimum, two fifths more
+    denoiser calls. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the
+    same optimum with less variance; no gradient goes back through the policy. 'last_k': cheap and biased.
+    'reinforce': for rewards without a gradient; it needs group_size >= 2 and large batches."""
+    steps: int = 0
+    """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
+    (0 means all); fewer are cheaper."""
+    keep_graphs: bool = False
+    """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
+    again; with adapter.kind gains policy and reference are one forward too. Less time, and the activations of all steps
+    at once: for small denoisers."""
+    max_drift: float = 0.0
+    """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
+    drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's
+    variance. Biased while it binds: the lower, the less KL and the less accuracy. 0: no bound."""
+    final_max_drift: float = 0.0
+    """The bound grows geometrically to this over the run, so that what misses its class is brought in when the learning rate is
+    small. 0: it stays at max_drift."""
+    full_probability: float = 0.3
+    """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
+    denoiser calls."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.keep_graphs or self.name == "full",
+            f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; leave it out",
+        )
+        require(
+            0 <= self.max_drift < math.inf and 0 <= self.final_max_drift < math.inf,
+            f"estimator.max_drift is {self.max_drift} and final_max_drift {self.final_max_drift}; expected numbers >= 0",
+        )
+        require(
+            self.max_drift > 0 or self.final_max_drift == 0,
+            f"estimator.final_max_drift is {self.final_max_drift}, but max_drift, from which it grows, is 0; set both",
+        )
+        require(
+            self.max_drift == 0 or self.name != "reinforce",
+            f"estimator.max_drift is {self.max_drift}, but the estimator reinforce carries no cotangent to bound; leave it out",
+        )
+        require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
+        require(
+            0 < self.full_probability <= 1,
+            f"estimator.full_probability is {self.full_probability}; expected a probability in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW or SGD, with one learning rate for LoRA (or the whole denoiser) and one for the control embeddings."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """'sgd' keeps one moment (momentum) instead of two. Its step is proportional to the gradient, so it does not
+    amplify rounding errors as AdamW does. Use it for comparisons, and where memory is short."""
+    momentum: float = 0.9
+    """sgd: decay of the momentum."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of LoRA (with full_finetune: of the whole denoiser)."""
+    embedding_learning_rate: float = 1e-2
+    """Peak learning rate of the control embeddings. They start at zero and may move faster."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay. It pulls the optimum towards the pre-trained model, but is not part of the KL."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.99
+    """Decay of AdamW's second moment. Runs are short, so it forgets faster than with the usual 0.999."""
+    gradient_clipping: float = 5.0
+    """Clip the global gradient norm at this value. 0 switches clipping off."""
+    warmup_updates: int = 2
+    """The learning rate rises linearly over this many updates."""
+    final_learning_rate_fraction: float = 0.1
+    """The learning rate falls along a cosine to this fraction of its peak. 1.0: it stays constant."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; expected a number in [0, 1)")
+        require(
+            self.name != "sgd" or self.weight_decay == 0,
+            f"optimizer.weight_decay is {self.weight_decay}, but torch's SGD has no decoupled weight decay; set it to 0 "
+            "or use optimizer.name adamw",
+        )
