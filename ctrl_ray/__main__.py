@@ -30,7 +30,7 @@ usage: python -m ctrl_ray COMMAND [FLAGS]      the same: ctrl-ray COMMAND [FLAGS
 
 {commands}
 
-Run this first. It trains the built-in example in about ten minutes on two CPU cores, without a GPU or a download:
+Run this first. It trains the built-in example in about eight minutes on two CPU cores, without a GPU or a download:
 
   python -m ctrl_ray train
 

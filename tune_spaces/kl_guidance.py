@@ -20,8 +20,8 @@ PAIRS = [(2.0, 0.6), (0.5, 5.0), (0.6, 0.6), (2.0, 2.0), (0.5, 1.5), (1.6, 4.8),
 
 
 def space() -> dict[str, Any]:
-    """Dotted config path to distribution, or to one value for all trials: a third of the preset's updates, which keeps a
-    trial under four minutes on two cores."""
+    """Dotted config path to distribution, or to one value for all trials: half of the preset's updates, about four
+    minutes a trial on two cores."""
     return {
         KL_COEF: tune.loguniform(0.5, 2.0),
         STRENGTH: tune.loguniform(0.6, 5.0),
