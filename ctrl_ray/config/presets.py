@@ -113,6 +113,8 @@ def shapes_exact() -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=4e-3, embedding_learning_rate=0.08, final_learning_rate_fraction=0.01),
         evaluation=dataclasses.replace(base.evaluation, every_updates=100),
         checkpoint_every_updates=25,
+        rewards=dataclasses.replace(base.rewards, threads_per_actor=2),
+        scaling=dataclasses.replace(base.scaling, threads_per_worker=2),
     )
 
 
