@@ -42,7 +42,7 @@ def local_ray() -> Iterator[None]:
 
 
 def small_run(folder: Path, **scaling: Any) -> TrainConfig:
-    """Two updates of `shapes` as its preset has them, on samples few enough for seconds."""
+    """Two updates of `shapes` with the paper's adapter, on samples few enough for seconds."""
     shapes = shapes_of_the_paper()
     return dataclasses.replace(
         shapes,
