@@ -132,7 +132,8 @@ class TrainConfig:
             ),
             "estimator.keep_graphs keeps the activations of every denoising step, which does not go with scaling.zero_stage 3, "
             f"gradient_checkpointing or fp16; got zero_stage {self.scaling.zero_stage}, gradient_checkpointing "
-            f"{self.scaling.gradient_checkpointing} and precision {self.scaling.precision}: leave keep_graphs out",
+            f"{self.scaling.gradient_checkpointing} and precision {self.scaling.precision}: set keep_graphs to False "
+            "(--estimator.no-keep-graphs)",
         )
         require(
             math.isfinite(self.kl_coef) and self.kl_coef >= 0,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import LoraConfig, Precision, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.config.presets import shapes
 from ctrl_ray.distributed import noise_floor
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.noise_floor import (
@@ -27,10 +26,11 @@ from ctrl_ray.distributed.noise_floor import (
 from ctrl_ray.errors import ConfigError, NonFiniteError
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
+from tests.configs import shapes_of_the_paper
 from tests.policies import make_policy
 
 SHORT = SamplerConfig(num_steps=4, reference_steps=1)
-CONFIG = dataclasses.replace(shapes(), sampler=SHORT, global_batch_size=65, micro_batch_size_per_worker=5)
+CONFIG = dataclasses.replace(shapes_of_the_paper(), sampler=SHORT, global_batch_size=65, micro_batch_size_per_worker=5)
 
 
 def _learner(config: TrainConfig) -> Learner:
@@ -72,8 +72,8 @@ def _measured(precision: Precision, sampler: SamplerConfig = SHORT) -> tuple[flo
         ("bf16", SHORT, 0.0015, 0.01),
         ("fp16", SHORT, 1e-4, TRUE_KL),
         ("fp32", SHORT, 1e-4, TRUE_KL),
-        ("bf16", shapes().sampler, 0.004, 0.01),
-        ("fp16", shapes().sampler, 1e-4, TRUE_KL),
+        ("bf16", shapes_of_the_paper().sampler, 0.004, 0.01),
+        ("fp16", shapes_of_the_paper().sampler, 1e-4, TRUE_KL),
     ],
 )
 def test_it_is_what_precision_adds(precision: Precision, sampler: SamplerConfig, low: float, high: float) -> None:

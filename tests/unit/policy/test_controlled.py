@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
-from ctrl_ray.config.presets import shapes
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, read_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
+from tests.configs import EVERY_LAYER
 from tests.policies import make_policy
 
 RANK_2 = LoraConfig(rank=2)
@@ -124,9 +124,7 @@ def test_adapter_round_trip(tiny_pipeline: str, tmp_path: Path, lora: LoraConfig
     assert torch.equal(*pair)
 
 
-@pytest.mark.parametrize(
-    "modules", [LoraConfig().target_modules, pytest.param(shapes().lora.target_modules, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("modules", [LoraConfig().target_modules, pytest.param(EVERY_LAYER, marks=pytest.mark.full)])
 def test_lora_loads_with_diffusers_alone(tiny_pipeline: str, tmp_path: Path, modules: tuple[str, ...]) -> None:
     """`load_lora_weights` on the plain pipeline gives our prediction with null labels: alpha is not rank, and
     convolutions have LoRA too."""

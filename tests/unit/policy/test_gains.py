@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig, TrainConfig
-from ctrl_ray.config.presets import shapes
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
@@ -24,11 +23,12 @@ from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.class_loras import class_file
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
+from tests.configs import EVERY_LAYER
 from tests.gradients import full_pass
 from tests.policies import make_policy
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
-LORA = LoraConfig(rank=2, alpha=6.0, target_modules=shapes().lora.target_modules)
+LORA = LoraConfig(rank=2, alpha=6.0, target_modules=EVERY_LAYER)
 """Convolutions, attention, time projections; alpha is not the rank."""
 PROMPTS = ["a red circle", "a blue cross"]
 SAMPLER = SamplerConfig(num_steps=3, reference_steps=1)
