@@ -39,7 +39,8 @@ class EstimatorConfig:
     def __post_init__(self) -> None:
         require(
             not self.keep_graphs or self.name == "full",
-            f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; leave it out",
+            f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; set keep_graphs to False "
+            "(--estimator.no-keep-graphs)",
         )
         require(
             0 <= self.max_drift < math.inf and 0 <= self.final_max_drift < math.inf,
@@ -51,7 +52,8 @@ class EstimatorConfig:
         )
         require(
             self.max_drift == 0 or self.name != "reinforce",
-            f"estimator.max_drift is {self.max_drift}, but the estimator reinforce carries no cotangent to bound; leave it out",
+            f"estimator.max_drift is {self.max_drift}, but the estimator reinforce carries no cotangent to bound; set it and "
+            "final_max_drift to 0",
         )
         require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
         require(
