@@ -31,7 +31,7 @@ COLOURFULNESS_THRESHOLDS = (67.0,)
 """Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
 
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut")
-"""A small denoiser has few attention layers. LoRA on its convolutions alone comes as near as on every layer, in three quarters
+"""A small denoiser has few attention layers. LoRA on its convolutions alone comes as near as on every layer, in four fifths
 of the time."""
 
 _EVERY_LAYER = (

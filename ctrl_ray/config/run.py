@@ -165,7 +165,7 @@ class TrainConfig:
 
     @property
     def fixed_control_dropout(self) -> float:
-        """control_dropout as a number."""
+        """control_dropout as a number: its 'auto' needs no machine, so it is known at once."""
         if self.control_dropout == "auto":
             return 0.0 if self.adapter.kind == "gains" and len(self.controls) == 1 else 0.1
         return self.control_dropout
