@@ -63,7 +63,7 @@ def shapes() -> TrainConfig:
         label_draws="systematic",
         adapter=AdapterConfig(kind="gains"),
         lora=LoraConfig(rank=8, alpha=8.0, target_modules=_CONVOLUTIONS),
-        estimator=EstimatorConfig(name="full", keep_graphs=True, max_drift=2.0, final_max_drift=20.0),
+        estimator=EstimatorConfig(name="full", keep_graphs="auto", max_drift=2.0, final_max_drift=20.0),
         optimizer=OptimizerConfig(
             learning_rate=1e-2, gradient_clipping=20.0, warmup_updates=4, final_learning_rate_fraction=0.0
         ),

@@ -124,16 +124,12 @@ class TrainConfig:
             "more",
         )
         require(
-            not self.estimator.keep_graphs
-            or (
-                self.scaling.zero_stage < 3
-                and self.scaling.gradient_checkpointing is False
-                and self.scaling.precision != "fp16"
-            ),
+            self.estimator.keep_graphs is not True
+            or (self.can_keep_graphs and self.scaling.gradient_checkpointing is False),
             "estimator.keep_graphs keeps the activations of every denoising step, which does not go with scaling.zero_stage 3, "
             f"gradient_checkpointing or fp16; got zero_stage {self.scaling.zero_stage}, gradient_checkpointing "
             f"{self.scaling.gradient_checkpointing} and precision {self.scaling.precision}: set keep_graphs to False "
-            "(--estimator.no-keep-graphs)",
+            "or auto",
         )
         require(
             math.isfinite(self.kl_coef) and self.kl_coef >= 0,
@@ -162,6 +158,11 @@ class TrainConfig:
     def fixed_micro_batch_size(self) -> int:
         """micro_batch_size_per_worker as a number; ConfigError while it is still to be decided."""
         return fixed(self.micro_batch_size_per_worker, "micro_batch_size_per_worker")
+
+    @property
+    def can_keep_graphs(self) -> bool:
+        """Whether estimator, sharding and precision go with estimator.keep_graphs; gradient checkpointing does not, either."""
+        return self.estimator.name == "full" and self.scaling.zero_stage < 3 and self.scaling.precision != "fp16"
 
     @property
     def fixed_control_dropout(self) -> float:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ctrl_ray.config.values import require
+from ctrl_ray.config.values import Auto, fixed, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +21,10 @@ class EstimatorConfig:
     steps: int = 0
     """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
     (0 means all); fewer are cheaper."""
-    keep_graphs: bool = False
+    keep_graphs: bool | Auto = False
     """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
     again; with adapter.kind gains policy and reference are one forward too. Less time, and the activations of all steps
-    at once: for small denoisers."""
+    at once: for small denoisers. 'auto': where the other settings allow it and the memory is known to suffice."""
     max_drift: float = 0.0
     """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
     drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's
@@ -38,9 +38,9 @@ class EstimatorConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.keep_graphs or self.name == "full",
+            self.keep_graphs is not True or self.name == "full",
             f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; set keep_graphs to False "
-            "(--estimator.no-keep-graphs)",
+            "or auto",
         )
         require(
             0 <= self.max_drift < math.inf and 0 <= self.final_max_drift < math.inf,
@@ -60,6 +60,11 @@ class EstimatorConfig:
             0 < self.full_probability <= 1,
             f"estimator.full_probability is {self.full_probability}; expected a probability in (0, 1]",
         )
+
+    @property
+    def fixed_keep_graphs(self) -> bool:
+        """keep_graphs as a bool; ConfigError while it is still to be decided."""
+        return fixed(self.keep_graphs, "estimator.keep_graphs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

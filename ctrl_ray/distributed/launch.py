@@ -64,7 +64,7 @@ def run_training(
         environment=worker_environment(
             use_gpu=config.scaling.use_gpu,
             num_threads=config.scaling.num_threads,
-            keeps_graphs=config.estimator.keep_graphs,
+            keeps_graphs=config.estimator.fixed_keep_graphs,
         ),
         asked=needed_resources(config),
         keep=keep,

@@ -257,7 +257,7 @@ def make_estimator(config: EstimatorConfig, num_steps: int) -> Estimator:
             f"estimator.steps is {config.steps}, but the sampler has {num_steps} steps (sampler.num_steps); lower it"
         )
     makers: dict[str, Callable[[], Estimator]] = {
-        Full.name: lambda: Full(config.keep_graphs),
+        Full.name: lambda: Full(config.fixed_keep_graphs),
         StickingTheLanding.name: StickingTheLanding,
         LastK.name: lambda: LastK(config.steps or 1),
         RandomSuffix.name: lambda: RandomSuffix(config.full_probability),

@@ -1,15 +1,17 @@
-"""Deciding what a config leaves open ('auto'): workers, shares of cards, micro-batch, gradient checkpointing, batch of the
-evaluation, images decoded at a time. The only place that does."""
+"""Deciding what a config leaves open ('auto'): workers, shares of cards, micro-batch, gradient checkpointing, kept graphs,
+batch of the evaluation, images decoded at a time. The only place that does."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.config.values import Auto
 from ctrl_ray.errors import ResourceError
 from ctrl_ray.planning.fits import PlanOf, memory_fit
 from ctrl_ray.planning.placement import place_workers, share_cards, shares_cards
@@ -17,9 +19,12 @@ from ctrl_ray.planning.plan import num_branches
 
 CHECKPOINTING_SLOWDOWN = 1.3
 """Time of an update with gradient checkpointing over that without, at the same micro-batch (counted operations)."""
+KEPT_GRAPHS_SPEEDUP = 1.3
+"""Time of an update over that with kept graphs (`tests.benchmarks.graphs`)."""
 OVERHEAD_ROWS = 2.0
 """What a denoiser call costs beside its rows, in rows: a call of r rows takes as long as r + so many. Stated, not measured."""
 _SEARCHES = 4
+_KEEP_GRAPHS = "estimator.keep_graphs"
 LARGEST_EVALUATION_BATCH = 16
 LARGEST_DECODE_CHUNK = 8
 """Larger ones gain nothing."""
@@ -38,10 +43,11 @@ def decide(config: TrainConfig, facts: ClusterFacts | None, plan_of: PlanOf, est
     """Replace every 'auto' of the config.
 
     First the shares of cards and the number of workers: as many as the cluster places beside the reward pool, and as the
-    global batch has groups. Then the fastest micro-batch and gradient checkpointing by `_time`, of those that fit; then the
-    largest batch of the evaluation and chunk of images that still fit. `estimate` is a fast `plan_of` for the search, which
-    may get better by what `plan_of` counts; what is chosen is checked by `plan_of`. Raises ResourceError where not even one
-    worker has room, or where memory is to decide and the cluster does not say what it has.
+    global batch has groups. Then the fastest micro-batch, gradient checkpointing and kept graphs by `_time`, of those that
+    fit; then the largest batch of the evaluation and chunk of images that still fit. `estimate` is a fast `plan_of` for the
+    search, which may get better by what `plan_of` counts; what is chosen is checked by `plan_of`. Raises ResourceError where
+    not even one worker has room, or where memory is to decide and the cluster does not say what it has; if graphs alone are
+    to be decided they are then not kept.
     """
     config, workers = _decide_workers(share_cards(config), facts)
     config, sizes = _decide_sizes(config, facts, plan_of, estimate or plan_of)
@@ -90,12 +96,18 @@ def _decide_sizes(
     if isinstance(config.micro_batch_size_per_worker, int):
         share = config.worker_shares[1]
         config = dataclasses.replace(config, micro_batch_size_per_worker=min(share, config.micro_batch_size_per_worker))
+        estimate = plan_of  # one size is soon counted
     names = [name for name, value in open_values(config).items() if value == "auto"]
     if not names:
         return config, []
     candidates = sorted(_candidates(_smallest(config), asked), key=_time)
-    smallest = min(candidates, key=lambda c: (not c.scaling.gradient_checkpointing, c.fixed_micro_batch_size))
+    smallest = min(
+        candidates,
+        key=lambda c: (not c.scaling.gradient_checkpointing, c.estimator.fixed_keep_graphs, c.fixed_micro_batch_size),
+    )
     fit = memory_fit(estimate(candidates[0]), candidates[0], facts)
+    if fit.answer == "unknown" and names == [_KEEP_GRAPHS]:
+        return smallest, [f"{_KEEP_GRAPHS} False: {fit.reason}"]
     if fit.answer == "unknown":
         raise ResourceError(
             f"{', '.join(names)} cannot be decided: {fit.reason}. Give numbers; python -m ctrl_ray.train --dry-run "
@@ -124,6 +136,7 @@ def open_values(config: TrainConfig) -> dict[str, object]:
         "rewards.gpus_per_actor": rewards.gpus_per_actor,
         "micro_batch_size_per_worker": config.micro_batch_size_per_worker,
         "scaling.gradient_checkpointing": scaling.gradient_checkpointing,
+        _KEEP_GRAPHS: config.estimator.keep_graphs,
         "evaluation.batch_size": config.evaluation.batch_size,
         "rewards.decode_chunk_size": rewards.decode_chunk_size,
     }
@@ -147,7 +160,7 @@ def _sized(config: TrainConfig, evaluation: int, chunk: int) -> TrainConfig:
 
 
 def _candidates(config: TrainConfig, asked: TrainConfig) -> Iterator[TrainConfig]:
-    """Every micro-batch that shares a worker's part of the batch evenly, with and without checkpointing."""
+    """Every micro-batch that shares a worker's part of the batch evenly, with checkpointing, with kept graphs and without."""
     group, scaling = config.group_size, config.scaling
     groups = config.worker_shares[1] // group
     if asked.micro_batch_size_per_worker == "auto":
@@ -155,20 +168,29 @@ def _candidates(config: TrainConfig, asked: TrainConfig) -> Iterator[TrainConfig
         sizes = sorted({group * -(-groups // rounds) for rounds in range(fewest, groups + 1)})
     else:
         sizes = [config.fixed_micro_batch_size]
-    both = scaling.gradient_checkpointing == "auto"
-    for checkpointing in (False, True) if both else (scaling.fixed_gradient_checkpointing,):
+    for keep, checkpointing in itertools.product(
+        _either(config.estimator.keep_graphs), _either(scaling.gradient_checkpointing)
+    ):
+        if config.estimator.keep_graphs == "auto" and keep and (checkpointing or not config.can_keep_graphs):
+            continue
         for size in sizes:
             yield dataclasses.replace(
                 config,
                 micro_batch_size_per_worker=size,
+                estimator=dataclasses.replace(config.estimator, keep_graphs=keep),
                 scaling=dataclasses.replace(scaling, gradient_checkpointing=checkpointing),
             )
+
+
+def _either(setting: bool | Auto) -> tuple[bool, ...]:
+    return (False, True) if isinstance(setting, str) else (setting,)
 
 
 def _time(config: TrainConfig) -> float:
     """Relative time of an update: the rows of the largest share and what its calls cost beside them."""
     rows = config.worker_shares[1] * num_branches(config) + config.num_micro_batches * OVERHEAD_ROWS
-    return rows * (CHECKPOINTING_SLOWDOWN if config.scaling.fixed_gradient_checkpointing else 1.0)
+    rows *= CHECKPOINTING_SLOWDOWN if config.scaling.fixed_gradient_checkpointing else 1.0
+    return rows / (KEPT_GRAPHS_SPEEDUP if config.estimator.fixed_keep_graphs else 1.0)
 
 
 def _grow(
@@ -216,9 +238,9 @@ def _first_that_fits(
         else:
             return candidate, missed
         text = "with" if candidate.scaling.gradient_checkpointing else "without"
+        how = "with kept graphs" if candidate.estimator.fixed_keep_graphs else f"{text} gradient checkpointing"
         missed = (
-            f"micro-batch {candidate.micro_batch_size_per_worker} {text} gradient checkpointing would be faster, but does not "
-            f"fit: {fit.reason}"
+            f"micro-batch {candidate.micro_batch_size_per_worker} {how} would be faster, but does not fit: {fit.reason}"
         )
     return smallest, missed
 

@@ -119,7 +119,7 @@ def _changes(config: TrainConfig, facts: ClusterFacts | None) -> Iterator[tuple[
     def rewarded(**changes: object) -> TrainConfig:
         return dataclasses.replace(config, rewards=dataclasses.replace(rewards, **changes))  # type: ignore[arg-type]
 
-    keeps_graphs = config.estimator.keep_graphs
+    keeps_graphs = config.estimator.fixed_keep_graphs
     if keeps_graphs:  # what else lowers the activations does not go with it
         yield (
             "estimator.keep_graphs false",

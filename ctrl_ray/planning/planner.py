@@ -79,7 +79,7 @@ class Planner:
     def _key(self, config: TrainConfig) -> tuple[str, bool, int, bool]:
         scaling = config.scaling
         threshold = scaling.zero3_persistence_threshold if scaling.zero_stage == 3 else PERSISTENCE_THRESHOLD
-        return scaling.precision, scaling.fixed_gradient_checkpointing, threshold, config.estimator.keep_graphs
+        return scaling.precision, scaling.fixed_gradient_checkpointing, threshold, config.estimator.fixed_keep_graphs
 
 
 def memory_advice(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> str:

@@ -91,7 +91,7 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
             "   one bucket and the parameters gathered at a time" if stage == 3 else "   one reduction bucket",
         ),
         (
-            "activations of all steps" if config.estimator.keep_graphs else "activations of one step",
+            "activations of all steps" if config.estimator.fixed_keep_graphs else "activations of one step",
             memory.activations,
             kept,
         ),

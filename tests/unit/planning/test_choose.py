@@ -11,6 +11,7 @@ import pytest
 from ctrl_ray.cluster.resources import ClusterFacts, NodeFacts
 from ctrl_ray.config import (
     ControlConfig,
+    EstimatorConfig,
     EvaluationConfig,
     RewardPoolConfig,
     SamplerConfig,
@@ -32,8 +33,8 @@ MACHINES = {
 
 
 def _plan(config: TrainConfig) -> RunPlan:
-    """4 GiB a trajectory, 1 with checkpointing; a tenth of it in an evaluation; an image takes 6 GiB."""
-    per = 1 if config.scaling.fixed_gradient_checkpointing else 4
+    """4 GiB a trajectory, 1 with checkpointing, 12 with kept graphs; a tenth of it in an evaluation; an image takes 6 GiB."""
+    per = 1 if config.scaling.fixed_gradient_checkpointing else 12 if config.estimator.fixed_keep_graphs else 4
     training = GIB + config.fixed_micro_batch_size * per * GIB
     chunk = min(config.rewards.fixed_decode_chunk_size, config.fixed_micro_batch_size) * 6 * GIB
     zero = {field.name: 0 for field in dataclasses.fields(MemoryPlan)}
@@ -121,6 +122,58 @@ def test_checkpointing_is_taken_where_it_is_faster() -> None:
     why = _decide(_card(9.5), **micro).why
     assert "micro_batch_size_per_worker 8, scaling.gradient_checkpointing True" in why[1]
     assert re.match(r"micro-batch \d+ \w+ gradient checkpointing would be faster, but does not fit: a worker: ", why[2])
+
+
+_AUTO = EstimatorConfig(keep_graphs="auto")
+
+
+@pytest.mark.parametrize(
+    ("gib", "keep", "checkpointing", "micro_batch", "said"),
+    [
+        (100, True, False, 8, None),
+        (90, True, False, 4, "micro-batch 8 with kept graphs would be faster, but does not fit"),  # 2 micro-batches
+        (20, False, False, 4, "micro-batch 2 with kept graphs would be faster, but does not fit"),
+        (12, False, True, 8, "micro-batch 3 without gradient checkpointing would be faster, but does not fit"),
+    ],
+)
+def test_graphs_are_kept_where_they_fit(
+    gib: float, keep: bool, checkpointing: bool, micro_batch: int, said: str | None
+) -> None:
+    decided = _decide(_card(gib), global_batch_size=8, estimator=_AUTO)
+    config = decided.config
+    assert (config.estimator.keep_graphs, config.scaling.gradient_checkpointing) == (keep, checkpointing)
+    assert config.fixed_micro_batch_size == micro_batch
+    assert "estimator.keep_graphs" in " ".join(decided.why)
+    assert said is None or any(line.startswith(said) for line in decided.why)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scaling": ScalingConfig(zero_stage=3)},
+        {"scaling": ScalingConfig(precision="fp16", use_gpu=True, gpus_per_worker=1.0)},
+        {"scaling": ScalingConfig(gradient_checkpointing=True)},
+        {"estimator": EstimatorConfig(name="last_k", keep_graphs="auto")},
+    ],
+)
+def test_graphs_are_not_kept_beside_what_does_not_go_with_them(changes: dict[str, Any]) -> None:
+    given: dict[str, Any] = {
+        "micro_batch_size_per_worker": 8,
+        "evaluation": EvaluationConfig(),
+        "scaling": ScalingConfig(),
+    }
+    given |= {"rewards": RewardPoolConfig(num_actors=0), "estimator": _AUTO}
+    node = [NodeFacts(8.0, 1.0, 900 * GIB, 900 * GIB)]
+    assert _decide(node, **given).config.estimator.keep_graphs is True
+    assert _decide(node, **given | changes).config.estimator.keep_graphs is False
+
+
+def test_graphs_are_not_kept_where_nobody_knows_the_memory() -> None:
+    given: dict[str, Any] = {"micro_batch_size_per_worker": 8, "evaluation": EvaluationConfig(), "estimator": _AUTO}
+    given |= {"rewards": RewardPoolConfig(num_actors=0), "scaling": ScalingConfig()}
+    decided = _decide([NodeFacts(8.0, 0.0, None)], **given)
+    assert decided.config.estimator.keep_graphs is False
+    assert decided.why == ("estimator.keep_graphs False: the cluster does not say what memory it has",)
 
 
 def test_what_is_given_is_left_alone() -> None:
