@@ -25,8 +25,8 @@ class EvaluationConfig:
     """Nats: how well log Z of every class is to be known."""
     num_pairs: int = 128
     """Samples of the pre-trained model that are drawn again from their initial noise (and, where sampler.reference_steps is
-    not 0, from the noise before those steps), to tell which part of the gap no training removes; a fifth as many of the
-    policy's paths tell what its fixed variances cost. 0: that is not told."""
+    not 0, a quarter of them from the noise before those steps), to tell which part of the gap no training removes; a tenth as
+    many of the policy's paths tell what its fixed variances cost. 0: that is not told."""
     batch_size: int | Auto = 128
     """Samples drawn at a time by each worker. 'auto': up to 16, as they fit."""
     prompts_file: str | None = None

@@ -17,8 +17,10 @@ from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 
-_PAIRS_PER_PATH = 5
+_PAIRS_PER_PATH = 10
 """Pairs for each path on which the variances' cost is measured: that takes eighteen denoiser calls' time a step."""
+_PAIRS_PER_LATE_PAIR = 4
+"""Pairs that part at the start for each that parts before the reference steps, whose laws are narrow."""
 
 
 def measure_structural(
@@ -40,19 +42,21 @@ def measure_structural(
     count = min(config.evaluation.num_pairs, len(scored))
     if count < 2:
         return {}
-    parts = {"initial_noise": (0, initial_noise_part)}
+    parts = {"initial_noise": (0, initial_noise_part, count)}
     if config.sampler.reference_steps:
-        parts["reference_steps"] = (config.sampler.num_steps - config.sampler.reference_steps, reference_steps_part)
+        fork_at = config.sampler.num_steps - config.sampler.reference_steps
+        parts["reference_steps"] = (fork_at, reference_steps_part, max(2, count // _PAIRS_PER_LATE_PAIR))
     exponents = exponents_of(config.controls, config.kl_coef)
     targets, first = label_targets(labels, exponents, scored.select(np.arange(count)).class_log_probs)
     shares = np.bincount(targets, minlength=len(first)) / len(targets)
     job = dataclasses.replace(reference_job(checked), sample_ids=tuple(evaluation_ids(count)), with_images=False)
     found = {"fixed_variances": _fixed_variances(checked, rewards, dataclasses.replace(job, adapter=adapter))}
-    for name, (fork_at, part) in parts.items():
+    for name, (fork_at, part, pairs) in parts.items():
         with with_remedies(checked):
-            again = sample_policy(dataclasses.replace(job, fork_at=fork_at), rewards, config.scaling)
+            forked = dataclasses.replace(job, fork_at=fork_at, sample_ids=job.sample_ids[:pairs])
+            again = sample_policy(forked, rewards, config.scaling)
         _, second = label_targets(labels, exponents, again.class_log_probs)
-        found[name] = over_targets(part, first, second, shares)._asdict()
+        found[name] = over_targets(part, first[:, :pairs], second, shares)._asdict()
     return found
 
 

@@ -99,7 +99,7 @@ def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops, decoder: Decod
         scored = config.global_batch_size / config.rewards.num_actors
     every, beside = config.evaluation.every_updates, config.evaluation
     during = (1 + config.num_updates // every) * beside.num_samples if every else 0
-    pairs = beside.num_pairs * (2 if config.sampler.reference_steps else 1)
+    pairs = beside.num_pairs * (1.25 if config.sampler.reference_steps else 1)
     samples = during + beside.fewest_pre_trained + beside.final_num_samples + pairs
     per_sample = config.sampler.num_steps * flops.forward / size
     return Work(

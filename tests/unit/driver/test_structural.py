@@ -31,7 +31,7 @@ def _samples(count: int, seed: int) -> EvaluationSamples:
 
 
 def _measured(
-    monkeypatch: pytest.MonkeyPatch, reference_steps: int, num_pairs: int = 16
+    monkeypatch: pytest.MonkeyPatch, reference_steps: int, num_pairs: int = 20
 ) -> tuple[dict[str, Any], list]:
     """(the parts, the jobs that were sampled)."""
     jobs: list[Any] = []
@@ -58,13 +58,13 @@ def test_pairs_part_at_the_start_and_before_the_reference_steps(monkeypatch: pyt
     parts, (variances, *jobs) = _measured(monkeypatch, reference_steps=2)
     assert (variances.adapter, variances.reference, variances.variance_cost_at) == ("adapter", False, 2.0)
     assert (variances.batch_size, variances.gradient_checkpointing) == (3, True), "what fits in training fits here"
-    assert parts["fixed_variances"] == pytest.approx({"value": 1.0, "standard_error": 3**-0.5})  # of 0, 1, 2
+    assert parts["fixed_variances"] == pytest.approx({"value": 0.5, "standard_error": 0.5})  # of 0, 1
     assert [(job.fork_at, len(job.sample_ids), job.with_images, job.reference) for job in jobs] == [
-        (0, 16, False, True),
-        (8, 16, False, True),
+        (0, 20, False, True),
+        (8, 5, False, True),
     ]
-    first, second = (2.0 * _samples(count, seed).class_log_probs["size"][:16].T for count, seed in ((32, 0), (16, 1)))
-    for name, part in (("initial_noise", initial_noise_part), ("reference_steps", reference_steps_part)):
+    for name, part, count in (("initial_noise", initial_noise_part, 20), ("reference_steps", reference_steps_part, 5)):
+        first, second = (2.0 * _samples(n, seed).class_log_probs["size"][:count].T for n, seed in ((32, 0), (count, 1)))
         small, large = (part(first[label], second[label])[0] for label in (0, 1))
         assert parts[name]["value"] == pytest.approx(0.25 * small + 0.75 * large)
 
