@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctrl_ray import command, embedded
 from ctrl_ray.config import (
@@ -17,6 +17,7 @@ from ctrl_ray.config import (
     TrainConfig,
     presets,
 )
+from ctrl_ray.config.fields import at_least, check_fields
 
 if TYPE_CHECKING:
     from ctrl_ray.driver.classifier import FitResult
@@ -50,9 +51,9 @@ class ClassifyConfig:
     prompts_file: str | None = None
     """File of prompts, one per line, for the pipeline's samples (classifier.num_pipeline_samples). None: the data
     set's prompts."""
-    num_drawn_images: int = 6000
+    num_drawn_images: Annotated[int, at_least(1)] = 6000
     """With data 'shapes': how many images are drawn."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of the splits, the weights, the order and the pipeline's samples."""
     on_bad_row: Literal["error", "skip"] = "error"
     """'error': stop at the first row that cannot be used. 'skip': set it aside in DATA.bad_rows.jsonl."""
@@ -64,6 +65,9 @@ class ClassifyConfig:
     """How the pipeline's samples are drawn."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Devices, CPUs and threads of a worker. The number of workers is classifier.num_workers."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

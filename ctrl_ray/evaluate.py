@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ctrl_ray import command
 from ctrl_ray.config import ControlConfig, EvaluationConfig, Precision, ScalingConfig
+from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.errors import ConfigError, own_error
 
 if TYPE_CHECKING:
@@ -32,17 +33,17 @@ class EvaluateOptions:
     """Judge the PNGs of this folder instead of sampling. ctrl_ray.sample writes such a folder, with manifest.jsonl."""
     before_images: str | None = None
     """With --images: a second folder to compare with, such as samples without a control."""
-    num_samples: int = 512
+    num_samples: Annotated[int, at_least(1)] = 512
     """Samples before and after. The standard error of an accuracy near 0.9 is 0.013 at 512."""
-    log_z_samples: int = 512
+    log_z_samples: Annotated[int, at_least(1)] = 512
     """Samples of the pre-trained model that the distance to the target is measured from; at least."""
-    max_log_z_samples: int = 4096
+    max_log_z_samples: Annotated[int, at_least(1)] = 4096
     """The same at most: more are drawn until log Z of every class is known to 0.1 nats."""
     prompts_file: str | None = None
     """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
-    seed: int = 1_000_003
+    seed: Annotated[int, at_least(0)] = 1_000_003
     """Seed of the noise. Training never uses this one."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, at_least(1)] = None
     """Samples drawn at a time. None: as many as in the evaluations of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
     """NAME=FOLDER for each control: the classifier whose belief is compared with the truth. Empty:
@@ -56,14 +57,11 @@ class EvaluateOptions:
     """Folder of the report. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.adapter is None) == (not self.runs):
             raise ConfigError("give either --adapter RUN/adapter, to judge it, or --runs RUN RUN …, to compare them")
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
-        for name in ("num_samples", "log_z_samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected at least 1")
 
 
 def evaluate_images(
@@ -90,12 +88,12 @@ def evaluate_adapter(
     adapter: str | Path,
     output_dir: str | Path,
     *,
-    num_samples: int = 512,
-    log_z_samples: int = 512,
-    max_log_z_samples: int = 4096,
+    num_samples: Annotated[int, at_least(1)] = 512,
+    log_z_samples: Annotated[int, at_least(1)] = 512,
+    max_log_z_samples: Annotated[int, at_least(1)] = 4096,
     prompts: Sequence[str] | None = None,
-    seed: int = 1_000_003,
-    batch_size: int | None = None,
+    seed: Annotated[int, at_least(0)] = 1_000_003,
+    batch_size: Annotated[int | None, at_least(1)] = None,
     clip_model: str | None = None,
     classifiers: Mapping[str, str] | None = None,
     precision: Precision | None = None,
@@ -151,11 +149,11 @@ def sample_before_and_after(
     adapter: str | Path,
     *,
     num_samples: int,
-    log_z_samples: int = 512,
-    max_log_z_samples: int = 4096,
+    log_z_samples: Annotated[int, at_least(1)] = 512,
+    max_log_z_samples: Annotated[int, at_least(1)] = 4096,
     prompts: Sequence[str] | None = None,
-    seed: int = 1_000_003,
-    batch_size: int | None = None,
+    seed: Annotated[int, at_least(0)] = 1_000_003,
+    batch_size: Annotated[int | None, at_least(1)] = None,
     classifiers: Mapping[str, str] | None = None,
     precision: Precision | None = None,
 ) -> BeforeAndAfter:

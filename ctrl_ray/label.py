@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctrl_ray import command
+from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,27 +36,24 @@ class LabelConfig:
     them."""
     prompts_file: str | None = None
     """Table (.csv or .jsonl) with the columns 'file' and 'prompt'."""
-    image_size: tuple[int, int] | None = None
+    image_size: Annotated[tuple[int, int] | None, at_least(1)] = None
     """Height and width. Before an image is measured, it is scaled to cover this size and cropped around the centre.
     Give the size that the base model makes. The stored image stays as it is. None: measure it as it is."""
-    classes: int = 4
+    classes: Annotated[int, at_least(2)] = 4
     """The command suggests thresholds for this many classes."""
     on_bad_row: Literal["error", "skip"] = "error"
     """'error': stop at the first image or label that cannot be used. 'skip': set it aside in OUTPUT.bad_rows.jsonl
     with the reason, and go on."""
     overwrite: bool = False
     """Replace an output that already exists."""
-    draw_shapes: int | None = None
+    draw_shapes: Annotated[int | None, at_least(1)] = None
     """First draw this many images of the built-in example, with their prompts beside them, into --images: something
     to try the rest on. The folder must be new or empty."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of the drawn images."""
 
     def __post_init__(self) -> None:
-        if self.classes < 2:
-            raise ConfigError(f"classes is {self.classes}; expected at least 2")
-        if self.draw_shapes is not None and self.draw_shapes < 1:
-            raise ConfigError(f"draw_shapes is {self.draw_shapes}; expected at least 1")
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

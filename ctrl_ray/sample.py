@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ctrl_ray import command, embedded
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.config.fields import at_least, check_fields, share
 from ctrl_ray.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class SampleConfig:
     control: tuple[str, ...] = ()
     """NAME=CLASS for each control, such as jpeg_size=2. CLASS is an index or a name. Controls that you do not name
     get the null label."""
-    num_images: int = 16
+    num_images: Annotated[int, at_least(1)] = 16
     """Images in total. The prompts take turns."""
     seed: int = 0
     """The seed of image i is made from this seed and i. It does not depend on batch_size or num_images."""
     output_dir: str = "samples"
     """Folder of the PNGs and of their manifest.jsonl."""
-    batch_size: int = 32
+    batch_size: Annotated[int, at_least(1)] = 32
     """Images sampled at a time. It limits the memory."""
     base: bool = False
     """Sample from the pre-trained model, for pictures before and after: same noise and settings, no adapter, no
@@ -54,15 +55,15 @@ class SampleConfig:
     base_model: str | None = None
     """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with no adapter:
     with --base, or with --candidates and --classifier. 'shapes' ships with the package."""
-    num_steps: int | None = None
+    num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps. None: as the adapter was trained."""
-    eta: float | None = None
+    eta: Annotated[float | None, share()] = None
     """DDIM stochasticity. None: as the adapter was trained."""
     guidance_scale: float | None = None
     """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""
     adapter_scale: float = 1.0
     """Scale of what the adapter adds. 1: as trained."""
-    candidates: int = 1
+    candidates: Annotated[int, at_least(1)] = 1
     """Draw so many candidates for each image and keep one, by its exact weight for the target: slower by about twice this
     number, and exact in the limit. Needs --control and a classifier. Works with an adapter, and with --base-model alone
     (no training)."""
@@ -79,9 +80,7 @@ class SampleConfig:
     """Replace the images of an earlier run in output_dir."""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "candidates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_fields(self)
         if bool(self.prompt) == bool(self.prompts_file):
             raise ConfigError(
                 "expected either --prompt or --prompts-file; got " + ("both" if self.prompt else "neither")

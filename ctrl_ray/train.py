@@ -14,7 +14,7 @@ import tyro
 from ctrl_ray import command
 from ctrl_ray.command import stoppable
 from ctrl_ray.config import ControlConfig, SamplerConfig, TrainConfig
-from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.json import read_train_config
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
 from ctrl_ray.wording import duration
@@ -166,7 +166,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     if file is not None:
         if not file.is_file():
             raise ConfigError(f"--config {file} does not exist; give a config.json that a run wrote")
-        default = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
+        default = read_train_config(file)
     if controls:
         default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))
     description = f"{Arguments.__doc__}\n\n{_ALSO.format(presets='|'.join(PRESETS), default=DEFAULT_PRESET)}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctrl_ray import command
+from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,53 +40,53 @@ class VerifyOptions:
     """Run every problem and every estimator (about half an hour on two cores)."""
     means: tuple[float, ...] | None = None
     """Means of the mixture's components."""
-    stds: tuple[float, ...] | None = None
+    stds: Annotated[tuple[float, ...] | None, above(0)] = None
     """Standard deviations of the components."""
-    weights: tuple[float, ...] | None = None
+    weights: Annotated[tuple[float, ...] | None, at_least(0)] = None
     """Weights of the components. They are normalised."""
     reward_slope: float | None = None
     """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x)."""
     reward_target: float | None = None
     """gaussian, dimension, two-controls: the reward is log N(target; x, reward_std²)."""
-    reward_std: float | None = None
+    reward_std: Annotated[float | None, above(0)] = None
     """Standard deviation in that reward."""
-    guidance_strength: tuple[float, ...] | None = None
+    guidance_strength: Annotated[tuple[float, ...] | None, at_least(0)] = None
     """gamma, one for each control."""
-    kl_coef: float | None = None
+    kl_coef: Annotated[float | None, above(0)] = None
     """beta. The target's exponent is gamma / beta."""
-    num_steps: int | None = None
+    num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps."""
-    eta: float | None = None
+    eta: Annotated[float | None, share()] = None
     """DDIM stochasticity. Below 1 the sampler remembers its initial noise and misses the target."""
-    dimension: int | None = None
+    dimension: Annotated[int | None, at_least(1)] = None
     """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two)."""
     estimator: EstimatorName | None = None
     """Gradient estimator."""
-    estimator_steps: int = 0
+    estimator_steps: Annotated[int, at_least(0)] = 0
     """last_k: how many of the last steps have a gradient. adjoint_matching: how many steps are matched (0 means
     all)."""
     latent_reduction: Literal["sum", "mean"] | None = None
     """'mean' shows what happens when the KL is divided by the dimension."""
-    num_updates: int | None = None
+    num_updates: Annotated[int | None, at_least(1)] = None
     """Optimizer updates."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, at_least(1)] = None
     """Trajectories per update."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, above(0)] = None
     """Peak learning rate of the pushes, in standard deviations of a step. Fewer steps need larger pushes."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of every random draw."""
     error_budget: bool = False
     """Split the distance to the true conditional into its causes, on the logistic problem with a fitted classifier."""
-    labels: int = 300
+    labels: Annotated[int, at_least(1)] = 300
     """With --error-budget: how many labelled samples the classifier is fitted on."""
     adapter: str | None = None
     """Instead of solving problems, compare the samples of this adapter with exact samples of its target, class by class.
     Rejection from the pre-trained model makes them."""
     pipeline: Literal["shapes"] | None = None
     """Without --adapter: first train one on the shapes, with the preset shapes-exact (about an hour), and compare it."""
-    num_samples: int = 2048
+    num_samples: Annotated[int, at_least(16)] = 2048
     """With --adapter: samples of each joint class (a class of every control), on each side."""
-    max_pool_samples: int | None = None
+    max_pool_samples: Annotated[int | None, at_least(20)] = None
     """With --adapter: pre-trained samples at most. Drawing ends before, when every class has enough exact samples. None:
     8 × num_samples × joint classes."""
     prompts_file: str | None = None
@@ -96,12 +97,13 @@ class VerifyOptions:
     """Print only JSON: the numbers of each case's coordinate 0; with --adapter, the content of results.json."""
     output_dir: str = "runs/verify"
     """Folder of the pictures and results.json."""
-    num_workers: int = 2
+    num_workers: Annotated[int, at_least(1)] = 2
     """Workers that share every batch of a problem's training."""
     use_gpu: bool = False
     """One GPU for each of these workers. --adapter uses a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         judged = self.adapter is not None or self.pipeline is not None
         if judged and (self.problem or self.all or self.error_budget):
             raise ConfigError(
@@ -112,12 +114,6 @@ class VerifyOptions:
             raise ConfigError(
                 f"{_flags(of_adapters)} belong to the comparison of an adapter; give --adapter RUN/adapter"
             )
-        for name, least in (("num_samples", 16), ("max_pool_samples", 20)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"{_flags([name])} is {value}; expected at least {least}, or there is nothing to compare"
-                )
         if self.error_budget and (self.problem or self.all):
             raise ConfigError("--error-budget is about one problem, the logistic; leave out --problem and --all")
         if self.all and (self.problem or self._changes()):

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
+from ctrl_ray.config.fields import above, at_least, check_fields
 from ctrl_ray.config.values import require
+
+_ATTRIBUTES = """
+T_destination add_module apply bfloat16 buffers call_super_init children clear compile copy cpu cuda double dump_patches eval
+extra_repr float forward fromkeys get get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict
+modules mtia named_buffers named_children named_modules named_parameters parameters pop popitem register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
+register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule setdefault share_memory
+state_dict to to_empty train training type update values xpu zero_grad
+"""
+_TAKEN = frozenset(_ATTRIBUTES.split())
+"""Attributes of torch's containers of modules and parameters, in which a control's name is a key."""
+
+
+def check_control_name(name: str) -> None:
+    """ConfigError where a control cannot be called so: it is a key of settings, flags, files and torch modules."""
+    require(
+        name.isidentifier() and not name.startswith("_"),
+        f"control name {name!r} is not an identifier; expected letters, digits and underscores, a letter first",
+    )
+    require(name not in _TAKEN, f"control name {name!r} is taken by torch's modules; call the control otherwise")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlConfig:
     """One control y: its classes, what measures it, and how hard it pulls."""
 
-    guidance_strength: float = 1.0
+    guidance_strength: Annotated[float, at_least(0)] = 1.0
     """gamma, how hard this control pulls. The target is p_pre(x|c) p(y|x,c)^(guidance_strength / kl_coef), so with
     kl_coef = 1 it is the exponent itself. Higher: more accurate, more KL, less diverse."""
     oracle: str | None = None
@@ -30,14 +52,11 @@ class ControlConfig:
     """Column of the offline data set. None: the control's name."""
     classifier: str | None = None
     """Folder of a fitted classifier. None: stage 1 fits one from `data`."""
-    label_weights: tuple[float, ...] = ()
+    label_weights: Annotated[tuple[float, ...], at_least(0)] = ()
     """How often training draws each class, as relative weights. Empty: all classes equally often."""
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.guidance_strength) and self.guidance_strength >= 0,
-            f"guidance_strength is {self.guidance_strength}; expected a finite number >= 0 (0 switches the control off)",
-        )
+        check_fields(self)
         require(
             list(self.thresholds) == sorted(set(self.thresholds)),
             f"thresholds {self.thresholds} must be strictly ascending",
@@ -48,11 +67,11 @@ class ControlConfig:
                 f"{len(self.thresholds)} thresholds make {len(self.thresholds) + 1} classes, but classes names "
                 f"{len(self.classes)}: {self.classes}",
             )
+        twice = [name for index, name in enumerate(self.classes) if name in self.classes[:index]]
+        require(not twice, f"classes {self.classes} names {twice[:1]} twice; expected a different name for each class")
         if self.label_weights:
             require(
-                len(self.label_weights) == self.num_classes
-                and min(self.label_weights) >= 0
-                and sum(self.label_weights) > 0,
+                len(self.label_weights) == self.num_classes and sum(self.label_weights) > 0,
                 f"label_weights {self.label_weights} must hold one weight >= 0 for each of the {self.num_classes} "
                 "classes, not all zero",
             )
@@ -84,35 +103,34 @@ class ClassifierConfig:
     'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
     prompt_conditional: bool = False
     """Give the classifier the prompt too. It needs the prompt when y depends on it even for a given image."""
-    epochs: int = 12
+    epochs: Annotated[int, at_least(1)] = 12
     """Passes over the fitting split. The epoch with the lowest negative log-likelihood on the selection split is
     kept."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, above(0)] = 2e-3
     """Peak learning rate of the one-cycle schedule (AdamW)."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, at_least(0)] = 0.01
     """AdamW weight decay of the network."""
-    batch_size: int = 128
+    batch_size: Annotated[int, at_least(1)] = 128
     """Images per optimizer update, over all workers."""
-    max_images: int | None = None
+    max_images: Annotated[int | None, at_least(1)] = None
     """Use at most this many rows of the data set. None: all."""
-    num_pipeline_samples: int = 0
+    num_pipeline_samples: Annotated[int, at_least(0)] = 0
     """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle, because the reward will
     judge images of this kind. The control needs an oracle for it."""
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split: Annotated[tuple[float, float, float], above(0)] = (0.8, 0.1, 0.1)
     """Shares of the rows for fitting, for choosing the epoch, and for temperature scaling."""
     decode: bool = True
     """Pass every image through the pipeline's VAE first, and measure its label again where there is an oracle. The
     reward sees only decoded images."""
-    num_workers: int = 1
+    num_workers: Annotated[int, at_least(1)] = 1
     """Ray Train workers that fit the classifier."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "classifier")
         require(
-            len(self.split) == 3 and min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-6,
+            abs(sum(self.split) - 1) < 1e-6,
             f"classifier split {self.split} must be three positive shares that add up to 1",
         )
-        for name in ("epochs", "batch_size", "num_workers"):
-            require(getattr(self, name) >= 1, f"classifier {name} is {getattr(self, name)}; expected at least 1")
         kind = self.network.partition(":")[0]
         require(
             self.network == "cnn" or (kind in ("clip", "transformers") and ":" in self.network),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.config.fields import typed
 from ctrl_ray.errors import ConfigError
 
 
@@ -64,53 +64,6 @@ def _paths(node: Any, prefix: str) -> dict[str, Any]:
         else:
             found[path] = hints[field.name]
     return found
-
-
-def typed(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the setting wants it (3 for 3.0 where a float is meant, a list for a tuple); ConfigError when it is not of
-    that type."""
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()  # numpy's numbers
-    fits, result = _of_type(value, hint)
-    if not fits:
-        raise ConfigError(f"{path} is {value!r} ({type(value).__name__}); expected {_shown(hint)}")
-    return result
-
-
-def _of_type(value: Any, hint: Any) -> tuple[bool, Any]:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments), value
-    if origin in (Union, types.UnionType):
-        for argument in arguments:
-            fits, result = _of_type(value, argument)
-            if fits:
-                return True, result
-        return False, value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False, value
-        if len(arguments) != 2 or arguments[1] is not Ellipsis:
-            items = [_of_type(*pair) for pair in zip(value, arguments)]
-            return len(value) == len(arguments) and all(fits for fits, _ in items), tuple(item for _, item in items)
-        items = [_of_type(item, arguments[0]) for item in value]
-        return all(fits for fits, _ in items), tuple(item for _, item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
-    return type(value) is hint, value
-
-
-def _shown(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " or ".join(repr(argument) for argument in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_shown(argument) for argument in arguments)
-    if hint is type(None):
-        return "None"
-    return str(hint) if origin else {"int": "an integer", "float": "a number", "str": "a string", "bool": "True or False"}.get(
-        hint.__name__, hint.__name__
-    )  # fmt: skip
 
 
 def _replaced(node: Any, tree: Mapping[str, Any]) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.config.values import require
 
 NullBranch = Literal["pre_trained", "class"]
@@ -15,9 +16,9 @@ class SamplerConfig:
     """The sampler that the policy is trained for. The guarantee holds for these values only; the adapter stores
     them."""
 
-    num_steps: int = 10
+    num_steps: Annotated[int, at_least(1)] = 10
     """Denoising steps. The denoiser calls per sample grow in proportion."""
-    eta: float = 1.0
+    eta: Annotated[float, share()] = 1.0
     """DDIM stochasticity. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
     refused with a KL, because its steps have no density."""
     guidance_scale: float = 1.0
@@ -27,22 +28,21 @@ class SamplerConfig:
     null_branch: NullBranch = "pre_trained"
     """With a guidance_scale other than 1: whose the unconditional branch is. 'pre_trained': without prompt and label, as in
     the paper. 'class': without prompt but with the label, as tools do that know an exported class as an ordinary LoRA."""
-    reference_steps: int = 0
+    reference_steps: Annotated[int, at_least(0)] = 0
     """The pre-trained model takes this many of the last denoising steps, in training and in sampling. They are a
     fixed part of the reward. The last step or two have so little noise that any deviation there costs a large KL and
     gains nothing; 1 makes training far better conditioned."""
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1")
-        require(0 <= self.eta <= 1, f"eta is {self.eta}; expected a number in [0, 1]")
+        check_fields(self, "sampler")
         require(
             self.control_scale is None or self.null_branch == "pre_trained",
             f"control_scale is {self.control_scale} and null_branch 'class', but a direction of the label alone starts at a "
             "branch without it; set null_branch to pre_trained, or leave control_scale out",
         )
         require(
-            0 <= self.reference_steps < self.num_steps,
-            f"reference_steps is {self.reference_steps}; expected 0 to num_steps - 1 ({self.num_steps - 1})",
+            self.reference_steps < self.num_steps,
+            f"sampler.reference_steps is {self.reference_steps}; expected 0 to num_steps - 1 ({self.num_steps - 1})",
         )
 
 
@@ -50,15 +50,15 @@ class SamplerConfig:
 class LoraConfig:
     """Low-rank adaptation of the denoiser's attention projections."""
 
-    rank: int = 8
+    rank: Annotated[int, at_least(1)] = 8
     """Rank of each layer's low-rank matrices. The number of trainable parameters grows in proportion."""
-    alpha: float = 8.0
+    alpha: Annotated[float, above(0)] = 8.0
     """The product of the low-rank matrices is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names, or endings of names, of the layers that get LoRA."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, f"lora rank is {self.rank}; expected at least 1")
+        check_fields(self, "lora")
 
 
 AdapterKind = Literal["gains", "embedding", "both"]
@@ -72,3 +72,6 @@ class AdapterConfig:
     """'gains': each class turns the ranks of LoRA up, down or round; without a label the policy is the pre-trained model,
     bit for bit, and every class is exported as a LoRA file that plain diffusers loads. 'embedding': the paper's label
     embedding, added to the time embedding, beside one LoRA for all classes. 'both': gains and the embedding."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "adapter")

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from ctrl_ray.config.values import Auto, Precision, fixed, is_auto_or, require
+from ctrl_ray.config.fields import above, at_least, check_fields
+from ctrl_ray.config.values import Auto, Precision, fixed, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardPoolConfig:
     """The Ray actors that decode latents and answer log p(y|x,c) with its gradient."""
 
-    num_actors: int = 1
+    num_actors: Annotated[int, at_least(0)] = 1
     """Actors at the start. 0: there is no pool, and each training worker computes its own rewards."""
-    min_actors: int | None = None
+    min_actors: Annotated[int | None, at_least(0)] = None
     """The pool never shrinks below this number. None: num_actors."""
-    max_actors: int | None = None
+    max_actors: Annotated[int | None, at_least(0)] = None
     """The pool never grows above this number. None: num_actors. Leave room for them: a pool that grows takes what is
     free."""
-    grow_after_s: float = 5.0
+    grow_after_s: Annotated[float, above(0)] = 5.0
     """Add an actor when requests have waited for busy actors for this long without a break."""
-    shrink_after_s: float = 60.0
+    shrink_after_s: Annotated[float, above(0)] = 60.0
     """Stop an actor when there have been fewer open requests than actors for this long without a break."""
-    cpus_per_actor: float = 1.0
+    cpus_per_actor: Annotated[float, at_least(0)] = 1.0
     """CPUs (fractions allowed) that Ray reserves for an actor."""
-    threads_per_actor: int | None = None
+    threads_per_actor: Annotated[int | None, at_least(1)] = None
     """torch threads of an actor on the CPU. None: cpus_per_actor, rounded up."""
-    gpus_per_actor: float | Auto = 0.0
+    gpus_per_actor: Annotated[float | Auto, at_least(0)] = 0.0
     """GPUs that Ray reserves for an actor. With a fraction, several actors share one GPU, or an actor shares it with a
     worker (scaling.gpus_per_worker). 'auto': so small a share that all actors have room beside a worker on any card."""
     placement: Literal["pack", "spread"] = "pack"
@@ -40,36 +41,28 @@ class RewardPoolConfig:
     deterministic: bool = True
     """Each request gets its own forward pass, so that a repeated run is bitwise equal on the CPU. False: requests
     that wait together share one, within the two limits below."""
-    max_batch_size: int = 64
+    max_batch_size: Annotated[int, at_least(1)] = 64
     """With deterministic False: the most samples that share a forward pass."""
-    max_batch_delay_s: float = 0.005
+    max_batch_delay_s: Annotated[float, at_least(0)] = 0.005
     """With deterministic False: the longest time that a request waits for others to share its forward pass."""
-    max_pending_per_worker: int = 4
+    max_pending_per_worker: Annotated[int, at_least(1)] = 4
     """A worker with this many unanswered requests waits before it submits another. The object store thus never holds
     more than workers × this many requests and answers. Two are enough to overlap rollout and scoring."""
-    timeout_s: float = 300.0
+    timeout_s: Annotated[float, above(0)] = 300.0
     """An actor that works on one request for longer than this is replaced, and another actor gets the request.
     Without another actor the request fails with an error; the workers do not hang."""
-    decode_chunk_size: int | Auto = 32
+    decode_chunk_size: Annotated[int | Auto, at_least(1)] = 32
     """Images decoded at a time. It limits the memory of scoring and changes no result. 'auto': up to 8, as many as fit
     beside what training takes."""
 
     def __post_init__(self) -> None:
-        require(self.num_actors >= 0, f"rewards.num_actors is {self.num_actors}; expected 0 (local) or more")
+        check_fields(self, "rewards")
         low, high = self.actor_bounds
         require(
             min(1, self.num_actors) <= low <= self.num_actors <= high and (self.num_actors > 0 or high == 0),
             f"rewards.min_actors ({low}) ≤ rewards.num_actors ({self.num_actors}) ≤ rewards.max_actors ({high}) does not "
             "hold, with at least 1 actor in a pool and none where rewards are local (num_actors = 0)",
         )
-        for name in ("timeout_s", "grow_after_s", "shrink_after_s"):
-            value = getattr(self, name)
-            require(value > 0, f"rewards.{name} is {value}; expected a positive number of seconds")
-        require(self.max_batch_delay_s >= 0, f"rewards.max_batch_delay_s is {self.max_batch_delay_s}; expected >= 0")
-        for name in ("decode_chunk_size", "max_batch_size", "max_pending_per_worker"):
-            require(is_auto_or(getattr(self, name), 1), f"rewards.{name} is {getattr(self, name)}; expected >= 1")
-        for name in ("cpus_per_actor", "gpus_per_actor"):
-            require(is_auto_or(getattr(self, name), 0), f"rewards.{name} is {getattr(self, name)}; expected 0 or more")
 
     @property
     def actor_bounds(self) -> tuple[int, int]:
@@ -92,7 +85,7 @@ class RewardPoolConfig:
 class ScalingConfig:
     """The workers, and how DeepSpeed shards over them."""
 
-    num_workers: int | Auto = 1
+    num_workers: Annotated[int | Auto, at_least(1)] = 1
     """Ray Train workers. Each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as fit
     the cluster beside the reward pool, and have a group of the global batch each."""
     use_gpu: bool = False
@@ -101,13 +94,13 @@ class ScalingConfig:
     """With use_gpu: the share of its GPU that Ray reserves for a worker, above 0.5 because a card can hold one worker only.
     What is left of each card is for reward actors and asynchronous evaluation. It is a reservation and limits neither
     memory nor speed. 'auto': the whole card, or what small shares of those leave."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: Annotated[float, above(0)] = 1.0
     """CPUs that Ray reserves for a worker."""
-    threads_per_worker: int | None = None
+    threads_per_worker: Annotated[int | None, at_least(1)] = None
     """torch threads of a worker on the CPU. None: cpus_per_worker, rounded up."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 suits LoRA; 2 and 3 are for full fine-tuning and backbones that do not fit."""
-    zero3_persistence_threshold: int = 100_000
+    zero3_persistence_threshold: Annotated[int, at_least(0)] = 100_000
     """ZeRO-3 keeps parameters of at most this many elements whole on every worker (usually all of LoRA's), which
     saves gathers. 0 shards every parameter: least memory, slowest."""
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
@@ -121,28 +114,20 @@ class ScalingConfig:
     gradient_checkpointing: bool | Auto = False
     """Recompute activations in the backward pass: less memory, about one more forward per step. 'auto': where it makes
     the update faster by the planner's model, because a larger micro-batch fits."""
-    max_failures: int = 3
+    max_failures: Annotated[int, at_least(0)] = 3
     """How many times the run restarts from its last checkpoint after it has lost a worker, before it gives up."""
     min_workers: int | None = None
     """Elastic training: when nodes are lost, go on with as few workers as this; when nodes return, grow back to
     num_workers. The global batch and its samples stay the same. None: always num_workers."""
-    resize_check_s: float = 60.0
+    resize_check_s: Annotated[float, at_least(0)] = 60.0
     """Elastic training: seconds between two checks whether the group can grow. When it grows, it goes back to the
     last checkpoint."""
-    placement_timeout_s: float = 1800.0
+    placement_timeout_s: Annotated[float, above(0)] = 1800.0
     """End the run (you can resume it) when workers or reward actors have waited for machines for this long, so that
     you do not pay for machines that arrived while others are still missing."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_workers == "auto" or (isinstance(self.num_workers, int) and self.num_workers >= 1),
-            f"scaling.num_workers is {self.num_workers}; expected at least 1, or auto",
-        )
-        require(
-            self.precision in get_args(Precision),
-            f"scaling.precision is {self.precision!r}; expected one of {', '.join(get_args(Precision))}",
-        )
-        require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker is {self.cpus_per_worker}; expected > 0")
+        check_fields(self, "scaling")
         share = 1.0 if isinstance(self.gpus_per_worker, str) else self.gpus_per_worker
         require(
             0.5 < share <= 1 or (0 < share <= 0.5 and self.num_workers == 1),
@@ -153,15 +138,6 @@ class ScalingConfig:
         require(
             self.min_workers is None or 1 <= self.min_workers <= most,
             f"scaling.min_workers is {self.min_workers}; expected 1 to scaling.num_workers ({self.num_workers})",
-        )
-        require(
-            self.placement_timeout_s > 0,
-            f"scaling.placement_timeout_s is {self.placement_timeout_s}; expected a positive number of seconds",
-        )
-        require(self.resize_check_s >= 0, f"scaling.resize_check_s is {self.resize_check_s}; expected >= 0")
-        require(
-            self.zero3_persistence_threshold >= 0,
-            f"scaling.zero3_persistence_threshold is {self.zero3_persistence_threshold}; expected >= 0",
         )
         require(
             self.offload == "none" or self.zero_stage >= 1,

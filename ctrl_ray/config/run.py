@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from ctrl_ray import embedded
-from ctrl_ray.config.control import ClassifierConfig, ControlConfig
+from ctrl_ray.config.control import ClassifierConfig, ControlConfig, check_control_name
 from ctrl_ray.config.evaluation import EvaluationConfig
+from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.config.policy import AdapterConfig, LoraConfig, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
 from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig
-from ctrl_ray.config.values import Auto, fixed, is_auto_or, require
+from ctrl_ray.config.values import Auto, fixed, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,46 +30,46 @@ class TrainConfig:
     data: str | None = None
     """Offline data set for stage 1, a Parquet file or folder. 'shapes': the images of the built-in example are
     drawn."""
-    num_drawn_images: int = 6000
+    num_drawn_images: Annotated[int, at_least(1)] = 6000
     """With data 'shapes': how many images are drawn."""
     prompts_file: str | None = None
     """File of prompts to train on, one per line. None: the prompt column of the data set, or the prompts of the
     built-in example."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of every random draw, together with (update, sample id, purpose)."""
-    num_updates: int = 60
+    num_updates: Annotated[int, at_least(1)] = 60
     """Optimizer updates."""
-    global_batch_size: int = 64
+    global_batch_size: Annotated[int, at_least(1)] = 64
     """Trajectories per update, over all workers. Where it does not divide, some workers have one group more."""
-    micro_batch_size_per_worker: int | Auto = 32
+    micro_batch_size_per_worker: Annotated[int | Auto, at_least(1)] = 32
     """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled. 'auto': the
     largest that fits its memory, made even over the micro-batches of an update."""
-    group_size: int = 1
+    group_size: Annotated[int, at_least(1)] = 1
     """This many consecutive samples share prompt and label. The estimator 'reinforce' compares them with each other."""
-    kl_coef: float = 1.0
+    kl_coef: Annotated[float, at_least(0)] = 1.0
     """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
     latent_reduction: Literal["sum", "mean"] = "sum"
     """How the KL is reduced over latent dimensions. 'sum' is the method's. 'mean' is the public reference code's;
     its exponent depends on the number of latent dimensions."""
-    control_dropout: float | Auto = "auto"
+    control_dropout: Annotated[float | Auto, share(without_1=True)] = "auto"
     """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference. 'auto':
     0 for one control with adapter.kind gains, which add nothing without a label, else 0.1. Several controls need it with gains
     too: the policy with a label of one of them is to ignore the others."""
     label_draws: Literal["independent", "systematic"] = "independent"
     """How an update's labels are drawn. 'systematic': every class as often as its share says, to one, in a random order; less
     noise where batches are small."""
-    target_kl: float | None = None
+    target_kl: Annotated[float | None, above(0)] = None
     """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported. It must
     be at least twice the kl_noise_floor, which the run measures when it starts."""
     full_finetune: bool = False
     """Train every weight of the denoiser instead of LoRA. A frozen copy stays in memory as the reference."""
     init_adapter: str | None = None
     """Adapter folder to go on from. A control that it does not have is added to it."""
-    checkpoint_every_updates: int = 10
+    checkpoint_every_updates: Annotated[int, at_least(1)] = 10
     """Updates between two checkpoints. A crash loses at most this many."""
-    num_checkpoints_to_keep: int = 2
+    num_checkpoints_to_keep: Annotated[int, at_least(1)] = 2
     """How many checkpoints stay on disk: the latest and the best."""
-    export_images: int = 8
+    export_images: Annotated[int, at_least(0)] = 8
     """Images per class in the report and in Aim."""
     aim: bool = True
     """Also write the metrics and images to an Aim repository under output_dir."""
@@ -95,14 +95,16 @@ class TrainConfig:
     """How the policy is judged."""
 
     def __post_init__(self) -> None:
-        require(self.num_updates >= 1, f"num_updates is {self.num_updates}; expected at least 1")
-        require(self.global_batch_size >= 1, f"global_batch_size is {self.global_batch_size}; expected at least 1")
+        check_fields(self)
+        for name in self.controls:
+            check_control_name(name)
+        require(
+            self.aim_repo is None or "://" not in self.aim_repo or self.aim_repo.startswith("aim://"),
+            f"aim_repo is {self.aim_repo!r}; expected a folder, or aim://HOST:PORT of a tracking server",
+        )
         micro_batch = self.micro_batch_size_per_worker
         require(
-            is_auto_or(micro_batch, 1), f"micro_batch_size_per_worker is {micro_batch}; expected at least 1, or auto"
-        )
-        require(
-            self.group_size >= 1 and (isinstance(micro_batch, str) or micro_batch % self.group_size == 0),
+            isinstance(micro_batch, str) or micro_batch % self.group_size == 0,
             f"group_size is {self.group_size}; expected a divisor of micro_batch_size_per_worker ({micro_batch})",
         )
         require(
@@ -132,10 +134,6 @@ class TrainConfig:
             "or auto",
         )
         require(
-            math.isfinite(self.kl_coef) and self.kl_coef >= 0,
-            f"kl_coef is {self.kl_coef}; expected a finite number >= 0",
-        )
-        require(
             self.kl_coef > 0 or self.estimator.max_drift == 0,
             f"estimator.max_drift is {self.estimator.max_drift} and kl_coef 0, but without a KL no drift is too long; set "
             "max_drift to 0",
@@ -144,14 +142,6 @@ class TrainConfig:
             self.sampler.eta > 0,
             f"eta is {self.sampler.eta}: a deterministic step has no density, so its KL to the pre-trained model does "
             "not exist; set sampler.eta to 1.0",
-        )
-        require(
-            self.control_dropout == "auto" or 0 <= self.fixed_control_dropout < 1,
-            f"control_dropout is {self.control_dropout}; expected a share in [0, 1), or auto",
-        )
-        require(
-            self.checkpoint_every_updates >= 1,
-            f"checkpoint_every_updates is {self.checkpoint_every_updates}; expected at least 1",
         )
 
     @property

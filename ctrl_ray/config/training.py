@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ctrl_ray.config.fields import at_least, check_fields, share
 from ctrl_ray.config.values import Auto, fixed, require
 
 
@@ -18,33 +18,30 @@ class EstimatorConfig:
     denoiser calls. 'random_suffix': unbiased, about a third fewer denoiser calls, noisier. 'adjoint_matching': the
     same optimum with less variance; no gradient goes back through the policy. 'last_k': cheap and biased.
     'reinforce': for rewards without a gradient; it needs group_size >= 2 and large batches."""
-    steps: int = 0
+    steps: Annotated[int, at_least(0)] = 0
     """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
     (0 means all); fewer are cheaper."""
     keep_graphs: bool | Auto = False
     """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
     again; with adapter.kind gains policy and reference are one forward too. Less time, and the activations of all steps
     at once: for small denoisers. 'auto': where the other settings allow it and the memory is known to suffice."""
-    max_drift: float = 0.0
+    max_drift: Annotated[float, at_least(0)] = 0.0
     """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
     drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's
     variance. Biased while it binds: the lower, the less KL and the less accuracy. 0: no bound."""
-    final_max_drift: float = 0.0
+    final_max_drift: Annotated[float, at_least(0)] = 0.0
     """The bound grows geometrically to this over the run, so that what misses its class is brought in when the learning rate is
     small. 0: it stays at max_drift."""
-    full_probability: float = 0.3
+    full_probability: Annotated[float, share(without_0=True)] = 0.3
     """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
     denoiser calls."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "estimator")
         require(
             self.keep_graphs is not True or self.name == "full",
             f"estimator.keep_graphs is of the estimator full only, and estimator.name is {self.name}; set keep_graphs to False "
             "or auto",
-        )
-        require(
-            0 <= self.max_drift < math.inf and 0 <= self.final_max_drift < math.inf,
-            f"estimator.max_drift is {self.max_drift} and final_max_drift {self.final_max_drift}; expected numbers >= 0",
         )
         require(
             self.max_drift > 0 or self.final_max_drift == 0,
@@ -54,11 +51,6 @@ class EstimatorConfig:
             self.max_drift == 0 or self.name != "reinforce",
             f"estimator.max_drift is {self.max_drift}, but the estimator reinforce carries no cotangent to bound; set it and "
             "final_max_drift to 0",
-        )
-        require(self.steps >= 0, f"estimator.steps is {self.steps}; expected 0 (the default) or more")
-        require(
-            0 < self.full_probability <= 1,
-            f"estimator.full_probability is {self.full_probability}; expected a probability in (0, 1]",
         )
 
     @property
@@ -74,27 +66,27 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """'sgd' keeps one moment (momentum) instead of two. Its step is proportional to the gradient, so it does not
     amplify rounding errors as AdamW does. Use it for comparisons, and where memory is short."""
-    momentum: float = 0.9
+    momentum: Annotated[float, share(without_1=True)] = 0.9
     """sgd: decay of the momentum."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, at_least(0)] = 1e-3
     """Peak learning rate of LoRA (with full_finetune: of the whole denoiser)."""
-    embedding_learning_rate: float = 1e-2
+    embedding_learning_rate: Annotated[float, at_least(0)] = 1e-2
     """Peak learning rate of the control embeddings. They start at zero and may move faster."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     """Decoupled weight decay. It pulls the optimum towards the pre-trained model, but is not part of the KL."""
-    beta1: float = 0.9
+    beta1: Annotated[float, share(without_1=True)] = 0.9
     """Decay of AdamW's first moment."""
-    beta2: float = 0.99
+    beta2: Annotated[float, share(without_1=True)] = 0.99
     """Decay of AdamW's second moment. Runs are short, so it forgets faster than with the usual 0.999."""
-    gradient_clipping: float = 5.0
+    gradient_clipping: Annotated[float, at_least(0)] = 5.0
     """Clip the global gradient norm at this value. 0 switches clipping off."""
-    warmup_updates: int = 2
+    warmup_updates: Annotated[int, at_least(0)] = 2
     """The learning rate rises linearly over this many updates."""
-    final_learning_rate_fraction: float = 0.1
+    final_learning_rate_fraction: Annotated[float, share()] = 0.1
     """The learning rate falls along a cosine to this fraction of its peak. 1.0: it stays constant."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; expected a number in [0, 1)")
+        check_fields(self, "optimizer")
         require(
             self.name != "sgd" or self.weight_decay == 0,
             f"optimizer.weight_decay is {self.weight_decay}, but torch's SGD has no decoupled weight decay; set it to 0 "

@@ -27,8 +27,3 @@ def fixed(value: T | Auto, name: str) -> T:
     if isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}: it becomes a number when a run is prepared")
     return value
-
-
-def is_auto_or(value: float | str, least: float) -> bool:
-    """Whether it is still to be decided, or a number of at least `least`."""
-    return value == "auto" or (not isinstance(value, str) and value >= least)

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.errors import ConfigError
 
 
 def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
@@ -22,6 +23,11 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
 
 def load_kernel(scheduler: DDIMScheduler, sampler: SamplerConfig) -> DDIMKernel:
     """The scheduler's chain of `sampler.num_steps` steps; the last `sampler.reference_steps` are the reference's."""
+    most = scheduler.config.num_train_timesteps
+    if sampler.num_steps > most:
+        raise ConfigError(
+            f"sampler.num_steps is {sampler.num_steps}, but the model's noise schedule has {most} steps; expected 1 to {most}"
+        )
     scheduler.set_timesteps(sampler.num_steps)
     return DDIMKernel(
         scheduler.alphas_cumprod,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.json import read_train_config
 from ctrl_ray.errors import DataError
 from ctrl_ray.reporting.figures import AFTER, BEFORE, new_figure
 from ctrl_ray.wording import text_table
@@ -63,7 +63,7 @@ def read_run(folder: str | Path) -> RunFigures:
     for file in (config_file, summary_file):
         if not file.is_file():
             raise DataError(f"{file} does not exist; expected the folder of a finished run of ctrl_ray.train")
-    config = train_config_from_json(config_file.read_text(encoding="utf-8"), source=str(config_file))
+    config = read_train_config(config_file)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     after, before = summary["after"], summary["before"]
     if after["accuracy"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.json import read_train_config
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
@@ -20,7 +20,7 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
     """
     file = Path(adapter).resolve().parent / "config.json"
     if file.is_file():
-        config = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
+        config = read_train_config(file)
         own = config.evaluation.prompts_file
         return read_prompts(own) if own else training_prompts(config)
     if not is_embedded(base_model):

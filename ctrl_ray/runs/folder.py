@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.fs
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config.json import to_json, train_config_from_json
+from ctrl_ray.config.json import read_train_config, to_json
 from ctrl_ray.errors import ConfigError, RunFolderError
 from ctrl_ray.ray_internals import is_copy_of_job
 from ctrl_ray.runs.files import write_whole
@@ -82,7 +82,7 @@ class RunFolder:
                 f"output folder {self.output_dir} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume"
             )
         else:
-            old = train_config_from_json(stored.read_text(encoding="utf-8"), source=str(stored))
+            old = read_train_config(stored)
             changed = changed_settings(old, config)
             if changed:
                 raise ConfigError(

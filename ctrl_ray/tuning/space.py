@@ -12,7 +12,7 @@ import numpy as np
 from ray.tune.search.sample import Domain, Function
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.json import read_train_config
 from ctrl_ray.config.overrides import nearest, override, setting_paths
 from ctrl_ray.config.presets import DEFAULT_PRESET, preset
 from ctrl_ray.errors import ConfigError
@@ -174,7 +174,7 @@ def base_of(space: Space) -> TrainConfig:
         raise ConfigError(
             f"sweep {space.name}: PRESET {space.preset} does not exist; give a preset or a run's config.json"
         )
-    return train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
+    return read_train_config(file)
 
 
 def check_request(num_samples: int | None, max_concurrent: int | str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config.json import to_json, train_config_from_json
+from ctrl_ray.config.json import read_train_config, to_json
 from ctrl_ray.config.overrides import override
 from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE, PreTrained, sample_pre_trained
 from ctrl_ray.driver.stages import Scorer, evaluate_and_report, fine_tune, prepare_classifiers
@@ -142,7 +142,7 @@ def _begun(folder: RunFolder, asked: TrainConfig) -> bool:
     if not stored.is_file():
         write_whole(stored, to_json(asked) + "\n")
         return False
-    old = train_config_from_json(stored.read_text(encoding="utf-8"), source=str(stored))
+    old = read_train_config(stored)
     if changed := changed_settings(old, asked):
         raise ConfigError(
             f"trial folder {folder.local} holds a run with other settings ({'; '.join(changed)}); remove it and resume the "

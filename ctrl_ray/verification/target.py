@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.config.json import train_config_from_json
+from ctrl_ray.config.json import read_train_config
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.certificate import joint_log_tilts
 from ctrl_ray.policy.adapter import AdapterInfo
@@ -51,7 +51,7 @@ def trained_exponents(adapter: str | Path, info: AdapterInfo) -> dict[str, float
     file = Path(adapter).resolve().parent / "config.json"
     config: TrainConfig | None = None
     if file.is_file():
-        config = train_config_from_json(file.read_text(encoding="utf-8"), source=str(file))
+        config = read_train_config(file)
     reduction = info.training.get("latent_reduction") or (None if config is None else config.latent_reduction)
     if reduction == "mean":
         raise ConfigError(

@@ -109,7 +109,7 @@ def test_flags_override_the_preset_and_a_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RewardPoolConfig(num_actors=-1), r"rewards\.num_actors is -1; expected 0 \(local\) or more"),
+        (lambda: RewardPoolConfig(num_actors=-1), r"rewards\.num_actors is -1; expected at least 0"),
         (lambda: EvaluationConfig(num_samples=0), r"num_samples is 0; expected at least 1"),
         (lambda: SamplerConfig(num_steps=0), r"num_steps is 0; expected at least 1"),
     ],

@@ -52,7 +52,7 @@ def test_kl_guidance_spans_the_ratios_and_has_pairs() -> None:
         ({"guidance_strength": tune.uniform(1, 2)}, f"did you mean '{STRENGTH}'"),
         ({STRENGTH: tune.choice(["high"])}, r"guidance_strength is 'high' \(str\); expected a number"),
         ({"lora.rank": tune.uniform(1, 8)}, r"lora.rank is .* \(float\); expected an integer"),
-        ({"lora.rank": tune.randint(0, 4)}, "lora rank is 0; expected at least 1"),
+        ({"lora.rank": tune.randint(0, 4)}, "lora.rank is 0; expected at least 1"),
         ({"kl_coef": tune.grid_search([1.0, -1.0])}, r"kl_coef is -1.0; expected .*\(asked for: kl_coef = -1.0\)"),
         ({"scaling.num_workers": tune.choice([1, 2])}, "cannot differ between trials"),
         ({"kl_coef": 1.0}, "nothing varies"),

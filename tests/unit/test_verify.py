@@ -56,8 +56,8 @@ def test_default_and_all_are_the_suites() -> None:
         ({"pipeline": "shapes", "all": True}, "comparison of their own"),
         ({"adapter": "x", "problem": "logistic"}, "comparison of their own"),
         ({"max_pool_samples": 100, "classifier": ("a=b",)}, "--max-pool-samples, --classifier belong to.*--adapter"),
-        ({"adapter": "x", "num_samples": 15}, "--num-samples is 15; expected at least 16"),
-        ({"adapter": "x", "max_pool_samples": 19}, "--max-pool-samples is 19; expected at least 20"),
+        ({"adapter": "x", "num_samples": 15}, "num_samples is 15; expected at least 16"),
+        ({"adapter": "x", "max_pool_samples": 19}, "max_pool_samples is 19; expected at least 20"),
         ({"error_budget": True, "all": True}, "one problem"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ctrl_ray.config.control import check_control_name
 from ctrl_ray.errors import ConfigError
 
 
@@ -23,8 +24,7 @@ class ControlEmbeddings(nn.Module):
         for name, classes in num_classes.items():
             if classes < 2:
                 raise ConfigError(f"control {name!r} has {classes} classes; expected at least 2")
-            if not name.isidentifier():
-                raise ConfigError(f"control name {name!r} is not an identifier (letters, digits, underscores)")
+            check_control_name(name)
         self.num_classes = dict(num_classes)
         self._null: dict[str, Tensor] = {}
         self.tables = nn.ModuleDict()
