@@ -120,6 +120,7 @@ def sample(config: SampleConfig) -> Path:
     from tqdm.auto import tqdm
 
     from ctrl_ray.offline.prompts import read_prompts
+    from ctrl_ray.offline.text import json_line
     from ctrl_ray.policy.adapter import read_adapter_info
     from ctrl_ray.policy.control.labels import parse_labels
 
@@ -146,7 +147,7 @@ def sample(config: SampleConfig) -> Path:
                     facts = {"file": file, "prompt": batch[row], "control": controls, "seed": seeds[row]}
                     if sampled.ess is not None:
                         facts |= {"candidates": config.candidates, "ess": round(float(sampled.ess[row]), 4)}
-                    rows.write(json.dumps(facts, ensure_ascii=False) + "\n")
+                    rows.write(json_line(facts))
             progress.update(len(indices))
     assert manifest is not None  # num_images is at least 1
     return manifest
@@ -155,7 +156,7 @@ def sample(config: SampleConfig) -> Path:
 def ess_lines(manifest: Path) -> list[str]:
     """What to tell of the candidates behind a manifest: their effective sample size and, where it is too small to trust the
     images' law, a warning; nothing without candidates."""
-    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
     sizes = [row["ess"] for row in rows if "ess" in row]
     if not sizes:
         return []

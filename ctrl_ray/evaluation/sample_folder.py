@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import DataError
 from ctrl_ray.evaluation.samples import EvaluationSamples
+from ctrl_ray.offline.text import lines_of, read_text
 
 MANIFEST = "manifest.jsonl"
 
@@ -32,7 +33,7 @@ def read_sample_folder(folder: str | Path, controls: Mapping[str, ControlConfig]
     if not manifest.is_file():
         raise DataError(f"{manifest} does not exist; expected a folder written by python -m ctrl_ray.sample")
     prompts, labels, images = [], [], []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(manifest)), start=1):
         if not line.strip():
             continue
         where = f"{manifest} line {number}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +14,7 @@ from typing import Literal
 
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
+from ctrl_ray.offline.text import lines_of, read_text
 
 FILE = "file"
 """Column of a table that names the image, relative to the images folder."""
@@ -37,66 +40,118 @@ class Table:
 def read_table(path: str | Path) -> Table:
     """A .csv with a header, or a .jsonl with one object a line; every row names its image in `file`.
 
-    Raises DataError when there is no such file, no `file` column, a file named twice, or no row.
+    Raises DataError when there is no such file, no `file` column, a file named twice, or no row; and where it is no text, no
+    table, or a cell is no text that can be written.
     """
     source = Path(path).expanduser()
     if not source.is_file():
         raise DataError(f"{source} does not exist; expected a .csv or .jsonl file with a column {FILE!r}")
     rows: dict[str, tuple[int, dict[str, str]]] = {}
     columns: dict[str, None] = {}
-    try:
-        for number, row in enumerate(_read_rows(source)):
-            if not row.get(FILE):
-                raise DataError(
-                    f"{BadRow(str(source), number, f'no {FILE!r} among {list(row)}')}; expected the name of an image, "
-                    "relative to the images folder, in every row; add it"
-                )
-            file = str(PurePosixPath(row.pop(FILE).replace("\\", "/")))
-            if file in rows:
-                raise DataError(
-                    f"{BadRow(str(source), number, f'{file} was named in row {rows[file][0]} already')}; remove one"
-                )
-            rows[file] = (number, row)
-            columns.update(dict.fromkeys(row))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}, row {len(rows)}: not UTF-8 ({error}); save the table as UTF-8") from error
+    for number, row in enumerate(_read_rows(source)):
+        if not row.get(FILE):
+            raise DataError(
+                f"{BadRow(str(source), number, f'no {FILE!r} among {list(row)}')}; expected the name of an image, "
+                "relative to the images folder, in every row; add it"
+            )
+        file = _composed(str(PurePosixPath(row.pop(FILE).replace("\\", "/"))))
+        if file in rows:
+            raise DataError(
+                f"{BadRow(str(source), number, f'{file} was named in row {rows[file][0]} already')}; remove one"
+            )
+        rows[file] = (number, row)
+        columns.update(dict.fromkeys(row))
     if not rows:
         raise DataError(f"{source} is an empty set: it holds no row; expected one for each image")
     return Table(str(source), tuple(columns), rows)
 
 
+def _composed(name: str) -> str:
+    """A Mac writes an accent beside its letter, most others write both as one sign: the same name either way."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _read_rows(source: Path) -> Iterator[dict[str, str]]:
-    with source.open(encoding="utf-8-sig", newline="") as stream:
-        if source.suffix.lower() == ".csv":
-            for number, cells in enumerate(csv.DictReader(stream)):
-                if None in cells or None in cells.values():
-                    raise DataError(
-                        f"{BadRow(str(source), number, 'has another number of cells than the header')}; put cells "
-                        "that hold a comma into double quotes"
-                    )
-                yield {key.strip(): value.strip() for key, value in cells.items()}
-        elif source.suffix.lower() in (".jsonl", ".json"):
-            for number, line in enumerate(line for line in stream if line.strip()):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{BadRow(str(source), number, f'not JSON: {error}')}; correct the line") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{BadRow(str(source), number, 'not a JSON object')}; expected {{...}} a line")
-                yield {key: "" if value is None else str(value) for key, value in row.items()}
-        else:
-            raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv or a .jsonl file")
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
+    reader = readers.get(source.suffix.lower())
+    if reader is None:
+        raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv or a .jsonl file")
+    yield from reader(str(source), read_text(source))
+
+
+def _csv_rows(source: str, text: str) -> Iterator[dict[str, str]]:
+    """Separated by commas or, where only that makes a column `file`, by semicolons or tabs."""
+    header = (lines_of(text) or [""])[0]
+    apart = {separator: [cell.strip().strip('"') for cell in header.split(separator)] for separator in ",;\t"}
+    separator = next((one for one, cells in apart.items() if FILE in cells), ",")
+    reader, number = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), -1
+    try:
+        for number, cells in enumerate(reader):
+            if None in cells or None in cells.values():
+                raise DataError(
+                    f"{BadRow(source, number, 'has another number of cells than the header')}; put cells that hold a "
+                    f"{'comma' if separator == ',' else 'separator'} into double quotes"
+                )
+            row = {key.strip(): value.strip() for key, value in cells.items()}
+            if "" in row:
+                raise DataError(
+                    f"{source} has a column without a name, as pandas writes its index; remove it (index=False), or name it"
+                )
+            yield row
+    except csv.Error as error:
+        raise DataError(
+            f"{BadRow(source, number + 1, f'is no row of a table ({error})')}; most likely a quotation mark is not closed there"
+        ) from error
+
+
+def _json_rows(source: str, text: str) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(line for line in lines_of(text) if line.strip()):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{BadRow(source, number, f'not JSON: {error}')}; correct the line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{BadRow(source, number, 'not a JSON object')}; expected {{...}} a line")
+        yield {key: _cell(source, number, key, value) for key, value in row.items()}
+
+
+def _cell(source: str, number: int, column: str, value: object) -> str:
+    """A JSON value as a table's cell: true is 1, null is empty."""
+    if value is None:
+        return ""
+    if column in (PROMPT, FILE) and not isinstance(value, str):
+        raise DataError(f"{BadRow(source, number, f'{column} is {json.dumps(value)}')}; expected a text: write one")
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{BadRow(source, number, f'{column} holds half a character ({error.reason}), as a text that was cut')}; correct it"
+        ) from error
+    return text
+
+
+def text_columns(table: Table) -> tuple[str, ...]:
+    """Columns other than `prompt` none of whose cells is a number, where another column has some: they are no labels."""
+    cells = {
+        column: [row[column] for _, row in table.rows.values() if row.get(column)]
+        for column in table.columns
+        if column not in (PROMPT, IMAGE)
+    }
+    texts = tuple(column for column, found in cells.items() if found and not any(map(_is_finite, found)))
+    return texts if len(texts) < len(cells) else ()
 
 
 def numeric_columns(table: Table) -> dict[str, type]:
-    """Type of each of the table's columns other than `prompt`: int when all of its filled cells are whole, else float.
+    """Type of each of the table's columns other than `prompt` and its `text_columns`: int when all of its filled cells are
+    whole, else float.
 
     Raises DataError for a cell that is not a finite number, or a column that is called `image`.
     """
     kinds: dict[str, type] = {}
     if IMAGE in table.columns:
         raise DataError(f"{table.source}, every row: column {IMAGE!r} is taken by the images; rename it")
-    for column in (column for column in table.columns if column != PROMPT):
+    for column in (column for column in table.columns if column not in (PROMPT, *text_columns(table))):
         kinds[column] = int
         for number, row in table.rows.values():
             cell = row.get(column, "")
@@ -114,9 +169,10 @@ def values_of(file: str, row: int, table: Table | None, kinds: dict[str, type]) 
     """The table's values for one image file; row: its number among the images, for the message."""
     if table is None:
         return {}
-    if file not in table.rows:
+    found = table.rows.get(_composed(file))
+    if found is None:
         return BadRow(file, row, f"has no row in {table.source}; add one that names it in {FILE!r}, or {_FIX}")
-    number, cells = table.rows[file]
+    number, cells = found
     for column in kinds:
         if not cells.get(column):
             return BadRow(table.source, number, f"column {column!r} of {file} is empty; expected a number; {_FIX}")
@@ -125,9 +181,10 @@ def values_of(file: str, row: int, table: Table | None, kinds: dict[str, type]) 
 
 def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
     """The prompt that a table gives to one image file."""
-    if file not in table.rows:
+    found = table.rows.get(_composed(file))
+    if found is None:
         return BadRow(file, row, f"has no prompt in {table.source}; add a row that names it in {FILE!r}, or {_FIX}")
-    number, cells = table.rows[file]
+    number, cells = found
     prompt = cells.get(PROMPT, "")
     if not prompt:
         return BadRow(table.source, number, f"the prompt of {file} is empty; expected a text; {_FIX}")
@@ -136,11 +193,12 @@ def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
 
 def unused_rows(table: Table, files: set[str]) -> list[BadRow]:
     """Rows of the table that name no image of the folder: most likely a misspelt name."""
+    composed = {_composed(file) for file in files}
     return [
         BadRow(table.source, number, f"{FILE} is {name!r}, which is no image of the folder; correct the name, "
                "remove the row, or set bad rows aside with --on-bad-row skip")
         for name, (number, _) in table.rows.items()
-        if name not in files
+        if name not in composed
     ]  # fmt: skip
 
 

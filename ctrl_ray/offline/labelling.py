@@ -24,6 +24,7 @@ from ctrl_ray.offline.annotations import (
     numeric_columns,
     prompt_of,
     read_table,
+    text_columns,
     unused_rows,
     values_of,
 )
@@ -84,6 +85,8 @@ def label(
     prompts_table = read_table(prompts_file) if prompts_file is not None else None
     table = read_table(columns) if columns is not None else None
     kinds = numeric_columns(table) if table is not None else {}
+    if table is not None and (texts := text_columns(table)):
+        print(f"{table.source}: {', '.join(texts)}: text, not labels; left out", flush=True)
     if table is not None and PROMPT in table.columns and prompts_table is None:
         prompts_table = table
     _check_settings(oracles, kinds, prompts, prompts_table, table, image_size)

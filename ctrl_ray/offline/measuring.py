@@ -18,6 +18,7 @@ from ctrl_ray.offline.images import FORMATS, UndecodableImageError, decode_image
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
 from ctrl_ray.offline.storage import read_bytes
 from ctrl_ray.offline.streaming import start_stream
+from ctrl_ray.offline.text import decode_text
 from ctrl_ray.oracles import load_oracle, measure_one
 
 _SKIP_HINT = "or set it aside with --on-bad-row skip"
@@ -97,11 +98,11 @@ class _Measure:
     def _sidecar(self, file: str) -> str:
         beside = os.path.splitext(file)[0] + ".txt"
         try:
-            prompt = " ".join(read_bytes(self.work.filesystem, beside).decode("utf-8").split())
+            prompt = " ".join(
+                decode_text(read_bytes(self.work.filesystem, beside), f"its prompt file {beside}").split()
+            )
         except FileNotFoundError as error:
             raise DataError(f"has no prompt: {beside} does not exist; write the prompt into it") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"its prompt file {beside} is not UTF-8; save it as UTF-8") from error
         if not prompt:
             raise DataError(f"its prompt file {beside} is empty; write the prompt into it")
         return prompt

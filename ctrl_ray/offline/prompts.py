@@ -9,14 +9,16 @@ from ctrl_ray.embedded import data_or_embedded, is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.reading import read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.offline.text import lines_of, read_text
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`."""
+    """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`, one that is no text a `DataError`."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"prompts file {file} does not exist; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        found = "is a folder" if file.is_dir() else "does not exist"
+        raise ConfigError(f"prompts file {file} {found}; expected a text file with one prompt a line")
+    prompts = tuple(line.strip() for line in lines_of(read_text(file)) if line.strip())
     if not prompts:
         raise ConfigError(f"prompts file {file} holds no prompt; expected one a line")
     return prompts

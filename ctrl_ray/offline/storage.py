@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ctrl_ray.errors import DataError
+from ctrl_ray.offline.text import json_line
 
 
 def resolve(path: str | Path) -> tuple[fs.FileSystem, str]:
@@ -72,4 +72,4 @@ def write_json_lines(path: str | Path, rows: Iterable[dict[str, object]]) -> Non
         Path(location).parent.mkdir(parents=True, exist_ok=True)
     with filesystem.open_output_stream(location, compression=None) as stream:
         for row in rows:
-            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            stream.write(json_line(row).encode())
