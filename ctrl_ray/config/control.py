@@ -67,8 +67,10 @@ class ControlConfig:
                 f"{len(self.thresholds)} thresholds make {len(self.thresholds) + 1} classes, but classes names "
                 f"{len(self.classes)}: {self.classes}",
             )
-        twice = [name for index, name in enumerate(self.classes) if name in self.classes[:index]]
-        require(not twice, f"classes {self.classes} names {twice[:1]} twice; expected a different name for each class")
+        twice = next((name for index, name in enumerate(self.classes) if name in self.classes[:index]), None)
+        require(
+            twice is None, f"classes {self.classes} names {twice!r} twice; expected a different name for each class"
+        )
         if self.label_weights:
             require(
                 len(self.label_weights) == self.num_classes and sum(self.label_weights) > 0,

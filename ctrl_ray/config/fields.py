@@ -31,7 +31,7 @@ class Range:
     def __contains__(self, number: float) -> bool:
         low = self.least < number if self.without_least else self.least <= number
         high = number < self.most if self.without_most else number <= self.most
-        return math.isfinite(number) and low and high
+        return abs(number) < math.inf and low and high
 
     def __str__(self) -> str:
         if math.isinf(self.least):
@@ -100,7 +100,9 @@ def shown(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(shown(argument) for argument in arguments)
     if origin is tuple:
-        return f"a list of {shown(arguments[0])}" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+        return (
+            f"a list, each item {shown(arguments[0])}" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+        )
     if hint is type(None):
         return "None"
     if origin is dict or dataclasses.is_dataclass(hint):
@@ -130,7 +132,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _allowed_text(hint: Any, allowed: Range, number: float) -> str:
-    finite = [] if math.isfinite(number) or allowed == FINITE else [str(FINITE)]
+    finite = [] if abs(number) < math.inf or allowed == FINITE else [str(FINITE)]
     asked = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     words = [f"or {word}" for part in get_args(asked) if get_origin(part) is Literal for word in get_args(part)]
     return ", ".join([*finite, str(allowed), *words])
@@ -165,7 +167,10 @@ def _of_type(value: Any, hint: Any) -> tuple[bool, Any]:
             _of_type(key, arguments[0])[0] and _of_type(item, arguments[1])[0] for key, item in value.items()
         ), value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
+        try:
+            return True, float(value)
+        except OverflowError:
+            return False, value
     if hint is str and isinstance(value, os.PathLike):
         return True, os.fspath(value)
     return type(value) is hint, value

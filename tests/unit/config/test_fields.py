@@ -75,13 +75,14 @@ class _Settings:
         ({"rate": True}, "some.rate is True (bool); expected a number"),
         ({"rate": 0}, "some.rate is 0.0; expected a number above 0"),
         ({"rate": math.inf}, "some.rate is inf; expected a finite number, a number above 0"),
+        ({"rate": 10**400}, f"some.rate is 1{'0' * 400} (int); expected a number"),
         ({"count": 0}, "some.count is 0; expected at least 1, or auto"),
         ({"count": 1.5}, "some.count is 1.5 (float); expected an integer or 'auto'"),
         ({"count": "all"}, "some.count is 'all' (str); expected an integer or 'auto'"),
         ({"most": False}, "some.most is False (bool); expected an integer or None"),
         ({"shares": (0.5, math.nan)}, "some.shares is (0.5, nan); expected each a finite number, a number in [0, 1)"),
         ({"shares": (1,)}, "some.shares is (1.0,); expected each a number in [0, 1)"),
-        ({"shares": 0.5}, "some.shares is 0.5 (float); expected a list of a number"),
+        ({"shares": 0.5}, "some.shares is 0.5 (float); expected a list, each item a number"),
         ({"switch": "false"}, "some.switch is 'false' (str); expected True or False"),
         ({"switch": 1}, "some.switch is 1 (int); expected True or False"),
         ({"kind": "c"}, "some.kind is 'c' (str); expected 'a' or 'b'"),
@@ -98,7 +99,7 @@ def test_what_means_the_same_is_taken() -> None:
     assert taken == _Settings(rate=2.0, count=3, shares=(0.0, 0.5), folder="x")
     assert [type(value) for value in (taken.rate, taken.count, taken.shares, taken.folder)] == [float, int, tuple, str]
     assert all(type(value) is float for value in taken.shares)
-    assert _Settings(count="auto").count == "auto"
+    assert _Settings(count="auto").count == "auto" and _Settings(most=10**400).most == 10**400
 
 
 def test_ranges_in_words() -> None:
@@ -179,5 +180,5 @@ def test_control_names_are_keys_everywhere() -> None:
 
 
 def test_two_classes_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"names \['small'\] twice"):
+    with pytest.raises(ConfigError, match=r"names 'small' twice"):
         ControlConfig(classes=("tiny", "small", "small"))
