@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.pipeline_files import read_json
 
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionImg2ImgPipeline": "stable_diffusion:StableDiffusion",
 }
 """`_class_name` of model_index.json to 'module:class' of this package."""
+_WHOLE: set[str] = set()
+"""Folders that this process has found whole."""
 
 
 def load_backbone(base_model: str, revision: str | None = None) -> Backbone:
-    """The backbone of a pipeline (see `resolve_base_model`); ModelError lists the families where it is of none."""
+    """The backbone of a pipeline (see `resolve_base_model`); ModelError lists the families where it is of none, and
+    says what is missing or damaged (`Backbone.check`)."""
     folder = resolve_base_model(base_model, revision)
-    name = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    name = read_json(Path(folder) / "model_index.json", "its list of parts").get("_class_name")
     if name not in FAMILIES:
         raise ModelError(
             f"base model {base_model!r} is a {name}, which is no family that ctrl_ray can train; expected one of "
-            f"{', '.join(FAMILIES)} (in {Path(folder) / 'model_index.json'}); give a base model of such a family"
+            f"{', '.join(FAMILIES)} (a unet, one CLIP text encoder, a VAE; in {Path(folder) / 'model_index.json'}); give a "
+            "base model of such a family"
         )
     module, _, family = FAMILIES[name].partition(":")
     backbone: Backbone = getattr(importlib.import_module(f"{__name__}.{module}"), family)(folder)
+    if folder not in _WHOLE:
+        backbone.check()
+        _WHOLE.add(folder)
     return backbone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.pipeline_files import check_weights, read_json
 from ctrl_ray.policy.protocol import Encoder
 from ctrl_ray.policy.schedule import ddim_scheduler, load_kernel
 
@@ -47,6 +47,10 @@ class Backbone(Protocol):
 
     def image_size(self) -> int:
         """Side of an image in pixels at that size."""
+        ...
+
+    def check(self) -> None:
+        """ModelError where a part of the pipeline is missing, damaged or not of this family; loads no weights."""
         ...
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -108,6 +112,8 @@ class DiffusersBackbone:
     """What all families in diffusers' format share: folders, scheduler, pipeline."""
 
     denoiser: ClassVar[str]
+    frozen_parts: ClassVar[tuple[str, ...]]
+    """Sub-folders of the other parts that have weights."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -115,14 +121,20 @@ class DiffusersBackbone:
     def component_config(self, component: str) -> dict[str, Any]:
         """config.json of one of the pipeline's parts."""
         file = Path(self.folder) / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
-        try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        return read_json(file, f"the configuration of its {component}")
+
+    def check(self) -> None:
+        """ModelError where a part is missing, damaged or of another family; reads configurations and headers alone."""
+        folder = Path(self.folder)
+        schedule = self.component_config("scheduler")
+        if "num_train_timesteps" not in schedule or not {"beta_start", "trained_betas"} & set(schedule):
             raise ModelError(
-                f"base model folder {self.folder} lacks a readable {component}/{file.name} ({type(error).__name__}: {error}); "
-                "expected a pipeline written by diffusers' save_pretrained"
-            ) from error
-        return content
+                f"the scheduler of base model {folder} is a {schedule.get('_class_name')}, which has no noise schedule of "
+                "betas (num_train_timesteps, beta_start, beta_end); expected one of DDPM's family, such as DDIMScheduler"
+            )
+        for part in (self.denoiser, *self.frozen_parts):
+            self.component_config(part)
+            check_weights(folder / part)
 
     @property
     def pipeline_class(self) -> Any:

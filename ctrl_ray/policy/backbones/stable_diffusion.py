@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
 from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.pipeline_files import check_tokenizer
 from ctrl_ray.policy.protocol import Condition
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class StableDiffusion(DiffusersBackbone):
     """A pipeline of `StableDiffusionPipeline`'s components; see `Backbone` for what each member is."""
 
     denoiser = "unet"
+    frozen_parts = ("text_encoder", "vae")
 
     @property
     def pipeline_class(self) -> Any:
@@ -48,6 +51,23 @@ class StableDiffusion(DiffusersBackbone):
         """Side in pixels: the latents' times the VAE's factor."""
         blocks = self.component_config("vae")["block_out_channels"]
         return int(self.latent_shape[1] * 2 ** (len(blocks) - 1))
+
+    def check(self) -> None:
+        """Also: the UNet takes latents and text alone (SDXL's takes sizes too, an inpainting model's a mask)."""
+        super().check()
+        config = self.component_config(self.denoiser)
+        channels, more = (config.get("in_channels"), config.get("out_channels")), config.get("addition_embed_type")
+        if channels[0] != channels[1] or more is not None:
+            odd = (
+                f"addition_embed_type {more!r}"
+                if more is not None
+                else f"{channels[0]} channels in and {channels[1]} out"
+            )
+            raise ModelError(
+                f"the unet of base model {self.folder} has {odd}, as one for inpainting, editing or of SDXL; expected the "
+                "UNet of a text-to-image Stable Diffusion 1.x or 2.x"
+            )
+        check_tokenizer(Path(self.folder) / "tokenizer")
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
         """The UNet."""

@@ -1,0 +1,89 @@
+"""Whether a pipeline's folder is whole: every part's configuration and weights, before anything is planned or loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctrl_ray.errors import ModelError
+
+_LFS = b"version https://git-lfs"
+_TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+"""Any of these sets of files makes a tokenizer."""
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A JSON object; ModelError names the file where it is missing, is a Git LFS pointer, or is none."""
+    try:
+        data = file.read_bytes()
+        if data.startswith(_LFS):
+            raise ModelError(f"{file} is a Git LFS pointer, not {what}; fetch the files (git lfs pull)")
+        found = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        wrong = "does not exist" if missing else f"is not readable as JSON ({type(error).__name__}: {error})"
+        raise ModelError(
+            f"base model file {file} {wrong}; expected {what}, as diffusers' save_pretrained writes it"
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} holds no JSON object; expected {what}, as diffusers' save_pretrained writes it")
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """ModelError names what is wrong with a part's safetensors files: missing, of a variant alone, a Git LFS pointer, cut."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if len(file.suffixes) == 1]
+    if not plain:
+        variants = sorted({file.suffixes[-2].lstrip(".").partition("-")[0] for file in files})
+        if variants:
+            raise ModelError(
+                f"{folder} holds weights of the variant {', '.join(variants)} alone ({files[0].name}); expected files without "
+                f"it: load the pipeline with variant={variants[0]!r} in diffusers and write it with save_pretrained"
+            )
+        raise ModelError(f"{folder} holds no safetensors weights; convert the model with diffusers' save_pretrained")
+    for file in plain:
+        _check_safetensors(file)
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(read_json(index, "the index of its shards").get("weight_map", {}).values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
+        if missing:
+            raise ModelError(
+                f"{index} names {missing[0]}, which does not exist; fetch all {len(named)} files of the model"
+            )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """ModelError where the files of no kind of tokenizer are there."""
+    have = {file.name for file in folder.glob("*")}
+    if not any(kind <= have for kind in _TOKENIZERS):
+        found = ", ".join(sorted(have)) or "nothing"
+        raise ModelError(
+            f"base model folder {folder.parent} lacks its tokenizer: {folder} holds {found}; expected tokenizer.json, or "
+            "vocab.json and merges.txt, as diffusers' save_pretrained writes them"
+        )
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header's length, its JSON, and as many bytes of tensors as it says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(len(_LFS))
+        if start == _LFS:
+            raise ModelError(f"{file} is a Git LFS pointer, not the weights; fetch them (git lfs pull)")
+        length = int.from_bytes(start[:8], "little")
+        try:
+            if length > size - 8:
+                raise ValueError("its header is not whole")
+            stream.seek(8)
+            tensors = json.loads(stream.read(length))
+            wanted = max(
+                (facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"), default=0
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{file} is no safetensors file ({error}); fetch or write it again") from error
+    if size != 8 + length + wanted:
+        raise ModelError(
+            f"{file} has {size:,} bytes, but its header tells of {8 + length + wanted:,}; fetch or write it again"
+        )
