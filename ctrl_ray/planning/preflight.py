@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
+from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.planning.choose import decide
 from ctrl_ray.planning.cost import Work, estimate_lines, work_of
@@ -34,6 +35,7 @@ from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.table import decided_flags, plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.build import policy_controls
 
 
@@ -93,7 +95,8 @@ def preflight(
     controls = policy_controls(config)
     prompts = training_prompts(config)
     evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
-    kernel = load_backbone(config.base_model, config.base_revision).make_kernel(config.sampler)
+    backbone = load_backbone(config.base_model, config.base_revision)
+    kernel = backbone.make_kernel(config.sampler)
     _check_kernel(kernel, config)
     asked, planner, facts = config, Planner(controls, kernel), stated or cluster_facts()
     decided = decide(config, facts, planner.plan, planner.estimate)
@@ -106,6 +109,7 @@ def preflight(
     fit = memory_fit(plan, config, facts)
     fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
     lines = plan_lines(plan, config, facts, fit, fixes)
+    lines = [*_cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS)), *lines]
     if stated is not None:
         lines = [f"machines   {describe(stated)}", *lines, *decided_flags(asked, config)]
     counts = planner.counts(config)
@@ -122,6 +126,22 @@ def preflight(
         summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
         work=work,
     )
+
+
+def _cut_prompts(backbone: Backbone, prompts: Collection[str]) -> list[str]:
+    """A line that says how many prompts are too long for the text encoder, if any is. The example's own are known to fit."""
+    if not prompts:
+        return []
+    texts = sorted(prompts)
+    numbers, limit = backbone.num_tokens(texts)
+    most, longest = max(zip(numbers, texts, strict=True))
+    if most <= limit:
+        return []
+    cut = sum(number > limit for number in numbers)
+    return [
+        f"prompts    {cut} of {len(texts)} are cut: the text encoder reads {limit} tokens; the longest has {most}: "
+        f"{longest[:60]!r}"
+    ]
 
 
 def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> AdapterInfo:

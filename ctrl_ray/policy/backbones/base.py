@@ -69,6 +69,10 @@ class Backbone(Protocol):
         """A denoiser that full fine-tuning left in `folder`/<denoiser>."""
         ...
 
+    def num_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """(tokens of each prompt, how many the text encoder reads): what is beyond is lost."""
+        ...
+
     def load_encoder(self, device: str | torch.device = "cpu") -> Encoder:
         """Prompts to conditions; frozen, float32."""
         ...

@@ -87,11 +87,23 @@ class StableDiffusion(DiffusersBackbone):
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
         return unet.eval().requires_grad_(False)
 
+    def load_tokenizer(self) -> CLIPTokenizer:
+        """CLIP's."""
+        from transformers import CLIPTokenizer
+
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        return tokenizer
+
+    def num_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """With the marks of start and end."""
+        tokenizer = self.load_tokenizer()
+        return [len(tokens) for tokens in tokenizer(list(prompts)).input_ids], int(tokenizer.model_max_length)
+
     def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
         """Tokenizer and CLIP text encoder."""
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel
 
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        tokenizer = self.load_tokenizer()
         text_encoder = CLIPTextModel.from_pretrained(
             self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
         )

@@ -1,4 +1,4 @@
-"""Paths of a config, which workers read from another working directory."""
+"""Paths of a config, which workers read from another working directory; prompts that are cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ctrl_ray.config import ControlConfig, EvaluationConfig, TrainConfig
-from ctrl_ray.planning.preflight import _absolute_paths
+from ctrl_ray.planning.preflight import _absolute_paths, _cut_prompts
+from ctrl_ray.policy.backbones import load_backbone
 
 
 @pytest.fixture
@@ -59,3 +60,12 @@ def test_names_and_addresses_are_no_paths(home: Path) -> None:
     found = _absolute_paths(TrainConfig(base_model="someone/some-model"))
     assert found.base_model == str(home / "work" / "someone" / "some-model")
     assert _absolute_paths(TrainConfig(base_model="~/work/models/mine")).base_model == str(home / "work/models/mine")
+
+
+def test_prompts_beyond_the_text_encoder_are_told() -> None:
+    """The example's reads 8 tokens, the marks of start and end among them."""
+    backbone = load_backbone("shapes")
+    fits, long = "a red circle", "a red circle beside a blue square above a green triangle"
+    assert _cut_prompts(backbone, {fits}) == _cut_prompts(backbone, set()) == []
+    (line,) = _cut_prompts(backbone, {fits, long})
+    assert line == f"prompts    1 of 2 are cut: the text encoder reads 8 tokens; the longest has 25: {long!r}"
