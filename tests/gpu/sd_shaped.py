@@ -20,6 +20,7 @@ from ctrl_ray.policy.backbones.stable_diffusion import StableDiffusion
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs
+from tests.hollow import make_hollow
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c", "d"))}
 _WHOLE = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -54,6 +55,7 @@ def write_sd_shaped(folder: Path, *, tiny: bool) -> Path:
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    make_hollow(folder, {})
     return folder
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from tests.hollow import make_hollow
 
 TEXT_ENCODER_ELEMENTS = 123_060_480
 """CLIP ViT-L/14's text model."""
@@ -35,7 +36,5 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Pa
     (folder / "text_encoder" / "config.json").write_text(
         json.dumps({"max_position_embeddings": 77, "hidden_size": 768})
     )
-    for part, elements in (("text_encoder", TEXT_ENCODER_ELEMENTS), ("unet", UNET_ELEMENTS)):
-        header = json.dumps({"all": {"dtype": "F32", "shape": [elements], "data_offsets": [0, 0]}}).encode()
-        (folder / part / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    make_hollow(folder, {"text_encoder": TEXT_ENCODER_ELEMENTS, "unet": UNET_ELEMENTS})
     return folder
