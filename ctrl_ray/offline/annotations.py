@@ -151,7 +151,8 @@ def numeric_columns(table: Table) -> dict[str, type]:
     kinds: dict[str, type] = {}
     if IMAGE in table.columns:
         raise DataError(f"{table.source}, every row: column {IMAGE!r} is taken by the images; rename it")
-    for column in (column for column in table.columns if column not in (PROMPT, *text_columns(table))):
+    left_out = (PROMPT, *text_columns(table))
+    for column in (column for column in table.columns if column not in left_out):
         kinds[column] = int
         for number, row in table.rows.values():
             cell = row.get(column, "")
