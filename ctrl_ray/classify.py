@@ -51,6 +51,8 @@ class ClassifyConfig:
     prompts_file: str | None = None
     """File of prompts, one per line, for the pipeline's samples (classifier.num_pipeline_samples). None: the data
     set's prompts."""
+    encoding: str = "utf-8"
+    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
     num_drawn_images: Annotated[int, at_least(1)] = 6000
     """With data 'shapes': how many images are drawn."""
     seed: Annotated[int, at_least(0)] = 0
@@ -129,6 +131,7 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
         base_model=settings.base_model,
         base_revision=settings.base_revision,
         prompts_file=settings.prompts_file,
+        encoding=settings.encoding,
         num_drawn_images=settings.num_drawn_images,
         seed=settings.seed,
         classifier=settings.classifier,

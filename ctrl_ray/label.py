@@ -22,7 +22,8 @@ class LabelConfig:
     """Measure the images below a folder and write the Parquet data set that the classifier is fitted on."""
 
     images: str
-    """Folder of PNG, JPEG, WebP, BMP or GIF files, with its sub-folders; local, or any path that pyarrow.fs opens."""
+    """Folder of PNG, JPEG, WebP, TIFF files or others that Pillow opens (HEIC with the plugin pillow-heif), with its
+    sub-folders; local, or any path that pyarrow.fs opens. What is left out is counted."""
     output: str
     """What to write: a Parquet file when the name ends in .parquet, else a folder of Parquet files."""
     controls: tuple[str, ...] = ("jpeg_size",)
@@ -41,6 +42,8 @@ class LabelConfig:
     Give the size that the base model makes. The stored image stays as it is. None: measure it as it is."""
     classes: Annotated[int, at_least(2)] = 4
     """The command suggests thresholds for this many classes."""
+    encoding: str = "utf-8"
+    """Encoding of the tables and of the prompts beside the images, such as cp1252. A byte order mark says it better."""
     on_bad_row: Literal["error", "skip"] = "error"
     """'error': stop at the first image or label that cannot be used. 'skip': set it aside in OUTPUT.bad_rows.jsonl
     with the reason, and go on."""
@@ -85,6 +88,7 @@ def run(config: LabelConfig) -> LabelledData:
             prompts_file=config.prompts_file,
             columns=config.columns,
             image_size=config.image_size,
+            encoding=config.encoding,
             on_bad_row=config.on_bad_row,
             overwrite=config.overwrite,
         )
@@ -107,12 +111,23 @@ def draw_shapes(folder: Path, num_images: int, seed: int) -> None:
 
 def describe(data: LabelledData, num_classes: int) -> str:
     """The distribution of each control, thresholds that would split it evenly, and the next command."""
+    from ctrl_ray.config.control import control_name_of
     from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
     from ctrl_ray.oracles import UNITS
 
     lines = [f"wrote {data.num_rows} rows to {data.output}"]
     if data.num_bad_rows:
         lines.append(f"set {data.num_bad_rows} bad rows aside in {data.bad_rows_file}")
+    if data.num_copies:
+        lines.append(
+            f"{data.num_copies} images are copies of another, byte by byte; each counts, and a fit keeps equal images on the "
+            "same side of its splits"
+        )
+    if data.num_unscaled:
+        lines.append(
+            f"{data.num_unscaled} images are nearly black: their 16-bit values stay below 4096, as 12-bit data does; scale "
+            "them to 16 bits and label again"
+        )
     commands: list[str] = []
     for name, values in data.values.items():
         summary = summarise(values)
@@ -122,10 +137,13 @@ def describe(data: LabelledData, num_classes: int) -> str:
             f"\n{name}{f' ({unit})' if unit else ''}: {summary.count} values, smallest {summary.minimum:.6g}, "
             f"quartiles {quartiles}, largest {summary.maximum:.6g}"
         )
-        words = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", name]
+        control = control_name_of(name)
+        words = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", control]
+        words += [] if control == name else ["--column", name]
         if summary.class_counts:
             counts = ", ".join(f"{label}: {count}" for label, count in summary.class_counts.items())
-            lines.append(f"  integer labels, rows of each: {counts}")
+            lines.append(f"  integer labels, rows of each: {counts} (below, write your names of them after --classes)")
+            words += ["--classes", *map(str, summary.class_counts)]
         else:
             thresholds = equal_share_thresholds(values, num_classes)
             if not thresholds:
@@ -135,7 +153,8 @@ def describe(data: LabelledData, num_classes: int) -> str:
             shares = " / ".join(f"{share:.1%}" for share in class_shares(values, thresholds))
             lines.append(f"  thresholds for {len(thresholds) + 1} classes: {' '.join(borders)} (shares {shares})")
             if len(thresholds) + 1 < num_classes:
-                lines.append(f"  so many values are equal that {num_classes} classes of equal share do not exist")
+                why = "so many values are equal" if summary.count >= 2 * num_classes else "there are so few values"
+                lines.append(f"  {why} that {num_classes} classes of equal share do not exist")
             words += ["--thresholds", *borders]
         if name in data.oracles:
             words += ["--oracle", data.oracles[name]]

@@ -13,10 +13,11 @@ import os
 import sys
 from collections.abc import Callable
 from numbers import Real
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ctrl_ray.errors import ConfigError, DataError
 
@@ -27,16 +28,39 @@ JPEG_QUALITY = 95
 """Pillow's `quality` for `jpeg_size`."""
 
 
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image as a viewer shows it on white paper: 8-bit RGB, upright, without metadata.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its upper 8 bits, and of an
-    animation the current frame is taken. An RGB image keeps its pixels.
+    EXIF orientation is applied (where the EXIF block can be read), transparency is laid over white, 16-bit grey keeps its
+    upper 8 bits, real numbers are taken as 0 to 1 where none is above 1, and of an animation the current frame is taken. An
+    RGB image keeps its pixels.
     """
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if upright.mode.startswith("I"):
         grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         upright = Image.fromarray(grey)
+    if upright.mode == "F":
+        numbers = np.nan_to_num(np.asarray(upright), nan=0.0)
+        scale = 255.0 if numbers.max() <= 1 else 1.0
+        upright = Image.fromarray(np.clip(numbers * scale, 0, 255).round().astype(np.uint8))
+    if upright.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        upright = ImageCms.profileToProfile(upright, lab, srgb, outputMode="RGB") or upright
     if upright.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in upright.info:
         opaque = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", opaque.size, (255, 255, 255, 255)), opaque)
@@ -45,6 +69,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = image.copy()
     rgb.info = {}
     return rgb
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says, or as it is where that says nothing that can be read."""
+    image.load()  # of a TIFF Pillow turns the pixels here, and some formats hold their EXIF after the pixels
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # an EXIF block may hold anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def jpeg_size(image: Image.Image) -> float:
@@ -95,6 +129,12 @@ def load_oracle(name: str) -> Oracle:
             f"oracle {name!r} is unknown; expected one of {sorted(ORACLES)} or 'my_module:my_oracle', a function of "
             f"yours from a PIL image to a number{hint}"
         )
+    if module_name.endswith(".py"):
+        module = PurePath(module_name).stem
+        raise ConfigError(
+            f"oracle {name!r} names a file; expected its module: {module}:{function}, with {module}.py in the working "
+            f"directory ({os.getcwd()}) or on PYTHONPATH"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -138,7 +178,7 @@ def measure_one(oracle: Oracle, image: Image.Image) -> float:
     """The oracle's value of one image; DataError when it raises or returns anything but a finite number."""
     name = getattr(oracle, "__name__", str(oracle))
     try:
-        value: Any = oracle(image)
+        value: Any = oracle(image.copy())  # an oracle may draw on what it is given
     except Exception as error:
         raise DataError(
             f"oracle {name!r} failed ({type(error).__name__}: {error}); it must return a number for every image"

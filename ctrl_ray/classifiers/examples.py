@@ -6,6 +6,7 @@ the whole set.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -77,6 +78,12 @@ def _parquet_rows(
         yield Example(row["image"], row["prompt"], row.get(control))
 
 
+def firsts(digests: Sequence[str]) -> np.ndarray:
+    """For each row the first row that is equal to it, (num_rows,) int64."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(digest, row) for row, digest in enumerate(digests)], dtype=np.int64)
+
+
 def split_of(num_rows: int, shares: Sequence[float], seed: int, *, salt: int = 0) -> np.ndarray:
     """Which of `SPLITS` each row belongs to, (num_rows,) int8: a hash of (seed, salt, row), the same for every run."""
     mask = (1 << 64) - 1
@@ -139,6 +146,7 @@ class BlockWriter:
         labels: list[int | None],
         decode: bool = True,
     ) -> None:
+        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in images]
         if self.decoder is not None and decode:
             images = self._decoded(images)
         if self.oracle is not None:
@@ -149,7 +157,7 @@ class BlockWriter:
                 f"control {self.control!r} has no oracle, and the images of {self.config.data!r} have no labels; name "
                 "an oracle, or give a Parquet file with its column"
             )
-        _save(self.folder, kind, block, images, {"prompts": prompts, "labels": labels})
+        _save(self.folder, kind, block, images, {"prompts": prompts, "labels": labels, "digests": digests})
 
     def _decoded(self, images: np.ndarray) -> np.ndarray:
         assert self.decoder is not None
@@ -164,6 +172,7 @@ class Examples:
     def __init__(self, folder: Path, num_data: int, num_samples: int, shares: Sequence[float], seed: int) -> None:
         self.arrays: list[np.ndarray] = []
         self.prompts: list[str] = []
+        digests: list[str] = []
         labels: list[int] = []
         for kind, num in (("data", num_data), ("samples", num_samples)):
             for block in range(-(-num // BLOCK_ROWS)):
@@ -171,10 +180,12 @@ class Examples:
                 self.arrays.append(array)
                 self.prompts += rows["prompts"]
                 labels += rows["labels"]
+                digests += rows["digests"]
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
         self.is_sample = np.arange(len(labels)) >= num_data
         split = np.concatenate([split_of(num_data, shares, seed), split_of(num_samples, shares, seed, salt=1)])
+        split = split[firsts(digests)]  # equal images on the same side: else the held-out rows would be known already
         self.rows = {name: np.flatnonzero(split == index) for index, name in enumerate(SPLITS)}
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -28,6 +29,14 @@ def check_control_name(name: str) -> None:
         f"control name {name!r} is not an identifier; expected letters, digits and underscores, a letter first",
     )
     require(name not in _TAKEN, f"control name {name!r} is taken by torch's modules; call the control otherwise")
+
+
+def control_name_of(column: str) -> str:
+    """A name that `check_control_name` takes, as near as can be to a column's: 'my stars' becomes 'my_stars'."""
+    name = re.sub(r"\W", "_", column).lstrip("_")
+    if not name.isidentifier():
+        name = f"control_{name}"
+    return f"{name}_value" if name in _TAKEN else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,8 @@ class TrainConfig:
     prompts_file: str | None = None
     """File of prompts to train on, one per line. None: the prompt column of the data set, or the prompts of the
     built-in example."""
+    encoding: str = "utf-8"
+    """Encoding of the files of prompts, such as cp1252. A byte order mark says it better."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of every random draw, together with (update, sample id, purpose)."""
     num_updates: Annotated[int, at_least(1)] = 60

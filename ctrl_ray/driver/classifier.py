@@ -136,7 +136,12 @@ def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipel
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
     if not is_embedded(config.data):
-        plan_reading(config.data, {} if spec.oracle else {control: spec}, image_size=(image_size, image_size))
+        plan_reading(
+            config.data,
+            {} if spec.oracle else {control: spec},
+            image_size=(image_size, image_size),
+            needs_prompts=config.classifier.prompt_conditional,
+        )
     elif spec.oracle is None:
         raise ConfigError(
             f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"

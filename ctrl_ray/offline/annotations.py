@@ -6,18 +6,25 @@ import csv
 import io
 import json
 import math
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
-from ctrl_ray.offline.text import lines_of, read_text
+from ctrl_ray.offline.text import UTF_8, lines_of, read_text
 
 FILE = "file"
 """Column of a table that names the image, relative to the images folder."""
+
+_FILE_TOO = ("file_name", "filename")
+"""What other tools call that column."""
+_MISSING = ("", "nan", "na", "n/a", "null", "none")
+"""What other tools write into a cell that has no value, in lower case."""
 
 Prompts = Literal["none", "sidecar"]
 """'none': no prompts; 'sidecar': photo.png has its prompt in photo.txt beside it."""
@@ -37,7 +44,7 @@ class Table:
     """Image file -> number of its row, counted from 0, and the row."""
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, encoding: str = UTF_8) -> Table:
     """A .csv with a header, or a .jsonl with one object a line; every row names its image in `file`.
 
     Raises DataError when there is no such file, no `file` column, a file named twice, or no row; and where it is no text, no
@@ -48,7 +55,9 @@ def read_table(path: str | Path) -> Table:
         raise DataError(f"{source} does not exist; expected a .csv or .jsonl file with a column {FILE!r}")
     rows: dict[str, tuple[int, dict[str, str]]] = {}
     columns: dict[str, None] = {}
-    for number, row in enumerate(_read_rows(source)):
+    for number, row in enumerate(_read_rows(source, encoding)):
+        if FILE not in row and (also := next((name for name in _FILE_TOO if name in row), None)):
+            row[FILE] = row.pop(also)
         if not row.get(FILE):
             raise DataError(
                 f"{BadRow(str(source), number, f'no {FILE!r} among {list(row)}')}; expected the name of an image, "
@@ -71,19 +80,23 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _read_rows(source: Path) -> Iterator[dict[str, str]]:
+def _read_rows(source: Path, encoding: str) -> Iterator[dict[str, str]]:
     readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
     reader = readers.get(source.suffix.lower())
     if reader is None:
         raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv or a .jsonl file")
-    yield from reader(str(source), read_text(source))
+    yield from reader(str(source), read_text(source, encoding))
 
 
 def _csv_rows(source: str, text: str) -> Iterator[dict[str, str]]:
     """Separated by commas or, where only that makes a column `file`, by semicolons or tabs."""
+    text = re.sub("^sep=.[\r\n]+", "", text, count=1)  # a line for Excel
     header = (lines_of(text) or [""])[0]
     apart = {separator: [cell.strip().strip('"') for cell in header.split(separator)] for separator in ",;\t"}
-    separator = next((one for one, cells in apart.items() if FILE in cells), ",")
+    separator = next((one for one, cells in apart.items() if {FILE, *_FILE_TOO} & set(cells)), ",")
+    twice = [cell for cell, count in Counter(apart[separator]).items() if count > 1 and cell]
+    if twice:
+        raise DataError(f"{source} has two columns called {twice[0]!r}; rename or remove one")
     reader, number = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), -1
     try:
         for number, cells in enumerate(reader):
@@ -105,11 +118,15 @@ def _csv_rows(source: str, text: str) -> Iterator[dict[str, str]]:
 
 
 def _json_rows(source: str, text: str) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(line for line in lines_of(text) if line.strip()):
+    """One object a line, or one list of objects."""
+    whole = text.lstrip().startswith("[")
+    rows: list[Any] = []
+    for number, part in enumerate([text] if whole else (line for line in lines_of(text) if line.strip())):
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            rows += json.loads(part) if whole else [json.loads(part)]
+        except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
             raise DataError(f"{BadRow(source, number, f'not JSON: {error}')}; correct the line") from error
+    for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{BadRow(source, number, 'not a JSON object')}; expected {{...}} a line")
         yield {key: _cell(source, number, key, value) for key, value in row.items()}
@@ -134,7 +151,7 @@ def _cell(source: str, number: int, column: str, value: object) -> str:
 def text_columns(table: Table) -> tuple[str, ...]:
     """Columns other than `prompt` none of whose cells is a number, where another column has some: they are no labels."""
     cells = {
-        column: [row[column] for _, row in table.rows.values() if row.get(column)]
+        column: [row[column] for _, row in table.rows.values() if not _is_missing(row.get(column))]
         for column in table.columns
         if column not in (PROMPT, IMAGE)
     }
@@ -143,26 +160,21 @@ def text_columns(table: Table) -> tuple[str, ...]:
 
 
 def numeric_columns(table: Table) -> dict[str, type]:
-    """Type of each of the table's columns other than `prompt` and its `text_columns`: int when all of its filled cells are
+    """Type of each of the table's columns other than `prompt` and its `text_columns`: int when all of its numbers are
     whole, else float.
 
-    Raises DataError for a cell that is not a finite number, or a column that is called `image`.
+    Raises DataError for a column that is called `image`, or that holds no number.
     """
     kinds: dict[str, type] = {}
     if IMAGE in table.columns:
         raise DataError(f"{table.source}, every row: column {IMAGE!r} is taken by the images; rename it")
     left_out = (PROMPT, *text_columns(table))
     for column in (column for column in table.columns if column not in left_out):
-        kinds[column] = int
-        for number, row in table.rows.values():
-            cell = row.get(column, "")
-            if cell and not _is_whole(cell):
-                if not _is_finite(cell):
-                    raise DataError(
-                        f"{BadRow(table.source, number, f'column {column!r} is {cell!r}')}; expected an integer label "
-                        "(0, 1, ...) or a finite number; number the class names, or remove the column"
-                    )
-                kinds[column] = float
+        filled = [(number, row[column]) for number, row in table.rows.values() if not _is_missing(row.get(column))]
+        numbers = [cell for _, cell in filled if _is_finite(cell)]
+        if filled and not numbers:
+            raise DataError(str(_no_number(table, column, *filled[0])))
+        kinds[column] = int if all(map(_is_whole, numbers)) else float
     return kinds
 
 
@@ -175,9 +187,22 @@ def values_of(file: str, row: int, table: Table | None, kinds: dict[str, type]) 
         return BadRow(file, row, f"has no row in {table.source}; add one that names it in {FILE!r}, or {_FIX}")
     number, cells = found
     for column in kinds:
-        if not cells.get(column):
-            return BadRow(table.source, number, f"column {column!r} of {file} is empty; expected a number; {_FIX}")
+        cell = cells.get(column, "")
+        if _is_missing(cell):
+            shown = f"is {cell!r}" if cell else "is empty"
+            return BadRow(table.source, number, f"column {column!r} of {file} {shown}; expected a number; {_FIX}")
+        if not _is_finite(cell):
+            return _no_number(table, column, number, cell)
     return {column: kind(cells[column]) for column, kind in kinds.items()}
+
+
+def _no_number(table: Table, column: str, number: int, cell: str) -> BadRow:
+    return BadRow(
+        table.source,
+        number,
+        f"column {column!r} is {cell!r}; expected an integer label (0, 1, ...) or a finite number; number the class names, "
+        "remove the column, or set bad rows aside with --on-bad-row skip",
+    )
 
 
 def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
@@ -195,12 +220,27 @@ def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
 def unused_rows(table: Table, files: set[str]) -> list[BadRow]:
     """Rows of the table that name no image of the folder: most likely a misspelt name."""
     composed = {_composed(file) for file in files}
-    return [
-        BadRow(table.source, number, f"{FILE} is {name!r}, which is no image of the folder; correct the name, "
-               "remove the row, or set bad rows aside with --on-bad-row skip")
-        for name, (number, _) in table.rows.items()
-        if name not in composed
-    ]  # fmt: skip
+    unused = [(name, number) for name, (number, _) in table.rows.items() if name not in composed]
+    loose: dict[str, str] = {}
+    if unused:
+        for file in sorted(composed):
+            for name in (PurePosixPath(file).name, file, str(PurePosixPath(file).with_suffix(""))):
+                loose[name.casefold()] = file
+    rows = []
+    for name, number in unused:
+        near = loose.get(name.casefold()) or loose.get(PurePosixPath(name).name.casefold())
+        near = near or loose.get(str(PurePosixPath(name).with_suffix("")).casefold())
+        meant = f" (did you mean {near!r}?)" if near else ""
+        reason = (
+            f"{FILE} is {name!r}, which is no image of the folder{meant}; correct the name, remove the row, or set bad rows "
+            "aside with --on-bad-row skip"
+        )
+        rows.append(BadRow(table.source, number, reason))
+    return rows
+
+
+def _is_missing(cell: str | None) -> bool:
+    return (cell or "").lower() in _MISSING
 
 
 def _is_whole(cell: str) -> bool:

@@ -6,10 +6,11 @@ names, a few megabytes at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from ctrl_ray.config.control import check_control_name
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.annotations import (
     Prompts,
@@ -28,11 +30,11 @@ from ctrl_ray.offline.annotations import (
     unused_rows,
     values_of,
 )
-from ctrl_ray.offline.images import SUFFIXES
-from ctrl_ray.offline.measuring import Work, measured
+from ctrl_ray.offline.folder import ImageFiles, find_images
+from ctrl_ray.offline.measuring import UNSCALED, Work, measured
 from ctrl_ray.offline.reading import OnBadRow, side_file
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, check_on_bad_row, handle_bad_rows
-from ctrl_ray.offline.storage import list_files, resolve
+from ctrl_ray.offline.text import UTF_8
 from ctrl_ray.offline.writing import ParquetSink, refuse_existing
 from ctrl_ray.oracles import UNITS, control_name, load_oracle
 
@@ -53,6 +55,10 @@ class LabelledData:
     """Per control the column that was written, (num_rows,): float64, or int64 for a user's integer labels."""
     oracles: dict[str, str]
     """Oracle of each control that was measured."""
+    num_copies: int = 0
+    """Rows whose image file is the same, byte by byte, as that of an earlier row."""
+    num_unscaled: int = 0
+    """Rows whose 16-bit image is nearly black, as 12-bit data is that nobody scaled."""
 
 
 def label(
@@ -64,17 +70,20 @@ def label(
     prompts_file: str | Path | None = None,
     columns: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
+    encoding: str = UTF_8,
     on_bad_row: OnBadRow = "error",
     overwrite: bool = False,
     progress: bool = True,
 ) -> LabelledData:
     """Write the images below a folder, with their labels, as a Parquet data set. Ray must be initialised.
 
-    images: a folder (searched recursively) of PNG, JPEG, WebP, BMP or GIF files, local or any URI that pyarrow.fs
-    opens; their bytes are stored as they are. output: one file when it ends in .parquet, else a folder of parts.
+    images: a folder (searched recursively) of image files, local or any URI that pyarrow.fs opens; their bytes are
+    stored as they are (as PNG where their metadata cannot be read, for which other programs may refuse them).
+    output: one file when it ends in .parquet, else a folder of parts.
     controls: oracles, each a column named after it: 'jpeg_size', 'colourfulness', 'my_module:my_oracle'.
     prompts_file: .csv or .jsonl with `file` and `prompt`. columns: .csv or .jsonl with `file` and columns of integer
-    labels or numbers. image_size (height, width): measure the image as scaled and cropped to it.
+    labels or numbers. encoding: of those tables and of the prompts beside the images. image_size (height, width):
+    measure the image as scaled and cropped to it.
 
     Raises ConfigError for settings that contradict each other, an unknown oracle, or an output that exists (without
     `overwrite`), and DataError for an empty folder or a bad row ('error'); 'skip' sets bad rows aside in
@@ -82,8 +91,8 @@ def label(
     """
     check_on_bad_row(on_bad_row)
     oracles = _named_oracles(controls)
-    prompts_table = read_table(prompts_file) if prompts_file is not None else None
-    table = read_table(columns) if columns is not None else None
+    prompts_table = read_table(prompts_file, encoding) if prompts_file is not None else None
+    table = read_table(columns, encoding) if columns is not None else None
     kinds = numeric_columns(table) if table is not None else {}
     if table is not None and (texts := text_columns(table)):
         print(f"{table.source}: {', '.join(texts)}: text, not labels; left out", flush=True)
@@ -91,21 +100,25 @@ def label(
         prompts_table = table
     _check_settings(oracles, kinds, prompts, prompts_table, table, image_size)
     refuse_existing(output, overwrite)
-    filesystem, files = list_files(images, SUFFIXES, f"a folder of images ({', '.join(SUFFIXES)})")
-    items, bad_rows = _join(files, _root(images, files), prompts_table, table, kinds)
+    tables = (str(Path(table).expanduser().absolute()) for table in (columns, prompts_file) if table is not None)
+    found = find_images(images, beside={*tables, *((".txt",) if prompts == "sidecar" else ())})
+    if left_out := found.describe_left_out():
+        print(f"{images}: {left_out}", flush=True)
+    items, bad_rows = _join(found, prompts_table, table, kinds)
     num_found = len(items) + len(bad_rows)
     if bad_rows and on_bad_row == "error":
         handle_bad_rows(bad_rows, num_found, on_bad_row, "", source=str(images))
     work = Work(
-        filesystem=filesystem,
+        filesystem=found.filesystem,
         oracles=oracles,
         image_size=image_size,
         sidecar=prompts == "sidecar",
+        encoding=encoding,
         search_path=os.getcwd(),
     )
     has_prompts = prompts == "sidecar" or prompts_table is not None
     schema = _schema(oracles, kinds, has_prompts, image_size)
-    values: dict[str, list[float]] = {name: [] for name in (*oracles, *kinds)}
+    written = _Written({name: [] for name in (*oracles, *kinds)})
     with ParquetSink(output, schema, overwrite=overwrite) as sink:
         for row in tqdm(
             measured(items, work), total=len(items), desc="label", unit=" images", mininterval=0.5, disable=not progress
@@ -116,17 +129,36 @@ def label(
                     handle_bad_rows(bad_rows, num_found, on_bad_row, "", source=str(images))
                 continue
             sink.write(row)
-            for name, column in values.items():
-                column.append(row[name])
+            written.add(row)
         handle_bad_rows(bad_rows, num_found, on_bad_row, side_file(output), source=str(images))
     return LabelledData(
         output=str(output),
         num_rows=sink.num_rows,
         num_bad_rows=len(bad_rows),
         bad_rows_file=side_file(output),
-        values={name: np.array(column, dtype=kinds.get(name, float)) for name, column in values.items()},
+        values={name: np.array(column, dtype=kinds.get(name, float)) for name, column in written.values.items()},
         oracles=oracles,
+        num_copies=written.num_copies,
+        num_unscaled=written.num_unscaled,
     )
+
+
+@dataclass
+class _Written:
+    """What is remembered of the rows that were written."""
+
+    values: dict[str, list[float]]
+    num_copies: int = 0
+    num_unscaled: int = 0
+    _images: set[bytes] = field(default_factory=set)
+
+    def add(self, row: dict[str, Any]) -> None:
+        for name, column in self.values.items():
+            column.append(row[name])
+        digest = hashlib.blake2b(row[IMAGE], digest_size=16).digest()
+        self.num_copies += digest in self._images
+        self.num_unscaled += row[UNSCALED]
+        self._images.add(digest)
 
 
 def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
@@ -135,6 +167,7 @@ def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
     for oracle in controls:
         load_oracle(oracle)
         name = control_name(oracle)
+        check_control_name(name)
         if name in oracles:
             raise ConfigError(
                 f"controls name two oracles for the column {name!r}: {oracles[name]!r} and {oracle!r}; rename one"
@@ -174,22 +207,16 @@ def _check_settings(
         raise ConfigError(f"image_size is {image_size}; expected (height, width) in pixels, each at least 1")
 
 
-def _root(images: str | Path, files: list[str]) -> str:
-    """The part of the paths that comes before the names that the tables use."""
-    location = resolve(images)[1].rstrip("/")
-    return os.path.dirname(location) if files == [location] else location
-
-
 def _join(
-    files: list[str], root: str, prompts_table: Table | None, table: Table | None, kinds: dict[str, type]
+    found: ImageFiles, prompts_table: Table | None, table: Table | None, kinds: dict[str, type]
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """One item of work per image whose annotations are there, and the bad rows found so far."""
-    names = [file.removeprefix(root).lstrip("/") for file in files]
-    bad_rows: list[BadRow] = []
+    names = [file.removeprefix(found.root).lstrip("/") for file in found.files]
+    bad_rows = list(found.bad_rows)
     for source in {id(t): t for t in (prompts_table, table) if t is not None}.values():
         bad_rows += unused_rows(source, set(names))
     items: list[dict[str, Any]] = []
-    for row, (file, name) in enumerate(zip(files, names, strict=True)):
+    for row, (file, name) in enumerate(zip(found.files, names, strict=True)):
         item: dict[str, Any] = {"file": file, "row": row}
         prompt = prompt_of(name, row, prompts_table) if prompts_table is not None else None
         known = values_of(name, row, table, kinds)

@@ -14,12 +14,15 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ctrl_ray.errors import DataError
-from ctrl_ray.offline.images import FORMATS, UndecodableImageError, decode_image
+from ctrl_ray.offline.images import FORMATS, UndecodableImageError, cover_and_crop, decode, to_png
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
 from ctrl_ray.offline.storage import read_bytes
 from ctrl_ray.offline.streaming import start_stream
 from ctrl_ray.offline.text import decode_text
 from ctrl_ray.oracles import load_oracle, measure_one
+
+UNSCALED = "looks_unscaled"
+"""Key of a finished row: `images.Decoded.looks_unscaled`."""
 
 _SKIP_HINT = "or set it aside with --on-bad-row skip"
 _BLOCK_BYTES = 16 * 2**20
@@ -34,6 +37,7 @@ class Work:
     oracles: dict[str, str]
     image_size: tuple[int, int] | None
     sidecar: bool
+    encoding: str
     search_path: str
 
 
@@ -50,7 +54,7 @@ def measured(items: list[dict[str, Any]], work: Work) -> Iterator[dict[str, Any]
         if found["reason"]:
             yield BadRow(found["file"], found["row"], found["reason"])
         else:
-            yield {IMAGE: found[IMAGE], PROMPT: found[PROMPT], **json.loads(found["numbers"])}
+            yield {name: found[name] for name in (IMAGE, PROMPT, UNSCALED)} | json.loads(found["numbers"])
 
 
 class _Measure:
@@ -77,16 +81,20 @@ class _Measure:
 
     def _row(self, file: str, row: int, item: dict[str, Any], oracles: dict[str, Any]) -> dict[str, Any]:
         found = {"file": file, "row": row, IMAGE: b"", PROMPT: item.get(PROMPT, ""), "numbers": "", "reason": ""}
+        found[UNSCALED] = False
         try:
             data = read_bytes(self.work.filesystem, file)
-            image = decode_image(data, self.work.image_size)
+            image, found[UNSCALED], odd_metadata = decode(data)
+            if odd_metadata:
+                data = to_png(image)
+            image = cover_and_crop(image, self.work.image_size)
             numbers = {name: measure_one(oracle, image) for name, oracle in oracles.items()}
             if self.work.sidecar:
                 found[PROMPT] = self._sidecar(file)
         except UndecodableImageError as error:
             reason = (
-                f"the image does not decode: {error}; expected a {', '.join(FORMATS)} file; replace or remove it, "
-                f"{_SKIP_HINT}"
+                f"the image does not decode: {error}; expected a {', '.join(FORMATS)} file or another that Pillow opens; "
+                f"replace or remove it, {_SKIP_HINT}"
             )
             return {**found, "reason": reason}
         except DataError as error:
@@ -99,7 +107,9 @@ class _Measure:
         beside = os.path.splitext(file)[0] + ".txt"
         try:
             prompt = " ".join(
-                decode_text(read_bytes(self.work.filesystem, beside), f"its prompt file {beside}").split()
+                decode_text(
+                    read_bytes(self.work.filesystem, beside), f"its prompt file {beside}", self.work.encoding
+                ).split()
             )
         except FileNotFoundError as error:
             raise DataError(f"has no prompt: {beside} does not exist; write the prompt into it") from error
@@ -114,6 +124,7 @@ _WORK_SCHEMA = pa.schema(
         "row": pa.int64(),
         IMAGE: pa.large_binary(),
         PROMPT: pa.string(),
+        UNSCALED: pa.bool_(),
         "numbers": pa.string(),
         "reason": pa.string(),
     }

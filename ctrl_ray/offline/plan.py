@@ -77,11 +77,12 @@ def plan_reading(
     controls: Mapping[str, ControlConfig],
     *,
     image_size: tuple[int, int] | None = None,
+    needs_prompts: bool = False,
 ) -> ReadPlan:
     """List the files, check their columns, and settle the size of the images. Reads footers and the first image only.
 
     Raises ConfigError for controls that cannot be read, DataError for a missing, foreign or empty file, an unknown
-    column, or one of the wrong type.
+    column, one of the wrong type, or (with `needs_prompts`) no prompts.
     """
     check_controls(controls)
     if image_size is not None and min(image_size) < 1:
@@ -91,7 +92,7 @@ def plan_reading(
     columns: tuple[str, ...] = ()
     for file in files:
         with open_parquet(filesystem, file) as parquet:
-            found = check_columns(parquet.schema_arrow, file, controls)
+            found = check_columns(parquet.schema_arrow, file, controls, needs_prompts=needs_prompts)
             if file != files[0] and found != columns:
                 raise DataError(
                     f"{file}, every row: of the columns to read it has {list(found)}, but {files[0]} has "

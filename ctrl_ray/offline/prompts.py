@@ -9,16 +9,16 @@ from ctrl_ray.embedded import data_or_embedded, is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.reading import read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
-from ctrl_ray.offline.text import lines_of, read_text
+from ctrl_ray.offline.text import UTF_8, lines_of, read_text
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
+def read_prompts(path: str | Path, encoding: str = UTF_8) -> tuple[str, ...]:
     """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`, one that is no text a `DataError`."""
     file = Path(path)
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "does not exist"
         raise ConfigError(f"prompts file {file} {found}; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in lines_of(read_text(file)) if line.strip())
+    prompts = tuple(line.strip() for line in lines_of(read_text(file, encoding)) if line.strip())
     if not prompts:
         raise ConfigError(f"prompts file {file} holds no prompt; expected one a line")
     return prompts
@@ -27,7 +27,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 def training_prompts(config: TrainConfig) -> tuple[str, ...]:
     """Prompts of the file, else of the data set's column, else the shapes prompts."""
     if config.prompts_file:
-        return read_prompts(config.prompts_file)
+        return read_prompts(config.prompts_file, config.encoding)
     data = data_or_embedded(config.data, config.base_model)
     if is_embedded(data):
         return PROMPTS

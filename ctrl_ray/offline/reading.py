@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.plan import ReadPlan, open_parquet, plan_reading
-from ctrl_ray.offline.schema import PROMPT, BadRow, check_on_bad_row, handle_bad_rows
+from ctrl_ray.offline.schema import PROMPT, BadRow, check_on_bad_row, handle_bad_rows, no_prompts
 from ctrl_ray.offline.storage import list_files
 
 OnBadRow = Literal["error", "skip"]
@@ -71,8 +71,7 @@ def read_prompts_column(path: str | Path) -> tuple[str, ...]:
         with open_parquet(filesystem, file) as parquet:
             if PROMPT not in parquet.schema_arrow.names:
                 raise DataError(
-                    f"{file}, every row: column {PROMPT!r} is missing; the file has {parquet.schema_arrow.names}; "
-                    "label again with --prompts or --prompts-file, or give the prompts in a text file (prompts_file)"
+                    f"{no_prompts(parquet.schema_arrow, file)}, or give the prompts in a text file (prompts_file)"
                 )
             row = 0
             for batch in parquet.iter_batches(4096, columns=[PROMPT]):

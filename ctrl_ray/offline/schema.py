@@ -2,7 +2,7 @@
 
 | column | type | |
 |---|---|---|
-| `image` | binary | the bytes of a PNG, JPEG, WebP, BMP or GIF file |
+| `image` | binary | the bytes of an image file that Pillow opens; also Hugging Face's struct of `bytes` and `path` |
 | `prompt` | string | optional |
 | one per control | integer label, or a number | a number needs thresholds in the control's config |
 
@@ -31,7 +31,11 @@ IMAGE = "image"
 PROMPT = "prompt"
 """Optional column of the prompts."""
 
-_SKIP_HINT = "or set bad rows aside with --on-bad-row skip (in Python: on_bad_row='skip')"
+_CAPTIONS = ("text", "texts", "caption", "captions", "prompts", "description", "txt")
+"""What other tools call the column of prompts."""
+
+SKIP_HINT = "or set bad rows aside with --on-bad-row skip (in Python: on_bad_row='skip')"
+"""How a message about a bad row ends."""
 _logger = logging.getLogger("ctrl_ray")
 
 
@@ -78,27 +82,45 @@ def check_controls(controls: Mapping[str, ControlConfig]) -> None:
             )
 
 
-def check_columns(schema: pa.Schema, file: str, controls: Mapping[str, ControlConfig]) -> tuple[str, ...]:
+def check_columns(
+    schema: pa.Schema, file: str, controls: Mapping[str, ControlConfig], *, needs_prompts: bool = False
+) -> tuple[str, ...]:
     """Which columns of `file` to read: `image`, `prompt` when it is there, and the controls' columns.
 
-    Raises DataError for a missing column or one of the wrong type.
+    Raises DataError for a missing column or one of the wrong type; with `needs_prompts` also for a file without prompts.
     """
     wanted = [IMAGE]
-    _require_type(schema, file, IMAGE, _is_bytes, "the bytes of image files (binary)", "store the file's bytes")
+    _require_type(
+        schema, file, IMAGE, _is_image, "the bytes of image files (binary, or Hugging Face's struct of bytes and path)",
+        "store the files' bytes, or write the data set from a folder of images with `python -m ctrl_ray.label`",
+    )  # fmt: skip
     if PROMPT in schema.names:
         _require_type(schema, file, PROMPT, _is_text, "strings", "convert it to strings, or drop it")
         wanted.append(PROMPT)
+    elif needs_prompts:
+        raise DataError(f"{no_prompts(schema, file)}, or set classifier.prompt_conditional to False")
     for name, control in controls.items():
         column = source_column(name, control)
         if control.thresholds:
             expected, accepted = "numbers, which its thresholds make classes of", _is_number
         else:
             expected, accepted = f"integer labels from 0 to {control.num_classes - 1}", _is_label
-        fix = "give the control thresholds if these are measured numbers, or convert the column"
+        fix = "give the control thresholds if these are measured numbers, or convert the column (number class names)"
         _require_type(schema, file, column, accepted, expected, fix, control=name)
         if column not in wanted:
             wanted.append(column)
     return tuple(wanted)
+
+
+def no_prompts(schema: pa.Schema, file: str) -> str:
+    """What to say about a file without a column of prompts: which column may hold them, and how to give them."""
+    texts = [field.name for field in schema if _is_text(field.type)]
+    near = next((name for name in texts if name.lower() in _CAPTIONS), None)
+    rename = f"if column {near!r} holds them, rename it to {PROMPT!r}; else " if near else ""
+    return (
+        f"{file}, every row: column {PROMPT!r} is missing; the file has {schema.names}; {rename}label again with --prompts or "
+        "--prompts-file"
+    )
 
 
 def check_row(
@@ -117,7 +139,7 @@ def check_row(
     """
     row: dict[str, Any] = {IMAGE: _check_image(raw[IMAGE], image_size, expected_size), PROMPT: raw.get(PROMPT, "")}
     if row[PROMPT] is None:
-        raise RowError(f"{PROMPT} is missing; expected a string (it may be empty); fill it in, {_SKIP_HINT}")
+        raise RowError(f"{PROMPT} is missing; expected a string (it may be empty); fill it in, {SKIP_HINT}")
     for name, control in controls.items():
         column = source_column(name, control)
         if column not in raw:
@@ -129,20 +151,27 @@ def check_row(
 
 
 def _check_image(data: Any, image_size: tuple[int, int] | None, expected_size: tuple[int, int] | None) -> Any:
+    if isinstance(data, dict):
+        if not data["bytes"] and data.get("path"):
+            raise RowError(
+                f"{IMAGE} names a file ({data['path']!r}) and does not hold its bytes; label the folder of images with "
+                f"`python -m ctrl_ray.label`, {SKIP_HINT}"
+            )
+        data = data["bytes"]
     if not data:
-        raise RowError(f"{IMAGE} is empty; expected the bytes of an image file; fill it in, {_SKIP_HINT}")
+        raise RowError(f"{IMAGE} is empty; expected the bytes of an image file; fill it in, {SKIP_HINT}")
     try:
         pixels = to_array(decode_image(data, image_size))
     except UndecodableImageError as error:
         raise RowError(
             f"the image ({len(data)} bytes) does not decode: {error}; expected the bytes of a {', '.join(FORMATS)} "
-            f"file; replace the image or remove the row, {_SKIP_HINT}"
+            f"file, or another that Pillow opens; replace the image or remove the row, {SKIP_HINT}"
         ) from error
     if expected_size is not None and pixels.shape[:2] != expected_size:
         raise RowError(
             f"the image is {pixels.shape[0]} × {pixels.shape[1]} pixels (height × width), the first image of the set "
             f"is {expected_size[0]} × {expected_size[1]}; expected one size; give image_size to scale and crop all of "
-            f"them, {_SKIP_HINT}"
+            f"them, {SKIP_HINT}"
         )
     return pixels
 
@@ -150,16 +179,16 @@ def _check_image(data: Any, image_size: tuple[int, int] | None, expected_size: t
 def _check_label(name: str, column: str, control: ControlConfig, value: Any) -> int:
     place = f"control {name!r} (column {column!r})"
     if value is None:
-        raise RowError(f"{place} has no value; fill it in, {_SKIP_HINT}")
+        raise RowError(f"{place} has no value; fill it in, {SKIP_HINT}")
     if control.thresholds:
         if not math.isfinite(value):
-            raise RowError(f"{place} is {value}; expected a finite number; correct it, {_SKIP_HINT}")
+            raise RowError(f"{place} is {value}; expected a finite number; correct it, {SKIP_HINT}")
         return control.classify(float(value))
     if not 0 <= value < control.num_classes:
         raise RowError(
             f"{place} is {value}, which is out of range; expected an integer label from 0 to "
             f"{control.num_classes - 1} ({', '.join(control.class_names)}); correct the label or name more classes, "
-            f"{_SKIP_HINT}"
+            f"{SKIP_HINT}"
         )
     return int(value)
 
@@ -180,6 +209,13 @@ def _require_type(
     found = schema.field(column).type
     if not accepted(found):
         raise DataError(f"{file}, every row: column {column!r}{user} is of type {found}; expected {expected}; {fix}")
+
+
+def _is_image(found: pa.DataType) -> bool:
+    if types.is_struct(found):
+        index = found.get_field_index("bytes")
+        return index >= 0 and _is_bytes(found.field(index).type)
+    return _is_bytes(found)
 
 
 def _is_bytes(found: pa.DataType) -> bool:

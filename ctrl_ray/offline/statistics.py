@@ -40,20 +40,22 @@ def summarise(values: np.ndarray) -> ColumnSummary:
 def equal_share_thresholds(values: np.ndarray, num_classes: int) -> tuple[float, ...]:
     """Borders that give `num_classes` classes (class i is [t[i-1], t[i])) shares of the values as equal as can be.
 
-    Where many values are equal there may be no such borders: then fewer come back, and none at all for one distinct
-    value. Borders are rounded to six significant digits where that keeps them apart.
+    No class is empty: where many values are equal, or there are few of them, fewer borders come back, and none at all for
+    one distinct value. Borders are rounded to six significant digits where that leaves the classes as they are.
     """
     if num_classes < 2:
         raise ConfigError(f"classes is {num_classes}; expected at least 2")
     if len(values) == 0:
         raise DataError("there is no value to take thresholds from; expected at least one")
     shares = np.arange(1, num_classes) / num_classes
-    borders = np.unique(np.quantile(values, shares))
-    borders = borders[borders > values.min()]
-    rounded = np.array([float(f"{border:.6g}") for border in borders])
-    if len(np.unique(rounded)) == len(borders) and np.all(rounded > values.min()):
-        borders = rounded
-    return tuple(float(border) for border in borders)
+    kept: list[float] = []
+    for border in np.unique(np.quantile(values, shares)).tolist():
+        below = kept[-1] if kept else -np.inf
+        if np.any((values >= below) & (values < border)):
+            kept.append(border)
+    rounded = tuple(float(f"{border:.6g}") for border in kept)
+    same = list(rounded) == sorted(set(rounded)) and class_shares(values, rounded) == class_shares(values, tuple(kept))
+    return rounded if same else tuple(kept)
 
 
 def class_shares(values: np.ndarray, thresholds: tuple[float, ...]) -> tuple[float, ...]:

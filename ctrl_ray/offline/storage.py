@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ctrl_ray.offline.text import json_line
 def resolve(path: str | Path) -> tuple[fs.FileSystem, str]:
     """File system of `path` and the path on it; a local path becomes absolute, so that workers find it as well."""
     text = str(path)
+    if "\0" in text or not is_text(text):
+        raise DataError(f"path '{printable(text)}' holds bytes that are not UTF-8; rename the file or folder")
     if "://" not in text:
         return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     try:
@@ -23,6 +26,20 @@ def resolve(path: str | Path) -> tuple[fs.FileSystem, str]:
         raise DataError(
             f"{text} cannot be opened ({error}); expected a local path or a URI that pyarrow.fs opens, e.g. s3://"
         ) from error
+
+
+def is_text(path: str) -> bool:
+    """Whether all of a path is UTF-8, as everything but the local disk wants it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(path: str) -> str:
+    """A path as it can be printed: bytes that are no UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def kind(path: str | Path) -> fs.FileType:

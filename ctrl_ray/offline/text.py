@@ -7,35 +7,55 @@ import json
 import re
 from pathlib import Path
 
-from ctrl_ray.errors import DataError
+from ctrl_ray.errors import ConfigError, DataError
 
+UTF_8 = "utf-8"
 _CODE_PAGE = "cp1252"
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path, encoding: str = UTF_8) -> str:
     """The text of a file; see `decode_text`."""
-    return decode_text(file.read_bytes(), str(file))
+    return decode_text(file.read_bytes(), str(file), encoding)
 
 
-def decode_text(data: bytes, source: str) -> str:
-    """DataError names the source, the line and the byte that is not UTF-8, and what it is in the commonest code page."""
+def decode_text(data: bytes, source: str, encoding: str = UTF_8) -> str:
+    """The text of `data` in that encoding (a byte order mark says it better).
+
+    DataError names the source, the line and the byte that is not of it, and where UTF-8 was expected what the byte is in the
+    commonest code page; ConfigError for an encoding that is unknown.
+    """
+    _check_encoding(encoding)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             return data.decode("utf-16")
         except UnicodeDecodeError as error:
             raise DataError(f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8") from error
-    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith(codecs.BOM_UTF8):
+        data, encoding = data.removeprefix(codecs.BOM_UTF8), UTF_8
     try:
-        text = data.decode()
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = len(lines_of(data[: error.start].decode() + "."))
+        line = len(lines_of(data[: error.start].decode(encoding, errors="replace") + "."))
         byte = data[error.start : error.start + 1]
-        guess = byte.decode(_CODE_PAGE, errors="ignore")
+        guess = byte.decode(_CODE_PAGE, errors="ignore") if encoding == UTF_8 else ""
         meant = f", which is {guess!r} in the Windows code page {_CODE_PAGE}" if guess else ""
-        raise DataError(f"{source}, line {line}: not UTF-8 (byte 0x{byte.hex()}{meant}); save it as UTF-8") from error
+        option = f", or give --encoding {_CODE_PAGE}" if guess else ", or give another --encoding"
+        name = "UTF-8" if encoding == UTF_8 else encoding
+        raise DataError(
+            f"{source}, line {line}: not {name} (byte 0x{byte.hex()}{meant}); save it as UTF-8{option}"
+        ) from error
     if "\0" in text:
         raise DataError(f"{source} holds zero bytes, as UTF-16 without a byte order mark does; save it as UTF-8")
     return text
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError) as error:  # also codecs of Python that make no text, such as hex
+        raise ConfigError(
+            f"encoding is {encoding!r} ({error}); expected utf-8, cp1252, gb18030 or another of Python's"
+        ) from error
 
 
 def json_line(row: object) -> str:

@@ -94,7 +94,8 @@ def preflight(
     _check_evaluation(config)
     controls = policy_controls(config)
     prompts = training_prompts(config)
-    evaluation_prompts = read_prompts(config.evaluation.prompts_file) if config.evaluation.prompts_file else prompts
+    own = config.evaluation.prompts_file
+    evaluation_prompts = read_prompts(own, config.encoding) if own else prompts
     backbone = load_backbone(config.base_model, config.base_revision)
     kernel = backbone.make_kernel(config.sampler)
     _check_kernel(kernel, config)
@@ -109,7 +110,8 @@ def preflight(
     fit = memory_fit(plan, config, facts)
     fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
     lines = plan_lines(plan, config, facts, fit, fixes)
-    lines = [*_cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS)), *lines]
+    cut = _cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS))
+    lines = [*_unread_data(config), *cut, *lines]
     if stated is not None:
         lines = [f"machines   {describe(stated)}", *lines, *decided_flags(asked, config)]
     counts = planner.counts(config)
@@ -126,6 +128,19 @@ def preflight(
         summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
         work=work,
     )
+
+
+def _unread_data(config: TrainConfig) -> list[str]:
+    """A line that says what of the data set is not read, where a person may think that it is."""
+    fitted = {name: control.classifier for name, control in config.controls.items() if control.classifier is not None}
+    if config.data is None or is_embedded(config.data) or len(fitted) < len(config.controls):
+        return []
+    read = "nothing of it is read" if config.prompts_file else "only its prompts are read"
+    classifiers = ", ".join(f"{name} ({folder})" for name, folder in fitted.items())
+    return [
+        f"data       {config.data}: {read}, no image and no label: there are classifiers already, of {classifiers}; to fit "
+        "them on the data: --refit-classifier"
+    ]
 
 
 def _cut_prompts(backbone: Backbone, prompts: Collection[str]) -> list[str]:

@@ -22,7 +22,7 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
     if file.is_file():
         config = read_train_config(file)
         own = config.evaluation.prompts_file
-        return read_prompts(own) if own else training_prompts(config)
+        return read_prompts(own, config.encoding) if own else training_prompts(config)
     if not is_embedded(base_model):
         raise ConfigError(f"{file} does not exist, so the prompts to evaluate on are unknown; give --prompts-file")
     return PROMPTS

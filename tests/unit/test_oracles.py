@@ -93,12 +93,25 @@ def test_load_oracle_finds_a_function_of_the_working_directory(tmp_path: Path, m
         ("jpegsize", r"'jpegsize' is unknown; expected one of \['colourfulness', 'jpeg_size'\].*mean 'jpeg_size'"),
         ("no_such_module_x:f", r"module 'no_such_module_x' does not import \(ModuleNotFoundError.*PYTHONPATH"),
         ("math:", "'math:' is unknown"),
+        ("sharp.py:sharpness", r"names a file; expected its module: sharp:sharpness, with sharp\.py in the working"),
+        ("oracles/sharp.py:f", r"expected its module: sharp:f"),
         ("math:pi", r"has no function 'pi'"),
     ],
 )
 def test_load_oracle_says_what_is_wrong(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         oracles.load_oracle(name)
+
+
+def test_an_oracle_may_draw_on_its_image() -> None:
+    image = Image.fromarray(noise())
+
+    def draws(given: Image.Image) -> float:
+        given.paste((255, 0, 0), (0, 0, 20, 20))
+        return 1.0
+
+    before = oracles.jpeg_size(image)
+    assert (oracles.measure_one(draws, image), oracles.jpeg_size(image)) == (1.0, before)
 
 
 def test_measure_gives_one_number_per_image() -> None:

@@ -65,6 +65,19 @@ def test_the_driver_hears_how_many_images_are_ready(monkeypatch: pytest.MonkeyPa
     assert lines == ["classifier of kind: 512 images decoded and labelled"]
 
 
+def test_equal_images_lie_on_the_same_side_of_the_splits(tmp_path: Path) -> None:
+    """Every picture is there four times, far apart, with other prompts and labels; the others keep their side."""
+    pictures = [
+        Example(np.full((8, 8, 3), i, dtype=np.uint8), f"{time}", time % 3) for time in range(4) for i in range(99)
+    ]
+    BlockWriter(_config(), "kind", tmp_path, torch.device("cpu")).write_data(pictures, 0, 1)
+    examples = Examples(tmp_path, len(pictures), 0, SHARES, seed=5)
+    sides = np.empty(len(pictures), dtype=np.int64)
+    for side, rows in enumerate(examples.rows.values()):
+        sides[rows] = side
+    np.testing.assert_array_equal(sides.reshape(4, 99), np.tile(split_of(99, SHARES, seed=5), (4, 1)))
+
+
 def test_rows_come_back_by_number_across_blocks(tmp_path: Path) -> None:
     BlockWriter(_config(), "kind", tmp_path, torch.device("cpu")).write_data(_rows(), 0, 1)
     examples = Examples(tmp_path, NUM_ROWS, 0, SHARES, seed=0)

@@ -58,6 +58,9 @@ def test_a_comma_wins_where_both_would_do(tmp_path: Path) -> None:
         ("a.jsonl", '{"file": 3}\n', r"row 0 .*file is 3; expected a text"),
         ("a.jsonl", '{"file": "a.png", "prompt": "a dog \\ud83d"}\n', r"row 0 .*prompt holds half a character"),
         ("a.jsonl", "[" * 100_000, "row 0 .*not JSON"),
+        ("a.jsonl", '{"file": "a.png", "n": ' + "9" * 5000 + "}", "row 0 .*not JSON"),
+        ("a.jsonl", "[1, 2]", "row 0 .*not a JSON object"),
+        ("a.csv", "file,stars,stars\na.png,1,2\n", r"a\.csv has two columns called 'stars'"),
     ],
 )
 def test_what_is_no_table_is_refused_by_its_row(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -83,8 +86,10 @@ def test_text_beside_labels_is_no_label(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'style' is 'cubist'; expected an integer label"):
         numeric_columns(alone)
     mixed = read_table(_table(tmp_path, "mixed.csv", "file,stars,year\na.png,1,1990\nb.png,unsure,1991\n"))
-    with pytest.raises(DataError, match=r"row 1 .*'stars' is 'unsure'"):
-        numeric_columns(mixed)
+    kinds = numeric_columns(mixed)
+    assert kinds == {"stars": int, "year": int}
+    assert values_of("a.png", 0, mixed, kinds) == {"stars": 1, "year": 1990}
+    assert "row 1 (counted from 0): column 'stars' is 'unsure'; expected" in str(values_of("b.png", 1, mixed, kinds))
 
 
 @pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -95,3 +100,34 @@ def test_accents_are_the_same_however_they_are_written(on_disk: str, in_table: s
     assert values_of(file, 0, table, numeric_columns(table)) == {"stars": 3}
     assert prompt_of(file, 0, table) == "a tree"
     assert unused_rows(table, {file}) == []
+
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "NA", "null", "None", ""])
+def test_what_other_tools_write_for_a_missing_value(cell: str, tmp_path: Path) -> None:
+    table = read_table(_table(tmp_path, "labels.csv", f"file,stars\na.png,1\nb.png,{cell}\n"))
+    kinds = numeric_columns(table)
+    assert kinds == {"stars": int}, "one missing value makes no column of text or of real numbers"
+    assert "column 'stars' of b.png is" in str(values_of("b.png", 1, table, kinds))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.csv", "sep=;\nfile;stars\na.png;3\n"),
+        ("metadata.csv", "file_name,stars\na.png,3\n"),
+        ("metadata.csv", "filename;stars\na.png;3\n"),
+        ("labels.json", '[{"file": "a.png", "stars": 3}]'),
+        ("metadata.jsonl", '{"file_name": "a.png", "stars": 3}'),
+    ],
+)
+def test_tables_of_other_tools(name: str, text: str, tmp_path: Path) -> None:
+    assert read_table(_table(tmp_path, name, text)).rows == {"a.png": (0, {"stars": "3"})}
+
+
+@pytest.mark.parametrize("name", ["img_1.png", "IMG_1", "photos/IMG_1.JPG", "IMG_1.jpeg"])
+def test_the_file_that_is_meant(name: str, tmp_path: Path) -> None:
+    table = read_table(_table(tmp_path, "labels.csv", f"file,stars\n{name},1\n"))
+    (row,) = unused_rows(table, {"sub/IMG_1.JPG" if "/" in name else "IMG_1.png", "other.png"})
+    assert f"is {name!r}, which is no image of the folder (did you mean" in row.reason and "IMG_1" in row.reason
+    (lost,) = unused_rows(table, {"other.png"})
+    assert "did you mean" not in lost.reason

@@ -152,6 +152,23 @@ def test_equal_shares() -> None:
     assert class_shares(values, thresholds) == (0.25, 0.25, 0.25, 0.25)
 
 
+@pytest.mark.parametrize("num_values", range(2, 12))
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 7])
+def test_no_class_is_empty(num_values: int, num_classes: int) -> None:
+    draw = np.random.default_rng(num_values)
+    for values in (draw.normal(size=num_values), np.arange(num_values), draw.integers(0, 3, num_values)):
+        thresholds = equal_share_thresholds(values, num_classes)
+        shares = class_shares(values, thresholds)
+        assert min(shares) > 0 and len(shares) <= num_classes and list(thresholds) == sorted(set(thresholds))
+        assert len(shares) > 1 or len(np.unique(values)) == 1
+
+
+def test_borders_are_rounded_only_where_the_classes_stay() -> None:
+    assert equal_share_thresholds(np.array([1.0, 1234.56789]), 2) == (617.784,)
+    close = np.array([1.0, 1.0 + 1e-9])
+    assert class_shares(close, equal_share_thresholds(close, 2)) == (0.5, 0.5)
+
+
 def test_equal_values_make_fewer_classes() -> None:
     assert equal_share_thresholds(np.full(10, 3.0), 4) == ()
     thresholds = equal_share_thresholds(np.array([0.0] * 9 + [1.0]), 4)

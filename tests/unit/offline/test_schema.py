@@ -44,6 +44,28 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def test_images_as_hugging_face_stores_them() -> None:
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    assert check_columns(pa.schema({"image": image}), "d.parquet", {}) == ("image",)
+    row = check_row({"image": {"bytes": encode(pixels()), "path": "a.png"}}, {})
+    assert np.array_equal(row["image"], pixels())
+    with pytest.raises(DataError, match=r"'image' is of type string; expected the bytes .*python -m ctrl_ray.label"):
+        check_columns(pa.schema({"image": pa.string()}), "d.parquet", {})
+
+
+@pytest.mark.parametrize("name", ["text", "caption", "Caption"])
+def test_captions_of_another_name_are_not_passed_over(name: str) -> None:
+    schema = pa.schema({"image": pa.binary(), name: pa.string()})
+    assert check_columns(schema, "d.parquet", {}) == ("image",)
+    with pytest.raises(
+        DataError, match=rf"'prompt' is missing; .*if column '{name}' holds them, rename it to 'prompt'"
+    ):
+        check_columns(schema, "d.parquet", {}, needs_prompts=True)
+    numbers = pa.schema({"image": pa.binary(), name: pa.int64()})
+    with pytest.raises(DataError, match=r"'prompt' is missing; the file has .*; label again"):
+        check_columns(numbers, "d.parquet", {}, needs_prompts=True)
+
+
 def test_a_good_row_keeps_its_pixels_and_gets_its_classes() -> None:
     raw = {"image": encode(pixels()), "prompt": "a cat", "jpeg_size": 1700, "style": 2}
     row = check_row(raw, {"jpeg_size": SIZE, "style": STYLE})
@@ -77,7 +99,12 @@ def test_a_class_starts_at_its_threshold(value: float, label: int) -> None:
         ({"image": encode(pixels(64, 64))[:2000]}, r"\(2000 bytes\) does not decode: .*truncated"),
         ({"image": png_claiming(10_000, 10_000)}, r"does not decode: it claims 10000 × 10000 pixels"),
         ({"image": png_claiming(60_000, 60_000)}, r"does not decode: .*decompression bomb"),
-        ({"image": encode(pixels(), "TIFF")}, r"does not decode: its first bytes"),
+        ({"image": encode(pixels(), "EPS")}, r"does not decode: its first bytes"),
+        (
+            {"image": {"bytes": None, "path": "a.png"}},
+            r"names a file \('a.png'\) and does not hold its bytes; label the",
+        ),
+        ({"image": {"bytes": None, "path": None}}, r"image is empty"),
         ({"image": encode(pixels(9, 12))}, r"is 9 × 12 pixels .*first image of the set is 8 × 12.*give image_size"),
     ],
 )

@@ -23,7 +23,8 @@ def test_encodings_that_say_what_they_are(encoding: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_code_page_is_named_with_file_line_and_byte(mark: bytes) -> None:
     with pytest.raises(
-        DataError, match=r"prompts\.txt, line 2: not UTF-8 \(byte 0xe9, which is 'é' in .* cp1252\); save it"
+        DataError,
+        match=r"prompts\.txt, line 2: not UTF-8 \(byte 0xe9, which is 'é' in .* cp1252\); .*, or give --encoding cp1252",
     ):
         decode_text(mark + WANTED.encode("cp1252"), "prompts.txt")
     with pytest.raises(DataError, match=r"line 1: not UTF-8 \(byte 0x81\)"):
@@ -56,3 +57,22 @@ def test_a_json_line_is_one_line_for_every_reader() -> None:
 def test_a_folder_is_not_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; expected a text file"):
         read_prompts(tmp_path)
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(WANTED.encode("cp1252"))
+    assert read_prompts(tmp_path / "prompts.txt", "cp1252") == ("a red circle", "a café at dusk")
+    (tmp_path / "marked.txt").write_bytes(WANTED.encode("utf-8-sig"))
+    assert read_prompts(tmp_path / "marked.txt", "cp1252") == ("a red circle", "a café at dusk"), (
+        "the mark says it better"
+    )
+    with pytest.raises(
+        DataError, match=r"line 1: not ascii \(byte 0xe9\); save it as UTF-8, or give another --encoding"
+    ):
+        decode_text("é".encode("cp1252"), "prompts.txt", "ascii")
+
+
+@pytest.mark.parametrize("encoding", ["latin-99", "hex", "", "a\0b"])
+def test_an_encoding_that_makes_no_text_is_refused(encoding: str) -> None:
+    with pytest.raises(ConfigError, match=r"encoding is .*expected utf-8, cp1252"):
+        decode_text(b"a", "prompts.txt", encoding)

@@ -1,13 +1,14 @@
-"""Paths of a config, which workers read from another working directory; prompts that are cut."""
+"""Paths of a config, which workers read from another working directory; prompts that are cut and data that are not read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ctrl_ray.config import ControlConfig, EvaluationConfig, TrainConfig
-from ctrl_ray.planning.preflight import _absolute_paths, _cut_prompts
+from ctrl_ray.planning.preflight import _absolute_paths, _cut_prompts, _unread_data
 from ctrl_ray.policy.backbones import load_backbone
 
 
@@ -60,6 +61,19 @@ def test_names_and_addresses_are_no_paths(home: Path) -> None:
     found = _absolute_paths(TrainConfig(base_model="someone/some-model"))
     assert found.base_model == str(home / "work" / "someone" / "some-model")
     assert _absolute_paths(TrainConfig(base_model="~/work/models/mine")).base_model == str(home / "work/models/mine")
+
+
+def test_data_that_are_not_read_are_told() -> None:
+    fitted, to_fit = ControlConfig(classifier="/c/jpeg"), ControlConfig(thresholds=(1.0,))
+    config = TrainConfig(controls={"jpeg_size": fitted}, data="/d/mine.parquet")
+    (line,) = _unread_data(config)
+    assert line == (
+        "data       /d/mine.parquet: only its prompts are read, no image and no label: there are classifiers already, of "
+        "jpeg_size (/c/jpeg); to fit them on the data: --refit-classifier"
+    )
+    assert "nothing of it is read" in _unread_data(replace(config, prompts_file="p.txt"))[0]
+    assert _unread_data(replace(config, controls={"jpeg_size": fitted, "own": to_fit})) == []
+    assert _unread_data(replace(config, data="shapes")) == _unread_data(replace(config, data=None)) == []
 
 
 def test_prompts_beyond_the_text_encoder_are_told() -> None:
