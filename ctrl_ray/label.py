@@ -120,13 +120,13 @@ def describe(data: LabelledData, num_classes: int) -> str:
         lines.append(f"set {data.num_bad_rows} bad rows aside in {data.bad_rows_file}")
     if data.num_copies:
         lines.append(
-            f"{data.num_copies} images are copies of another, byte by byte; each counts, and a fit keeps equal images on the "
-            "same side of its splits"
+            f"copies of another image, byte by byte: {data.num_copies}; each counts, and a fit keeps equal images on the same "
+            "side of its splits"
         )
     if data.num_unscaled:
         lines.append(
-            f"{data.num_unscaled} images are nearly black: their 16-bit values stay below 4096, as 12-bit data does; scale "
-            "them to 16 bits and label again"
+            f"nearly black images, whose 16-bit values stay below 4096 as 12-bit data does: {data.num_unscaled}; scale them "
+            "to 16 bits and label again"
         )
     commands: list[str] = []
     for name, values in data.values.items():

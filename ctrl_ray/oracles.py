@@ -75,7 +75,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says, or as it is where that says nothing that can be read."""
     image.load()  # of a TIFF Pillow turns the pixels here, and some formats hold their EXIF after the pixels
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # an EXIF block may hold anything
         turn = None
     return image if turn is None else image.transpose(turn)
@@ -130,9 +130,9 @@ def load_oracle(name: str) -> Oracle:
             f"yours from a PIL image to a number{hint}"
         )
     if module_name.endswith(".py"):
-        module = PurePath(module_name).stem
+        stem = PurePath(module_name).stem
         raise ConfigError(
-            f"oracle {name!r} names a file; expected its module: {module}:{function}, with {module}.py in the working "
+            f"oracle {name!r} names a file; expected its module: {stem}:{function}, with {stem}.py in the working "
             f"directory ({os.getcwd()}) or on PYTHONPATH"
         )
     if os.getcwd() not in sys.path:

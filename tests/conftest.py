@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TESTS = Path(__file__).resolve().parent
-_FOLDER_MARKS = ("unit", "integration", "gpu", "multihost")
+_FOLDER_MARKS = ("unit", "fuzz", "integration", "gpu", "multihost")
 
 
 def _prepare_environment() -> None:

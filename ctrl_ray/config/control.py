@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -33,7 +32,7 @@ def check_control_name(name: str) -> None:
 
 def control_name_of(column: str) -> str:
     """A name that `check_control_name` takes, as near as can be to a column's: 'my stars' becomes 'my_stars'."""
-    name = re.sub(r"\W", "_", column).lstrip("_")
+    name = "".join(sign if f"a{sign}".isidentifier() else "_" for sign in column).lstrip("_")
     if not name.isidentifier():
         name = f"control_{name}"
     return f"{name}_value" if name in _TAKEN else name

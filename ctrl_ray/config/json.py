@@ -23,7 +23,7 @@ def train_config_from_json(text: str | bytes, *, source: str = "config.json") ->
         values = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not UTF-8 text ({error}); expected JSON in UTF-8: save it so") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise ConfigError(f"{source} is not JSON: {error}") from error
     config: TrainConfig = _build(TrainConfig, values, source, "")
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Container
@@ -109,24 +110,25 @@ def _sort_in(found: ImageFiles, path: str, beside: Container[str], seen: Callabl
 def _walk(found: ImageFiles, beside: Container[str]) -> None:
     """All files below a local folder: first without links, then what links lead to and is not there yet."""
     seen: set[tuple[int, int]] = set()
-    folders, links = [found.root], []
+    folders: list[str] = [found.root]
+    links: list[str] = []
 
-    def first_time(path: str) -> bool:
+    def been_there(path: str) -> bool:
         stat = os.stat(path)
         key = stat.st_dev, stat.st_ino
-        fresh = key not in seen
+        known = key in seen
         seen.add(key)
-        return fresh
+        return known
 
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         if os.path.isfile(folder):
-            _sort_in(found, folder, beside, lambda file=folder: not first_time(file))
+            _sort_in(found, folder, beside, functools.partial(been_there, folder))
             continue
         if not os.path.exists(folder):
             found.left_out[NOWHERE] += 1
             continue
-        if not first_time(folder):
+        if been_there(folder):
             found.left_out[REPEATED] += 1
             continue
         try:
@@ -144,8 +146,7 @@ def _walk(found: ImageFiles, beside: Container[str]) -> None:
                 folders.append(entry.path)
             elif entry.is_file():
                 _sort_in(found, entry.path, beside)
-                stat = entry.stat()
-                seen.add((stat.st_dev, stat.st_ino))
+                been_there(entry.path)
 
 
 def _is_hidden(name: str) -> bool:

@@ -58,7 +58,7 @@ class ReadPlan:
         with open_parquet(self.filesystem, group.file) as parquet:
             number = group.first_row
             batches = parquet.iter_batches(_ROWS_PER_READ, row_groups=[group.group], columns=list(self.columns))
-            while (batch := _next_batch(batches, group, number)) is not None:
+            while (batch := next_batch(batches, group.file, number)) is not None:
                 for raw in batch.to_pylist():
                     yield number, raw
                     number += 1
@@ -134,10 +134,11 @@ def open_parquet(filesystem: fs.FileSystem, file: str) -> pq.ParquetFile:
         ) from error
 
 
-def _next_batch(batches: Iterator[pa.RecordBatch], group: RowGroup, row: int) -> pa.RecordBatch | None:
+def next_batch(batches: Iterator[pa.RecordBatch], file: str, row: int) -> pa.RecordBatch | None:
+    """The next rows, or None at the end; DataError where they cannot be read. row: number of the first of them."""
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{group.file} cannot be read from row {row} on ({error}); the file is damaged; write it again"
+            f"{file} cannot be read from row {row} on ({error}); the file is damaged; write it again"
         ) from error

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import DataError
-from ctrl_ray.offline.plan import ReadPlan, open_parquet, plan_reading
-from ctrl_ray.offline.schema import PROMPT, BadRow, check_on_bad_row, handle_bad_rows, no_prompts
+from ctrl_ray.offline.plan import ReadPlan, next_batch, open_parquet, plan_reading
+from ctrl_ray.offline.schema import PROMPT, BadRow, check_on_bad_row, handle_bad_rows, has_prompts, no_prompts
 from ctrl_ray.offline.storage import list_files
 
 OnBadRow = Literal["error", "skip"]
@@ -69,12 +69,12 @@ def read_prompts_column(path: str | Path) -> tuple[str, ...]:
     prompts: dict[str, None] = {}
     for file in files:
         with open_parquet(filesystem, file) as parquet:
-            if PROMPT not in parquet.schema_arrow.names:
+            if not has_prompts(parquet.schema_arrow, file):
                 raise DataError(
                     f"{no_prompts(parquet.schema_arrow, file)}, or give the prompts in a text file (prompts_file)"
                 )
-            row = 0
-            for batch in parquet.iter_batches(4096, columns=[PROMPT]):
+            row, batches = 0, parquet.iter_batches(4096, columns=[PROMPT])
+            while (batch := next_batch(batches, file, row)) is not None:
                 for prompt in batch.column(0).to_pylist():
                     if prompt is None:
                         raise DataError(f"{BadRow(file, row, 'prompt is missing; expected a string; fill it in')}")

@@ -94,8 +94,7 @@ def check_columns(
         schema, file, IMAGE, _is_image, "the bytes of image files (binary, or Hugging Face's struct of bytes and path)",
         "store the files' bytes, or write the data set from a folder of images with `python -m ctrl_ray.label`",
     )  # fmt: skip
-    if PROMPT in schema.names:
-        _require_type(schema, file, PROMPT, _is_text, "strings", "convert it to strings, or drop it")
+    if has_prompts(schema, file):
         wanted.append(PROMPT)
     elif needs_prompts:
         raise DataError(f"{no_prompts(schema, file)}, or set classifier.prompt_conditional to False")
@@ -110,6 +109,13 @@ def check_columns(
         if column not in wanted:
             wanted.append(column)
     return tuple(wanted)
+
+
+def has_prompts(schema: pa.Schema, file: str) -> bool:
+    """Whether there is a column of prompts; DataError when it holds no strings."""
+    if PROMPT in schema.names:
+        _require_type(schema, file, PROMPT, _is_text, "strings", "convert it to strings, or drop it")
+    return PROMPT in schema.names
 
 
 def no_prompts(schema: pa.Schema, file: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ctrl_ray.errors import ConfigError, DataError
 
 UTF_8 = "utf-8"
+_UTF_16 = "utf-16"
 _CODE_PAGE = "cp1252"
 
 
@@ -26,15 +27,14 @@ def decode_text(data: bytes, source: str, encoding: str = UTF_8) -> str:
     """
     _check_encoding(encoding)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            return data.decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8") from error
-    if data.startswith(codecs.BOM_UTF8):
+        encoding = _UTF_16
+    elif data.startswith(codecs.BOM_UTF8):
         data, encoding = data.removeprefix(codecs.BOM_UTF8), UTF_8
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        if encoding == _UTF_16:
+            raise DataError(f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8") from error
         line = len(lines_of(data[: error.start].decode(encoding, errors="replace") + "."))
         byte = data[error.start : error.start + 1]
         guess = byte.decode(_CODE_PAGE, errors="ignore") if encoding == UTF_8 else ""
@@ -44,8 +44,13 @@ def decode_text(data: bytes, source: str, encoding: str = UTF_8) -> str:
         raise DataError(
             f"{source}, line {line}: not {name} (byte 0x{byte.hex()}{meant}); save it as UTF-8{option}"
         ) from error
+    except UnicodeError as error:  # codecs that are no code pages, such as idna
+        raise DataError(
+            f"{source} is not {encoding} ({error}); save it as UTF-8, or give another --encoding"
+        ) from error
     if "\0" in text:
-        raise DataError(f"{source} holds zero bytes, as UTF-16 without a byte order mark does; save it as UTF-8")
+        why = "" if encoding == _UTF_16 else ", as UTF-16 without a byte order mark does"
+        raise DataError(f"{source} holds zero bytes{why}; save it as UTF-8")
     return text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ctrl_ray import label as command
 from ctrl_ray.config import ControlConfig
@@ -109,6 +109,39 @@ def test_a_corrupt_image_stops_or_is_set_aside(images: Path, tmp_path: Path) -> 
     assert pq.read_metadata(output).num_rows == 5
     aside = [json.loads(line) for line in Path(data.bad_rows_file).read_text().splitlines()]
     assert [(row["file"], row["row"]) for row in aside] == [(str(images / "b.jpg"), 1)]
+
+
+def test_a_folder_as_people_have_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies, a link back to the folder, 12-bit data, EXIF that is none, a file of another program, a name of many signs."""
+    folder, output = tmp_path / "my photos #1 (ä)", tmp_path / "data.parquet"
+    folder.mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for name in ("_A.png", "_A (copy).png"):
+        picture.save(folder / name)
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 16).save(folder / "scan.tif")
+    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "edited.png", exif=b"Exif\0\0\x00\x01 no such header")
+    (folder / "IMG_1.CR2").write_bytes(b"raw")
+    (folder / "again").symlink_to(folder)
+    stars = write_csv(
+        tmp_path / "stars.csv",
+        ["file_name", "my stars"],
+        [[name, number % 2] for number, name in enumerate(["_A (copy).png", "_A.png", "edited.png", "scan.tif"])],
+    )
+    assert command.main(["--images", str(folder), "--output", str(output), "--columns", str(stars)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out 2 files that are no images to read: 1 .cr2, 1 there already by another path" in printed
+    assert (
+        "copies of another image, byte by byte: 1;" in printed and "stay below 4096 as 12-bit data does: 1;" in printed
+    )
+    assert f"--data {output} --control my_stars --column 'my stars' --classes 0 1" in printed
+    rows = pq.read_table(output).to_pylist()
+    assert [row["my stars"] for row in rows] == [0, 1, 0, 1]
+    assert (
+        rows[0]["image"] == (folder / "_A.png").read_bytes()
+        and rows[2]["image"] != (folder / "edited.png").read_bytes()
+    )
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(rows[2]["image"])))
+    assert upright.tobytes() == picture.transpose(Image.Transpose.ROTATE_90).tobytes()
 
 
 def test_annotations_that_do_not_fit(images: Path, tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ def test_a_code_page_is_named_with_file_line_and_byte(mark: bytes) -> None:
 def test_utf_16_that_does_not_say_so_or_is_cut() -> None:
     with pytest.raises(DataError, match="zero bytes, as UTF-16 without"):
         decode_text("a red circle".encode("utf-16-le"), "prompts.txt")
+    with pytest.raises(DataError, match=r"prompts\.txt holds zero bytes; save it"):
+        decode_text("a\0b".encode("utf-16"), "prompts.txt")
+    with pytest.raises(DataError, match=r"is not idna \("):
+        decode_text(b"xn--0", "prompts.txt", "idna")
     with pytest.raises(DataError, match="begins as UTF-16 and is not"):
         decode_text("a red circle".encode("utf-16")[:-1], "prompts.txt")
 
