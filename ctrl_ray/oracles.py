@@ -139,7 +139,7 @@ def load_oracle(name: str) -> Oracle:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"oracle {name!r}: module {module_name!r} does not import ({type(error).__name__}: {error}); put "
             f"{module_name}.py into the working directory ({os.getcwd()}) or on PYTHONPATH, and check that it imports"
@@ -179,7 +179,7 @@ def measure_one(oracle: Oracle, image: Image.Image) -> float:
     name = getattr(oracle, "__name__", str(oracle))
     try:
         value: Any = oracle(image.copy())  # an oracle may draw on what it is given
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"oracle {name!r} failed ({type(error).__name__}: {error}); it must return a number for every image"
         ) from error

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray import tune
+    from ray import data, tune
     from ray.tune.experiment import Trial
     from ray.util.placement_group import PlacementGroup
 
@@ -287,6 +288,16 @@ def longest_time_of(scheduler: Any) -> float | None:
     Leans on the attribute `_max_t` of ASHA, the one scheduler with such a time.
     """
     return getattr(scheduler, "_max_t", None)
+
+
+def map_with_few_retries(dataset: data.Dataset, function: Any, max_retries: int) -> data.Dataset:
+    """`dataset` mapped block by block; a task whose process dies is started again so often and no more.
+
+    Ray Data's own way is for ever, and its only option for another is on its way out (Ray 2.64).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dataset.map_batches(function, batch_size=None, max_retries=max_retries)
 
 
 def quieten_ray_data() -> None:

@@ -45,14 +45,15 @@ class Table:
 
 
 def read_table(path: str | Path, encoding: str = UTF_8) -> Table:
-    """A .csv with a header, or a .jsonl with one object a line; every row names its image in `file`.
+    """A .csv or .tsv with a header, or a .jsonl with one object a line; every row names its image in `file`.
 
     Raises DataError when there is no such file, no `file` column, a file named twice, or no row; and where it is no text, no
     table, or a cell is no text that can be written.
     """
     source = Path(path).expanduser()
     if not source.is_file():
-        raise DataError(f"{source} does not exist; expected a .csv or .jsonl file with a column {FILE!r}")
+        found = "is a folder" if source.is_dir() else "does not exist"
+        raise DataError(f"{source} {found}; expected a .csv, .tsv or .jsonl file with a column {FILE!r}")
     rows: dict[str, tuple[int, dict[str, str]]] = {}
     columns: dict[str, None] = {}
     for number, row in enumerate(_read_rows(source, encoding)):
@@ -81,10 +82,10 @@ def _composed(name: str) -> str:
 
 
 def _read_rows(source: Path, encoding: str) -> Iterator[dict[str, str]]:
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
     reader = readers.get(source.suffix.lower())
     if reader is None:
-        raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv or a .jsonl file")
+        raise DataError(f"{source} ends in {source.suffix!r}; expected a .csv, .tsv or .jsonl file: save it as one")
     yield from reader(str(source), read_text(source, encoding))
 
 

@@ -77,6 +77,8 @@ def decode_image(data: bytes, image_size: tuple[int, int] | None = None) -> Imag
 
 def decode(data: bytes) -> Decoded:
     """`decode_image`, and what a person should know about the image."""
+    if not data:
+        raise UndecodableImageError("it is empty")
     try:
         return _decode(data)
     except UndecodableImageError:

@@ -33,7 +33,7 @@ from ctrl_ray.offline.annotations import (
 from ctrl_ray.offline.folder import ImageFiles, find_images
 from ctrl_ray.offline.measuring import UNSCALED, Work, measured
 from ctrl_ray.offline.reading import OnBadRow, side_file
-from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, check_on_bad_row, handle_bad_rows
+from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, caption_hint, check_on_bad_row, handle_bad_rows
 from ctrl_ray.offline.text import UTF_8
 from ctrl_ray.offline.writing import ParquetSink, refuse_existing
 from ctrl_ray.oracles import UNITS, control_name, load_oracle
@@ -198,8 +198,8 @@ def _check_settings(
         )
     if prompts_table is not None and PROMPT not in prompts_table.columns:
         raise DataError(
-            f"{prompts_table.source}, every row: column {PROMPT!r} is unknown; it has {list(prompts_table.columns)}; "
-            f"expected the columns file and {PROMPT}"
+            f"{prompts_table.source}, every row: column {PROMPT!r} is missing; it has {list(prompts_table.columns)}; expected "
+            f"the columns file and {PROMPT}{caption_hint(prompts_table.columns)}"
         )
     if prompts_table is not None and table is not None and prompts_table is not table and PROMPT in table.columns:
         raise ConfigError(f"prompts are given twice: in {prompts_table.source} and in {table.source}; keep one")

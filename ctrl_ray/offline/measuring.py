@@ -13,18 +13,20 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from ctrl_ray.errors import DataError
+from ctrl_ray.errors import DataError, ResourceError
 from ctrl_ray.offline.images import FORMATS, UndecodableImageError, cover_and_crop, decode, to_png
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
 from ctrl_ray.offline.storage import read_bytes
 from ctrl_ray.offline.streaming import start_stream
 from ctrl_ray.offline.text import decode_text
 from ctrl_ray.oracles import load_oracle, measure_one
+from ctrl_ray.ray_internals import map_with_few_retries
 
 UNSCALED = "looks_unscaled"
 """Key of a finished row: `images.Decoded.looks_unscaled`."""
 
 _SKIP_HINT = "or set it aside with --on-bad-row skip"
+_MAX_RETRIES = 2
 _BLOCK_BYTES = 16 * 2**20
 _FILES_PER_TASK = 16
 
@@ -49,12 +51,24 @@ def measured(items: list[dict[str, Any]], work: Work) -> Iterator[dict[str, Any]
     if not items:
         return
     files = start_stream(items, items_per_task=_FILES_PER_TASK, block_bytes=_BLOCK_BYTES)
-    rows = files.map_batches(_Measure(work), batch_size=None)
-    for found in rows.iter_rows():
+    rows = map_with_few_retries(files, _Measure(work), _MAX_RETRIES)
+    for found in _until_one_dies(rows.iter_rows()):
         if found["reason"]:
             yield BadRow(found["file"], found["row"], found["reason"])
         else:
             yield {name: found[name] for name in (IMAGE, PROMPT, UNSCALED)} | json.loads(found["numbers"])
+
+
+def _until_one_dies(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    import ray.exceptions as died
+
+    try:
+        yield from rows
+    except (died.WorkerCrashedError, died.OutOfMemoryError, died.NodeDiedError) as error:
+        raise ResourceError(
+            f"a process that measures images died {_MAX_RETRIES + 1} times ({type(error).__name__}): an oracle that ends its "
+            "process, or too little memory; try the oracle on one image, or give the process less to do at a time"
+        ) from error
 
 
 class _Measure:

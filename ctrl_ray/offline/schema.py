@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -120,13 +120,17 @@ def has_prompts(schema: pa.Schema, file: str) -> bool:
 
 def no_prompts(schema: pa.Schema, file: str) -> str:
     """What to say about a file without a column of prompts: which column may hold them, and how to give them."""
-    texts = [field.name for field in schema if _is_text(field.type)]
-    near = next((name for name in texts if name.lower() in _CAPTIONS), None)
-    rename = f"if column {near!r} holds them, rename it to {PROMPT!r}; else " if near else ""
+    hint = caption_hint([field.name for field in schema if _is_text(field.type)])
     return (
-        f"{file}, every row: column {PROMPT!r} is missing; the file has {schema.names}; {rename}label again with --prompts or "
+        f"{file}, every row: column {PROMPT!r} is missing; the file has {schema.names}{hint}; label again with --prompts or "
         "--prompts-file"
     )
+
+
+def caption_hint(columns: Iterable[str]) -> str:
+    """What to do about a column that most likely holds the prompts, "" when there is none."""
+    near = next((name for name in columns if name.lower() in _CAPTIONS), None)
+    return f"; if column {near!r} holds them, rename it to {PROMPT!r}" if near else ""
 
 
 def check_row(

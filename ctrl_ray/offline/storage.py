@@ -16,6 +16,8 @@ from ctrl_ray.offline.text import json_line
 def resolve(path: str | Path) -> tuple[fs.FileSystem, str]:
     """File system of `path` and the path on it; a local path becomes absolute, so that workers find it as well."""
     text = str(path)
+    if not text.strip():
+        raise DataError("a path is empty; expected a file or folder, such as . for the working directory")
     if "\0" in text or not is_text(text):
         raise DataError(f"path '{printable(text)}' holds bytes that are not UTF-8; rename the file or folder")
     if "://" not in text:

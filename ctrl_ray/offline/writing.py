@@ -22,13 +22,19 @@ BYTES_PER_GROUP = 32 * 2**20
 BYTES_PER_PART = 512 * 2**20
 """A part of a folder is closed when its images have this many bytes."""
 
+_OTHER_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".pq", ".parq", ".arrow", ".feather", ".zip", ".txt")
 _ROWS_PER_PAGE_CHECK = 8
 """How often the writer looks whether a page is full; Arrow's 1024 makes pages of 1024 images, which readers then hold
 at once."""
 
 
 def refuse_existing(output: str | Path, overwrite: bool) -> None:
-    """ConfigError when `output` exists and must not be overwritten, or is a folder where a file should go."""
+    """ConfigError when `output` exists and must not be overwritten, is a folder where a file should go, or is named like
+    another kind of file."""
+    if str(output).lower().endswith(_OTHER_KINDS):
+        raise ConfigError(
+            f"output {output} ends as another kind of file; expected a name that ends in .parquet, or a folder"
+        )
     found = kind(output)
     if found == fs.FileType.NotFound:
         return

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from ctrl_ray import label as command
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import ConfigError, DataError
+from ctrl_ray.errors import ConfigError, DataError, ResourceError
 from ctrl_ray.offline.labelling import label
 from ctrl_ray.offline.reading import iter_rows
 
@@ -208,3 +208,16 @@ def test_a_damaged_file_is_a_plain_data_error(parts: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"part-00000.parquet cannot be read from row 2 on"):
         list(iter_rows(parts, {}))
+
+
+def test_an_oracle_that_ends_its_process_ends_the_command(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deadly_oracle.py").write_text("import os\n\n\ndef ends(image):\n    os._exit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ResourceError, match=r"measures images died 3 times \(WorkerCrashedError\): an oracle that ends"
+    ):
+        label(images, tmp_path / "data.parquet", controls=("deadly_oracle:ends",), progress=False)
+    assert not (tmp_path / "data.parquet").exists()

@@ -132,11 +132,12 @@ def test_measure_refuses_what_is_not_a_finite_number(returned: object, shown: st
         oracles.measure(second_fails, images)  # type: ignore[arg-type]
 
 
-def test_measure_names_an_oracle_that_raises() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_measure_names_an_oracle_that_raises(error: type[BaseException]) -> None:
     def broken(image: Image.Image) -> float:
-        raise ZeroDivisionError("no area")
+        raise error("no area")
 
-    with pytest.raises(DataError, match=r"image 0 of 1: oracle 'broken' failed \(ZeroDivisionError: no area\)"):
+    with pytest.raises(DataError, match=rf"image 0 of 1: oracle 'broken' failed \({error.__name__}: no area\)"):
         oracles.measure(broken, noise()[None])
 
 

@@ -62,7 +62,7 @@ def test_captions_of_another_name_are_not_passed_over(name: str) -> None:
     ):
         check_columns(schema, "d.parquet", {}, needs_prompts=True)
     numbers = pa.schema({"image": pa.binary(), name: pa.int64()})
-    with pytest.raises(DataError, match=r"'prompt' is missing; the file has .*; label again"):
+    with pytest.raises(DataError, match=r"'prompt' is missing; the file has [^;]*; label again"):
         check_columns(numbers, "d.parquet", {}, needs_prompts=True)
 
 
