@@ -14,7 +14,7 @@ from pyarrow import fs
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.images import PLUGINS, suffixes
 from ctrl_ray.offline.schema import SKIP_HINT, BadRow
-from ctrl_ray.offline.storage import is_text, printable, resolve
+from ctrl_ray.offline.storage import is_text, look_at, printable
 
 HIDDEN, REPEATED, NOWHERE = "hidden or of the system", "there already by another path", "links to nothing"
 
@@ -58,13 +58,12 @@ def find_images(path: str | Path, *, beside: Container[str] = ()) -> ImageFiles:
     beside: files that belong to the images, by their path or their ending ('.txt'): they are not counted as left out.
     Raises DataError when there is no image, with what there is instead.
     """
-    filesystem, location = resolve(path)
+    filesystem, location, there = look_at(path)
     found = ImageFiles(filesystem, location.rstrip("/") or "/")
-    info = filesystem.get_file_info(location)
     expected = f"expected a folder of images ({', '.join(_COMMON)}, and others that Pillow opens)"
-    if info.type == fs.FileType.NotFound:
+    if there == fs.FileType.NotFound:
         raise DataError(f"{path} does not exist; {expected}; check the path")
-    if info.type == fs.FileType.File:
+    if there == fs.FileType.File:
         found.files, found.root = [location], os.path.dirname(location)
         return found
     if isinstance(filesystem, fs.LocalFileSystem):

@@ -44,10 +44,20 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def look_at(path: str | Path) -> tuple[fs.FileSystem, str, fs.FileType]:
+    """`resolve`, and whether there is a file, a folder or nothing; DataError where that cannot be known."""
+    filesystem, location = resolve(path)
+    try:
+        return filesystem, location, filesystem.get_file_info(location).type
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be looked at ({error}); check the path, and the rights and address to reach it"
+        ) from error
+
+
 def kind(path: str | Path) -> fs.FileType:
     """Whether `path` is a file, a folder, or not there."""
-    filesystem, location = resolve(path)
-    return filesystem.get_file_info(location).type
+    return look_at(path)[2]
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...], what: str) -> tuple[fs.FileSystem, list[str]]:
@@ -56,11 +66,10 @@ def list_files(path: str | Path, suffixes: tuple[str, ...], what: str) -> tuple[
     Names that start with a dot or an underscore are left out. Raises DataError when there is none; `what` names what
     was looked for.
     """
-    filesystem, location = resolve(path)
-    info = filesystem.get_file_info(location)
-    if info.type == fs.FileType.File:
+    filesystem, location, found_there = look_at(path)
+    if found_there == fs.FileType.File:
         return filesystem, [location]
-    if info.type == fs.FileType.NotFound:
+    if found_there == fs.FileType.NotFound:
         raise DataError(f"{path} does not exist; expected {what}; check the path")
     root = location.rstrip("/") + "/"
     found = sorted(

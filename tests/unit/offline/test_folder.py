@@ -84,6 +84,10 @@ def test_no_image_is_an_error_that_says_what_there_is(tmp_path: Path) -> None:
     touch(tmp_path, "IMG_1.HEIC", "IMG_2.HEIC") if ".heic" not in _read() else touch(tmp_path, "a.cr2", "b.cr2")
     with pytest.raises(DataError, match=r"is an empty set: it holds no image \(left out 2 files .*2 \.(heic|cr2)"):
         find_images(tmp_path)
+    with pytest.raises(DataError, match="a path is empty; expected"):
+        find_images("")
+    with pytest.raises(DataError, match=r"x{300} cannot be looked at \(.*too long|x{300} cannot be looked at \(.*stat"):
+        find_images(tmp_path / ("x" * 300))
     with pytest.raises(DataError, match="missing does not exist; expected a folder of images"):
         find_images(tmp_path / "missing")
 
