@@ -34,7 +34,7 @@ def training_prompts(config: TrainConfig) -> tuple[str, ...]:
     found = tuple(prompt for prompt in read_prompts_column(data) if prompt) if data else ()
     if not found:
         raise ConfigError(
-            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has no prompt column; "
+            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has none; "
             "give --prompts-file with one prompt a line"
         )
     return found

@@ -4,7 +4,7 @@
 |---|---|---|
 | `image` | binary | the bytes of an image file that Pillow opens; also Hugging Face's struct of `bytes` and `path` |
 | `prompt` | string | optional |
-| one per control | integer label, or a number | a number needs thresholds in the control's config |
+| one per control | integer label, class name, or a number | a number needs thresholds in the control's config |
 
 Further columns are ignored.
 """
@@ -103,8 +103,8 @@ def check_columns(
         if control.thresholds:
             expected, accepted = "numbers, which its thresholds make classes of", _is_number
         else:
-            expected, accepted = f"integer labels from 0 to {control.num_classes - 1}", _is_label
-        fix = "give the control thresholds if these are measured numbers, or convert the column (number class names)"
+            expected, accepted = f"integer labels from 0 to {control.num_classes - 1}, or class names", _is_label
+        fix = "give the control thresholds if these are measured numbers, or convert the column"
         _require_type(schema, file, column, accepted, expected, fix, control=name)
         if column not in wanted:
             wanted.append(column)
@@ -194,11 +194,16 @@ def _check_label(name: str, column: str, control: ControlConfig, value: Any) -> 
         if not math.isfinite(value):
             raise RowError(f"{place} is {value}; expected a finite number; correct it, {SKIP_HINT}")
         return control.classify(float(value))
-    if not 0 <= value < control.num_classes:
+    if isinstance(value, float) and math.isnan(value):  # what pandas makes of a missing label
+        raise RowError(f"{place} has no value; fill it in, {SKIP_HINT}")
+    if value in control.class_names:
+        return control.class_names.index(value)
+    if isinstance(value, str) or value not in range(control.num_classes):
+        number = ", give the control thresholds if it is a measured number" if isinstance(value, float) else ""
         raise RowError(
-            f"{place} is {value}, which is out of range; expected an integer label from 0 to "
-            f"{control.num_classes - 1} ({', '.join(control.class_names)}); correct the label or name more classes, "
-            f"{SKIP_HINT}"
+            f"{place} is {value!r}, which is out of range; expected an integer label from 0 to "
+            f"{control.num_classes - 1} ({', '.join(control.class_names)}); correct the label or name more "
+            f"classes{number}, {SKIP_HINT}"
         )
     return int(value)
 
@@ -238,7 +243,7 @@ def _is_text(found: pa.DataType) -> bool:
 
 
 def _is_label(found: pa.DataType) -> bool:
-    return types.is_integer(found) or types.is_boolean(found)
+    return types.is_boolean(found) or _is_number(found) or _is_text(found)
 
 
 def _is_number(found: pa.DataType) -> bool:

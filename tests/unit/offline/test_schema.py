@@ -44,6 +44,11 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize("value", ["drawing", 1, 1.0, True])
+def test_labels_as_people_write_them(value: object) -> None:
+    assert check_row({"image": encode(pixels()), "style": value}, {"style": STYLE})["style"] == 1
+
+
 def test_images_as_hugging_face_stores_them() -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     assert check_columns(pa.schema({"image": image}), "d.parquet", {}) == ("image",)
@@ -86,6 +91,9 @@ def test_a_class_starts_at_its_threshold(value: float, label: int) -> None:
     [
         ({"style": 3}, r"control 'style' \(column 'style'\) is 3, .*out of range.*0 to 2 \(photo, drawing, other\)"),
         ({"style": -1}, r"is -1, .*out of range"),
+        ({"style": "painting"}, r"is 'painting', .*out of range; expected .* 0 to 2 \(photo, drawing, other\)"),
+        ({"style": 0.5}, r"is 0.5, .*out of range; .*give the control thresholds if it is a measured number"),
+        ({"style": float("nan")}, r"control 'style' \(column 'style'\) has no value"),
         ({"style": None}, r"control 'style' \(column 'style'\) has no value; fill it in"),
         ({"jpeg_size": float("nan")}, r"control 'jpeg_size' .* is nan; expected a finite number"),
         ({"jpeg_size": float("inf")}, r"is inf; expected a finite number"),
@@ -166,9 +174,9 @@ def test_a_control_can_read_a_column_of_another_name() -> None:
         (schema(jpegsize=pa.int64()), SIZE, r"the file has \['image', 'jpegsize'\]; did you mean 'jpegsize'\? Rename"),
         (schema(jpeg_size=pa.string()), SIZE, r"f.parquet, every row: .* is of type string; expected numbers"),
         (
-            schema(jpeg_size=pa.float64()),
+            schema(jpeg_size=pa.date32()),
             STYLE,
-            r"is of type double; expected integer labels from 0 to 2; give .* thresh",
+            r"is of type date32\[day\]; expected integer labels from 0 to 2, or class names; give .* thresh",
         ),
         (pa.schema({"jpeg_size": pa.int64()}), SIZE, r"column 'image' is unknown"),
         (pa.schema({"image": pa.string()}), SIZE, r"column 'image' is of type string; expected the bytes"),
