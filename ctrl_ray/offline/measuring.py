@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def measured(items: list[dict[str, Any]], work: Work) -> Iterator[dict[str, Any]
             yield {name: found[name] for name in (IMAGE, PROMPT, UNSCALED)} | json.loads(found["numbers"])
 
 
-def _until_one_dies(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _until_one_dies(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     import ray.exceptions as died
 
     try:
