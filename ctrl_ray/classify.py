@@ -18,6 +18,7 @@ from ctrl_ray.config import (
     presets,
 )
 from ctrl_ray.config.fields import at_least, check_fields
+from ctrl_ray.config.paths import absolute_paths
 
 if TYPE_CHECKING:
     from ctrl_ray.driver.classifier import FitResult
@@ -94,8 +95,10 @@ def run(settings: ClassifyConfig) -> FitResult:
     """Fit, and print the metrics before and after scaling."""
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.driver.classifier import fit_classifier
+    from ctrl_ray.runs.outputs import check_output
 
-    config = train_config(settings)
+    output_dir = check_output(settings.output_dir)
+    config = absolute_paths(train_config(settings))
     sampler = None
     if config.classifier.num_pipeline_samples:
         from ctrl_ray.offline.prompts import training_prompts
@@ -106,7 +109,7 @@ def run(settings: ClassifyConfig) -> FitResult:
         result = fit_classifier(
             config,
             settings.control,
-            output_dir=settings.output_dir,
+            output_dir=output_dir,
             sample_pipeline=sampler,
             on_bad_row=settings.on_bad_row,
             overwrite=settings.overwrite,

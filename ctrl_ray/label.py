@@ -74,7 +74,9 @@ def run(config: LabelConfig) -> LabelledData:
     """Label, and print what came out and what to do next."""
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.offline.labelling import label
+    from ctrl_ray.runs.outputs import check_output
 
+    check_output(config.output, "--output", kind="file" if config.output.endswith(".parquet") else "folder")
     prompts = config.prompts
     if config.draw_shapes is not None:
         draw_shapes(Path(config.images), config.draw_shapes, config.seed)

@@ -68,11 +68,15 @@ def fit(
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
     from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
+    from ctrl_ray.runs.outputs import check_output
 
     started, job = time.monotonic(), ray_job()
-    folder = RunFolder(config.output_dir)
     if machines is not None and not dry_run:
         raise ConfigError(f"--machines {machines} states machines to plan for; give it with --dry-run only")
+    if machines is None:  # else the run will be started elsewhere
+        check_output(config.output_dir)
+        check_output(config.aim_repo or config.output_dir, "--aim-repo")
+    folder = RunFolder(config.output_dir)
     stated = None if machines is None else stated_machines(machines)
     checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run, stated=stated)
     print(checked.summary, flush=True)

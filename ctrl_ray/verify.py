@@ -144,6 +144,13 @@ class VerifyOptions:
 
 def verify(options: VerifyOptions) -> bool:
     """Run what the options ask for, print and write what was reached; returns whether every bar is met."""
+    from ctrl_ray.runs.outputs import check_output
+
+    if "://" in options.output_dir:
+        raise ConfigError(
+            f"output_dir of verify is {options.output_dir!r}; expected a folder; give another --output-dir"
+        )
+    options = dataclasses.replace(options, output_dir=check_output(options.output_dir))
     if options.adapter or options.pipeline:
         return verify_adapter(options)
     if options.error_budget:

@@ -17,8 +17,8 @@ from ctrl_ray.cluster.resources import (
 )
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
+from ctrl_ray.config.paths import absolute_paths
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
@@ -84,7 +84,7 @@ def preflight(
             "the run has no control; give --control NAME=CLASSIFIER_FOLDER, a preset such as shapes, or set controls in "
             "a --config file"
         )
-    config = _absolute_paths(config)
+    config = absolute_paths(config)
     config = dataclasses.replace(
         config,
         controls={name: _complete(name, control, refit_classifier) for name, control in config.controls.items()},
@@ -176,31 +176,6 @@ def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
             "precision": config.scaling.precision,
             "evaluation_batch_size": config.evaluation.fixed_batch_size,
             "decode_chunk_size": config.rewards.fixed_decode_chunk_size,
-        },
-    )
-
-
-def _absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in another working directory: no relative path may reach them."""
-
-    def absolute(path: str | None) -> str | None:
-        if path is None or is_embedded(path) or "://" in path:
-            return path
-        return str(Path(path).expanduser().resolve())
-
-    base = config.base_model
-    if not is_embedded(base) and Path(base).expanduser().exists():
-        base = str(Path(base).expanduser().resolve())
-    return dataclasses.replace(
-        config,
-        base_model=base,
-        data=absolute(config.data),
-        prompts_file=absolute(config.prompts_file),
-        init_adapter=absolute(config.init_adapter),
-        evaluation=dataclasses.replace(config.evaluation, prompts_file=absolute(config.evaluation.prompts_file)),
-        controls={
-            name: dataclasses.replace(control, classifier=absolute(control.classifier))
-            for name, control in config.controls.items()
         },
     )
 

@@ -14,8 +14,8 @@ import pyarrow.fs
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import read_train_config, to_json
 from ctrl_ray.errors import ConfigError, RunFolderError
-from ctrl_ray.ray_internals import is_copy_of_job
 from ctrl_ray.runs.files import write_whole
+from ctrl_ray.runs.outputs import kept_path
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -43,7 +43,7 @@ class RunFolder:
             key = hashlib.sha256(output_dir.encode()).hexdigest()[:12]
             self.local = Path(tempfile.gettempdir()) / f"ctrl_ray_{key}"
         else:
-            self.local = _kept_folder(Path(output_dir.removeprefix("file://")).expanduser())
+            self.local = kept_path(output_dir)
 
     @property
     def is_local(self) -> bool:
@@ -141,15 +141,6 @@ def below(storage_path: str, name: str) -> str:
         return f"{storage_path}/{name}"
     path, mark, options = storage_path.partition("?")
     return f"{path.rstrip('/')}/{name}{mark}{options}"
-
-
-def _kept_folder(path: Path) -> Path:
-    """Absolute. In a Ray job the working directory is a copy that Ray removes: a relative path is then meant from the
-    home folder."""
-    working = Path.cwd()
-    if not path.is_absolute() and is_copy_of_job(working):
-        working = Path.home()
-    return (working / path).resolve()
 
 
 def changed_settings(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
-from ctrl_ray.runs.folder import RunFolder, changed_settings
+from ctrl_ray.runs.folder import changed_settings
+from ctrl_ray.runs.outputs import check_output
 from ctrl_ray.tuning.space import Space
 
 SWEEP_FILE, SPACE_FILE = "sweep.json", "space.py"
@@ -26,11 +27,11 @@ class SweepFolder:
     @staticmethod
     def at(output_dir: str) -> SweepFolder:
         """ConfigError for what is no path: the trials' drivers and the sweep's own read and write the same files."""
-        if "://" in output_dir:
+        if "://" in output_dir and not output_dir.startswith("file://"):
             raise ConfigError(
                 f"output_dir of a sweep is {output_dir!r}; expected a folder (on several machines one that all of them mount)"
             )
-        return SweepFolder(RunFolder(output_dir).local)
+        return SweepFolder(Path(check_output(output_dir)))
 
     @property
     def name(self) -> str:
