@@ -11,6 +11,7 @@
 
 An error of `ctrl_ray.errors` is one message on standard error, even where Ray carried it from another process. With
 CTRL_RAY_VERBOSE=1 its traceback comes first. When nobody reads the output any more (`| head`), the command ends in silence.
+A sign that the terminal's encoding does not have (× in ASCII) is shown as '?'.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
     argv: The arguments; None: those of the process. Raises what is neither an error of `ctrl_ray.errors` nor an interrupt,
     and SystemExit, with which the parser of the flags ends.
     """
+    for stream in (sys.stdout, sys.stderr):
+        _show_what_can_be_shown(stream)
     try:
         return body(sys.argv[1:] if argv is None else argv) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -121,6 +124,12 @@ def stoppable(where: str) -> Iterator[None]:
 def _say(text: str) -> None:
     with suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)
+
+
+def _show_what_can_be_shown(stream: TextIO) -> None:
+    """No sign that the stream's encoding lacks ends the command."""
+    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
 
 
 def _drop_what_nobody_reads() -> bool:

@@ -28,7 +28,7 @@ class ModelError(CtrlRayError, ValueError):
 
 
 class RewardError(CtrlRayError, RuntimeError):
-    """The reward pool could not answer: dead actors, a timeout, or a non-finite reward."""
+    """The reward pool could not answer: dead actors, or a timeout."""
 
 
 class NonFiniteError(CtrlRayError, FloatingPointError):
@@ -48,7 +48,7 @@ class GpuMemoryError(CtrlRayError, RuntimeError):
 
 
 class CheckpointError(CtrlRayError, OSError):
-    """A checkpoint could not be written, usually because a disk is full; the last good one is intact."""
+    """A checkpoint could not be written, usually because a disk is full; an earlier one is intact."""
 
 
 class InterruptedRunError(CtrlRayError, KeyboardInterrupt):

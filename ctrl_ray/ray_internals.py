@@ -13,7 +13,8 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,45 @@ def ask_head(address: str, timeout_s: float) -> HeadAnswer:
     finally:
         channel.close()
     return HeadAnswer(True)
+
+
+# --- starting one here
+
+
+@contextmanager
+def silent_token_notice() -> Iterator[None]:
+    """Inside, a Ray that starts does not tell that its token authentication is on, which stays on.
+
+    Leans on the name of the logger of `ray._private.authentication.authentication_token_setup`.
+    """
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def socket_path(temporary_folder: str) -> str:
+    """Where a Ray that this process starts would keep its longest socket, below the folder that TMPDIR names.
+
+    Leans on the names in `ray._private.node.Node`: TMPDIR/ray/session_TIME_PID/sockets/plasma_store.
+    """
+    session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
+    return os.path.join(temporary_folder, "ray", session, "sockets", "plasma_store")
+
+
+def start_tells(error: Exception) -> str:
+    """Why `ray.init` failed, in one line, with the folder of the logs of the Ray that did not come up, if there is one.
+
+    Leans on `ray._private.worker._global_node` and its `get_logs_dir_path`.
+    """
+    import ray._private.worker as worker
+
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    node = worker._global_node
+    return text if node is None else f"{text} (logs: {node.get_logs_dir_path()})"
 
 
 # --- jobs

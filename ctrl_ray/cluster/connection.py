@@ -11,10 +11,10 @@ from pathlib import Path
 
 import ray
 
+from ctrl_ray.cluster.local_ray import init_ray, start_local_ray
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.ray_internals import ask_head, head_address, submitted_job
 
-_LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 _PROBE_TIMEOUT_S = 10.0
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _ENOUGH_STOP_WAIT_S = 30
@@ -25,7 +25,8 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     """Use the Ray that is there (initialised, or named by RAY_ADDRESS), else start a local one and end it after.
 
     num_cpus: CPUs of a local Ray; None: this machine's, at least 2. ResourceError when RAY_ADDRESS names a cluster that
-    does not answer or refuses the token, ConfigError when what it names is no address of a cluster.
+    does not answer or refuses the token, or a local one does not come up; ConfigError when what it names is no address of a
+    cluster, or a local Ray cannot start in this environment (`local_ray.check_environment`).
     """
     if ray.is_initialized():
         yield
@@ -33,16 +34,14 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     verbose = bool(os.environ.get("CTRL_RAY_VERBOSE"))
     if names_cluster():
         check_address(os.environ["RAY_ADDRESS"])
-        ray.init(log_to_driver=verbose, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
+        init_ray(
+            f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not take this process",
+            "Use the Ray and the Python of its head, or unset RAY_ADDRESS for a local run",
             log_to_driver=verbose,
             logging_level=logging.WARNING,
         )
+    else:
+        start_local_ray(num_cpus, verbose=verbose)
     try:
         yield
     finally:
@@ -61,10 +60,12 @@ def check_address(address: str) -> None:
     Raises ConfigError for what is no cluster's address and for a token file that cannot be read, ResourceError when
     nobody answers or the token is refused.
     """
-    if "://" in address:
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+    if address != "auto" and ("://" in address or "/" in host or not host.strip() or not is_port):
         raise ConfigError(
-            f"RAY_ADDRESS is {address!r}; expected HOST:PORT of the cluster's head, or 'auto' on one of its machines. From "
-            "elsewhere submit the run: ray job submit --working-dir . -- python -m ctrl_ray.train"
+            f"RAY_ADDRESS is {address!r}; expected HOST:PORT of the cluster's head, 'auto' on one of its machines, or unset "
+            "for a local run. From elsewhere submit the run: ray job submit --working-dir . -- python -m ctrl_ray.train"
         )
     _check_token_file()
     found = head_address(address)

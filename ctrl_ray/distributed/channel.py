@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from ctrl_ray.distributed.rows import Notice, Stop
+from ctrl_ray.distributed.rows import EvaluationDone, MetricsRow, Notice, Started, Stop, UpdateDone
 
 
 class MetricsChannel:
@@ -15,14 +17,30 @@ class MetricsChannel:
 
     def __init__(self) -> None:
         self._rows: list[Any] = []
+        self._history: list[MetricsRow] = []
         self._stop: Stop | None = None
         self._failure: Exception | None = None
         self._controller: Any = None
 
     def put(self, row: Any) -> Stop | None:
         """Add a row (of a run: a `rows.Row`); returns the stop that was requested, if there was one."""
+        if isinstance(row, UpdateDone | EvaluationDone):
+            row = dataclasses.replace(row, time=time.time())
+            self._history.append(row)
+        elif isinstance(row, Started):
+            self._go_on_after(row)
         self._rows.append(row)
         return self._stop
+
+    def history(self) -> list[MetricsRow]:
+        """The rows of metrics that the run has had, those of earlier sessions too: what a checkpoint takes along."""
+        return self._history
+
+    def _go_on_after(self, row: Started) -> None:
+        """Later updates will be done again; what came beside training, and the checkpoint does not know, stays."""
+        known = {(type(old), old.update) for old in row.rows}
+        others = [new for new in self._history if new.update <= row.update and (type(new), new.update) not in known]
+        self._history = [*row.rows, *others]
 
     def drain(self) -> list[Any]:
         """Take all rows, in the order in which they came."""

@@ -3,6 +3,7 @@
     adapter/                      the exported form (see ctrl_ray.policy.adapter)
     training_state*.safetensors   float32 parameters, moments and step count, whole tensors
     progress.json                 updates done, the KL's noise floor and the precision it was measured in, stop-early facts
+    rows.jsonl                    the run's rows of metrics so far, should the driver end before it has written the last ones
 
 With LoRA rank 0 writes the state as one file. With full fine-tuning every rank owns some of the parameters, about as
 many bytes as any other, and writes those (training_state-00001-of-00002.safetensors, and the denoiser likewise): one
@@ -16,14 +17,18 @@ crash on the way leaves the last good one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
+from pyarrow.fs import FileSelector
 from ray.train import Checkpoint, CheckpointUploadMode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +36,7 @@ from torch import Tensor
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
+from ctrl_ray.distributed.rows import EvaluationDone, MetricsRow, UpdateDone
 from ctrl_ray.errors import CheckpointError, ModelError
 from ctrl_ray.policy.adapter import AdapterInfo, save_adapter, save_adapter_shard, shard_file
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -39,23 +45,38 @@ from ctrl_ray.policy.protocol import TrainablePolicy
 STATE = "training_state"
 PROGRESS_FILE = "progress.json"
 ADAPTER_FOLDER = "adapter"
+ROWS_FILE = "rows.jsonl"
+_ROWS = {"update": UpdateDone, "evaluation": EvaluationDone}
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What ends a write and does not pass by itself, as a network's trouble may."""
 
 
 def report_checkpoint(
-    engine: PolicyEngine, info: AdapterInfo, progress: dict[str, Any], score: float, *, validate: bool = False
+    engine: PolicyEngine,
+    info: AdapterInfo,
+    progress: dict[str, Any],
+    score: float,
+    *,
+    rows: Sequence[MetricsRow] = (),
+    validate: bool = False,
+    on_lasting: Callable[[CheckpointError], None] = lambda error: None,
 ) -> None:
     """Collective: write this rank's part, hand it to Ray Train under the metric 'score'.
 
-    validate: Ray Train evaluates the checkpoint beside training. CheckpointError when it cannot be written (disk full).
+    rows: of the run's metrics, of which rank 0 writes its own. validate: Ray Train evaluates the checkpoint beside training.
+    on_lasting: told of an error that a restart would meet again, which may arise in a thread of Ray Train's.
+    CheckpointError when it cannot be written (disk full).
     """
     folder = Path(tempfile.mkdtemp(prefix="ctrl_ray_checkpoint_"))
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
     try:
         write_checkpoint(engine, info, progress, folder, rank, num_ranks)
+        if rank == 0:
+            write_rows(folder, rows)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _cannot_write(f"update {progress['updates_done']}", str(folder), error) from error
+        raise _cannot_write(f"after update {progress['updates_done']}", str(folder), error, on_lasting) from error
     metrics = {"score": score, **progress}
     if not any(folder.iterdir()):
         shutil.rmtree(folder)
@@ -65,7 +86,7 @@ def report_checkpoint(
         metrics,
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=_upload,
+        checkpoint_upload_fn=functools.partial(_upload, on_lasting=on_lasting),
         delete_local_checkpoint_after_upload=True,
         validation=validate,
     )
@@ -109,8 +130,9 @@ def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
 
 def restore_engine(
     policy: TrainablePolicy, config: TrainConfig, prepare: Callable[[dict[str, Any]], None]
-) -> tuple[PolicyEngine, dict[str, Any]]:
-    """The engine around a policy, as Ray Train's latest checkpoint of this run has it, and its progress; collective.
+) -> tuple[PolicyEngine, dict[str, Any], list[MetricsRow]]:
+    """The engine around a policy, as Ray Train's latest checkpoint of this run has it, its progress and the rows of metrics
+    up to it; collective.
 
     prepare: told the progress (that of a new run: no updates done) while the policy is still bare; it may add to it.
     """
@@ -118,14 +140,15 @@ def restore_engine(
     if checkpoint is None:
         progress: dict[str, Any] = {"updates_done": 0}
         prepare(progress)
-        return PolicyEngine(policy, config), progress
+        return PolicyEngine(policy, config), progress, []
     with checkpoint.as_directory() as folder:
         state, progress = read_checkpoint(folder)
+        rows = read_rows(folder)
         prepare(progress)
         load_parameters(policy, state)
         engine = PolicyEngine(policy, config)
         engine.load_state(state)
-    return engine, progress
+    return engine, progress, rows
 
 
 def read_checkpoint(folder: str | Path) -> tuple[StateFiles, dict[str, Any]]:
@@ -134,6 +157,22 @@ def read_checkpoint(folder: str | Path) -> tuple[StateFiles, dict[str, Any]]:
     if not progress.is_file():
         raise ModelError(f"checkpoint {folder} lacks {PROGRESS_FILE}; it was not written completely")
     return StateFiles(Path(folder)), json.loads(progress.read_text(encoding="utf-8"))
+
+
+def write_rows(folder: Path, rows: Sequence[MetricsRow]) -> None:
+    """The rows as `read_rows` reads them."""
+    kinds = {row_type: kind for kind, row_type in _ROWS.items()}
+    lines = [json.dumps({"kind": kinds[type(row)], **dataclasses.asdict(row)}) + "\n" for row in rows]
+    (folder / ROWS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_rows(folder: str | Path) -> list[MetricsRow]:
+    """The rows of metrics that a checkpoint brings; none where an earlier version wrote it."""
+    file = Path(folder) / ROWS_FILE
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return [_ROWS[row.pop("kind")](**row) for row in rows]
 
 
 class StateFiles(Mapping[str, Tensor]):
@@ -169,7 +208,7 @@ class StateFiles(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def _upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+def _upload(checkpoint: Checkpoint, name: str, on_lasting: Callable[[CheckpointError], None]) -> Checkpoint:
     """Ray Train's own copy to the run's storage; what a failed one leaves is removed, it would never be registered."""
     storage = ray.train.get_context().get_storage()
     try:
@@ -178,12 +217,29 @@ def _upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = storage.build_checkpoint_path_from_name(name)
         with contextlib.suppress(OSError):  # another rank may have removed it, or still be writing its own part
             storage.storage_filesystem.delete_dir(target)
-        raise _cannot_write(name, target, error) from error
+        raise _cannot_write(name, target, error, on_lasting) from error
 
 
-def _cannot_write(what: str, where: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {what} could not be written to {where}: {error}. The last good checkpoint is intact; make room "
-        "(df -h), lower num_checkpoints_to_keep or choose another output_dir, then go on with the same command and "
-        "--resume"
+def _cannot_write(
+    what: str, where: str, error: Exception, on_lasting: Callable[[CheckpointError], None]
+) -> CheckpointError:
+    """The error to raise, of which `on_lasting` has been told where it would come again."""
+    intact = "The last good checkpoint is intact" if _some_checkpoint() else "The run has no checkpoint yet"
+    found = CheckpointError(
+        f"the checkpoint {what} could not be written to {where}: {error}. {intact}; make room (df -h) or lower "
+        "num_checkpoints_to_keep, then go on with the same command and --resume"
     )
+    lasting = getattr(error, "errno", None) in _LASTING or "os error 28" in str(error) or "os error 122" in str(error)
+    if lasting:
+        on_lasting(found)
+    return found
+
+
+def _some_checkpoint() -> bool:
+    """Whether the run has a checkpoint that is there as a whole."""
+    storage = ray.train.get_context().get_storage()
+    selector = FileSelector(storage.experiment_fs_path, recursive=True, allow_not_found=True)
+    try:
+        return any(Path(info.path).name == PROGRESS_FILE for info in storage.storage_filesystem.get_file_info(selector))
+    except OSError:
+        return False

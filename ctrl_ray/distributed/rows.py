@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Started:
     """Updates that were done before: 0, or those of the checkpoint that the workers go on from."""
     kl_noise_floor: float | None = None
     """Nats (`ctrl_ray.evaluation.metric_names`); None: not measured."""
+    rows: Sequence[MetricsRow] = ()
+    """Those that the checkpoint brings: all of the run up to it. The driver may have ended before it had written the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class UpdateDone:
     """Updates done."""
     metrics: Mapping[str, float]
     """By the names of `ctrl_ray.evaluation.metric_names`."""
+    time: float | None = field(default=None, compare=False)
+    """Seconds since 1970 when the channel got it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class EvaluationDone:
     """Updates that the evaluated policy has had."""
     metrics: Mapping[str, float]
     """By the names of `ctrl_ray.evaluation.metric_names`."""
+    time: float | None = field(default=None, compare=False)
+    """Seconds since 1970 when the channel got it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +92,6 @@ class Stopped:
     stop: Stop
 
 
+MetricsRow = UpdateDone | EvaluationDone
+"""What becomes a row of metrics.jsonl."""
 Row = Started | UpdateDone | EvaluationDone | SamplesDrawn | Notice | Stopping | Stopped

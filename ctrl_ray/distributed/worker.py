@@ -24,7 +24,7 @@ from ctrl_ray.distributed.method import Method, make_method
 from ctrl_ray.distributed.noise_floor import add_noise_floor
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, Started, Stop, Stopped, UpdateDone
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl, told_with_checkpoint
-from ctrl_ray.errors import HOPELESS, naming_memory
+from ctrl_ray.errors import HOPELESS, CheckpointError, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
@@ -83,7 +83,7 @@ def _train(job: TrainJob) -> None:
     first_update = progress["updates_done"]
     if first_update == 0 and config.evaluation.every_updates:
         if config.evaluation.asynchronous:
-            report_checkpoint(learner.engine, _info(job, progress), progress, UNSCORED, validate=True)
+            _leave_checkpoint(job, learner, progress, UNSCORED, validate=True)
         else:
             _evaluate(job, learner, progress)
     leaving: set[str] = set()
@@ -125,8 +125,29 @@ def _finish_update(
         stop = exceeds_target_kl(config, metrics)
     if evaluate or stop is not None or save or done % config.checkpoint_every_updates == 0:
         validate = evaluate and config.evaluation.asynchronous
-        report_checkpoint(learner.engine, _info(job, progress), progress, score, validate=validate)
+        _leave_checkpoint(job, learner, progress, score, validate=validate)
     return stop
+
+
+def _leave_checkpoint(
+    job: TrainJob, learner: Learner, progress: dict[str, Any], score: float, *, validate: bool
+) -> None:
+    """Collective. The rows of metrics travel along: the driver may end before it has written the last of them."""
+    channel = job.channel
+    rows = ray.get(channel.history.remote()) if learner.rank.index == 0 else []
+
+    def on_lasting(error: CheckpointError) -> None:
+        ray.get(channel.fail.remote(error))
+
+    report_checkpoint(
+        learner.engine,
+        _info(job, progress),
+        progress,
+        score,
+        rows=rows,
+        validate=validate,
+        on_lasting=on_lasting,
+    )
 
 
 def _info(job: TrainJob, progress: Mapping[str, Any]) -> AdapterInfo:
@@ -170,8 +191,8 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, dict[str, Any]]:
     start = config.init_adapter and folder_here(config.init_adapter, job.copies)
     policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
     bare = make_learner(job, rank, policy)
-    engine, progress = restore_engine(policy, config, functools.partial(add_noise_floor, bare))
-    _tell(job, rank, Started(progress["updates_done"], progress["kl_noise_floor"]))
+    engine, progress, rows = restore_engine(policy, config, functools.partial(add_noise_floor, bare))
+    _tell(job, rank, Started(progress["updates_done"], progress["kl_noise_floor"], rows))
     return dataclasses.replace(bare, engine=engine), progress
 
 

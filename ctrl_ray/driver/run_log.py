@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.rows import (
     EvaluationDone,
+    MetricsRow,
     Notice,
     Row,
     SamplesDrawn,
@@ -14,7 +15,7 @@ from ctrl_ray.distributed.rows import (
     UpdateDone,
 )
 from ctrl_ray.driver.progress import RunProgress
-from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
+from ctrl_ray.reporting.tracking import METRICS_FILE, Kind, RunTracker, read_metrics
 from ctrl_ray.runs.folder import RunFolder
 from ctrl_ray.wording import accuracy_text, floor_text, kl_text
 
@@ -76,25 +77,39 @@ class RunLog:
         self._progress = RunProgress(self._config.num_updates, update, kl_noise_floor=row.kl_noise_floor)
         if again:
             self._progress.note(f"resumed after update {update}")
+            self._write_missing(row)
         early, self._early = self._early, []
         for waiting in early:
             self(waiting)
 
+    def _write_missing(self, started: Started) -> None:
+        """Rows that the checkpoint brings and that an earlier driver did not come to write."""
+        assert self._tracker is not None
+        written = {(row["kind"], row["update"]) for row in read_metrics(self._folder.local)}
+        for row in started.rows:
+            kind: Kind = "update" if isinstance(row, UpdateDone) else "evaluation"
+            if (kind, row.update) not in written:
+                self._tracker.log(kind, row.update, self._known_of(row), at=row.time)
+
+    def _known_of(self, row: MetricsRow) -> dict[str, float]:
+        """The metrics of a row, beside an evaluation's KL what rounding reads as KL."""
+        floor = self._kl_noise_floor
+        known = {} if floor is None or isinstance(row, UpdateDone) else {"kl_noise_floor": floor}
+        return {**row.metrics, **known}
+
     def _log_update(self, row: UpdateDone) -> None:
         assert self._tracker is not None and self._progress is not None
-        self._tracker.log("update", row.update, row.metrics)
+        self._tracker.log("update", row.update, row.metrics, at=row.time)
         self._progress.update(row.update, row.metrics)
         if row.update % self._config.checkpoint_every_updates == 0:
             self._folder.upload(METRICS_FILE)
 
     def _log_evaluation(self, row: EvaluationDone) -> None:
         assert self._tracker is not None
-        floor = self._kl_noise_floor
-        known = {} if floor is None else {"kl_noise_floor": floor}
-        self._tracker.log("evaluation", row.update, {**row.metrics, **known})
+        self._tracker.log("evaluation", row.update, self._known_of(row), at=row.time)
         self._folder.upload(METRICS_FILE)
         gap, error = row.metrics.get("gap"), row.metrics.get("gap_standard_error")
-        parts = [accuracy_text(row.metrics), kl_text(row.metrics["kl"], floor)]
+        parts = [accuracy_text(row.metrics), kl_text(row.metrics["kl"], self._kl_noise_floor)]
         parts.append("" if gap is None or error is None else f"{gap:.2f} ± {error:.2f} nats from the target")
         self._note(f"evaluation after update {row.update}: {', '.join(part for part in parts if part)}")
 

@@ -70,8 +70,8 @@ class RunTracker:
             resume = resume_from_update is not None
             self._try_aim("open", lambda: self._open_aim(aim_repo, run_name, settings, resume))
 
-    def log(self, kind: Kind, update: int, metrics: Mapping[str, float]) -> None:
-        """Append one row and flush it; a number that is not finite becomes null.
+    def log(self, kind: Kind, update: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
+        """Append one row and flush it; a number that is not finite becomes null. at: its time; None: now.
 
         Raises:
             ValueError: A name that `metric_names` does not define, or an unknown kind.
@@ -81,7 +81,7 @@ class RunTracker:
         check_names(metrics)
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        row = {"kind": kind, "update": int(update), "time": time.time(), **finite}
+        row = {"kind": kind, "update": int(update), "time": time.time() if at is None else at, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         sink = self._aim

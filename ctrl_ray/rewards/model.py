@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import ConfigError, RewardError
+from ctrl_ray.errors import ConfigError, NonFiniteError, RewardError
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
@@ -196,12 +196,12 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _require_finite(name: str, values: Tensor | None) -> None:
-    """RewardError with the positions of the samples (first dimension) that hold a NaN or an infinity."""
+    """NonFiniteError with the positions of the samples (first dimension) that hold a NaN or an infinity."""
     if values is None or bool(torch.isfinite(values).all()):
         return
     bad = (~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    raise RewardError(
+    raise NonFiniteError(
         f"{name} are not finite for {len(bad)} of {len(values)} samples (positions {shown} of the batch); the policy has "
-        "probably diverged: lower the learning rates or guidance_strength, or start again from an earlier checkpoint"
+        "probably diverged: lower optimizer.learning_rate or guidance_strength, or start again from an earlier checkpoint"
     )

@@ -24,7 +24,8 @@ class PendingRewards(Protocol):
     """A request under way."""
 
     def result(self, timeout_s: float | None = None) -> RewardAnswer:
-        """Wait for the answer; RewardError after `timeout_s` seconds, when no actor is left, or when it is not finite."""
+        """Wait for the answer; RewardError after `timeout_s` seconds or when no actor is left, NonFiniteError when a number
+        of the request or the answer is not finite."""
         ...
 
 

@@ -210,7 +210,7 @@ def test_a_full_disk_and_then_a_nan_leave_the_last_good_checkpoint(
     filler = small_disk / "filler"
     updates: list[int] = []
     with pytest.raises(CheckpointError, match=r"could not be written to .*[Nn]o space left.*--resume"):
-        _train(config, small_disk, Faulty(pool, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
+        _train(hopeful, small_disk, Faulty(pool, rank=0, request=2 * 3, fault=_fill_once(small_disk)))
     assert filler.exists()
     _check_last_good(small_disk, 3)
     filler.unlink()

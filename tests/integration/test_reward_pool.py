@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, RewardPoolConfig
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.errors import ConfigError, ModelError, ResourceError, RewardError
+from ctrl_ray.errors import ConfigError, ModelError, NonFiniteError, ResourceError, RewardError
 from ctrl_ray.exact.suite import Effort, gaussian
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
@@ -149,7 +149,7 @@ def test_errors_of_the_evaluation_come_through(pool: RewardPool) -> None:
     latents, prompts, labels, weights = request(6)
     poisoned = latents.clone()
     poisoned[3] = math.nan
-    with pytest.raises(RewardError, match=r"^latents are not finite for 1 of 6 samples \(positions 3 of"):
+    with pytest.raises(NonFiniteError, match=r"^latents are not finite for 1 of 6 samples \(positions 3 of"):
         client.submit(poisoned, prompts, labels, weights).result()
     with pytest.raises(ConfigError, match=r"^label 13 of control 'jpeg_size' is out of range"):
         client.submit(latents, prompts, labels + 9, weights).result()
@@ -335,7 +335,7 @@ def test_requests_that_wait_together_share_a_forward(ray_session: None, model: R
         requests = [request(3, seed) for seed in range(3)]
         requests[1][0][2] = math.nan
         pending = [client.submit(*arguments) for client, arguments in zip(clients, requests, strict=True)]
-        with pytest.raises(RewardError, match=r"latents are not finite for 1 of 3 samples \(positions 2 of"):
+        with pytest.raises(NonFiniteError, match=r"latents are not finite for 1 of 3 samples \(positions 2 of"):
             pending[1].result()
         for seed in (0, 2):
             assert_agree(pending[seed].result(), model.evaluate(*requests[seed]))

@@ -152,6 +152,19 @@ def test_nobody_reads_the_output(body: str, status: int) -> None:
     assert (process.returncode, error) == (status, "")
 
 
+def test_a_sign_that_the_terminal_lacks_does_not_end_the_command() -> None:
+    """As in a container, whose output is ASCII; a stream that has its own way keeps it."""
+    code = (
+        "import sys\nfrom ctrl_ray.command import run\nfrom ctrl_ray.errors import ConfigError\n"
+        "def body(argv):\n    print('2 × 3 größe 好')\n    raise ConfigError('größe')\n"
+        "sys.exit(run(body))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with _process(code, stdout=subprocess.PIPE, env=environment) as process:
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (2, "2 ? 3 gr??e ?\n", "error: gr\\xf6\\xdfe\n")
+
+
 def test_another_pipe_that_breaks_is_a_failure() -> None:
     """Only a reader of the command's own output may leave."""
     with pytest.raises(BrokenPipeError):

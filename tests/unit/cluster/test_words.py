@@ -76,6 +76,14 @@ def test_addresses_of_other_services_are_refused(address: str) -> None:
         check_address(address)
 
 
+@pytest.mark.parametrize(
+    "address", ["nonsense", "localhost", ":6379", "head:", "head:x", "head:0", "head:70000", "a/b:6379"]
+)
+def test_what_is_no_address_is_refused_with_the_forms_there_are(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS is '{address}'; expected HOST:PORT .*'auto' .*unset"):
+        check_address(address)
+
+
 def test_a_token_file_that_is_missing_or_empty_is_an_error_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
+
 from ctrl_ray.distributed.channel import MetricsChannel
-from ctrl_ray.distributed.rows import Notice, Started, Stop
+from ctrl_ray.distributed.rows import EvaluationDone, Notice, Started, Stop, UpdateDone
 
 
 def test_rows_come_in_order_and_once() -> None:
@@ -30,3 +34,23 @@ def test_the_first_failure_counts() -> None:
     channel.fail(first)
     channel.fail(ValueError("second"))
     assert channel.failure() is first
+
+
+def test_rows_of_metrics_are_kept_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their time; a restart forgets the updates that are done again, and keeps an evaluation beside training."""
+    monkeypatch.setattr(time, "time", iter(range(10, 20)).__next__)
+    channel = MetricsChannel()
+    for row in (Started(0), Notice("a line"), UpdateDone(1, {"kl": 0.5}), UpdateDone(2, {}), UpdateDone(3, {})):
+        channel.put(row)
+    assert [(row.update, row.time) for row in channel.history()] == [(1, 10), (2, 11), (3, 12)]
+    assert channel.drain()[2].time == 10
+    channel.put(EvaluationDone(2, {"kl": 0.25}))
+    channel.put(Started(2, None, [UpdateDone(1, {"kl": 0.5}, time=10), UpdateDone(2, {}, time=11)]))
+    channel.put(UpdateDone(3, {"kl": 0.75}))
+    assert channel.history() == [
+        UpdateDone(1, {"kl": 0.5}),
+        UpdateDone(2, {}),
+        EvaluationDone(2, {"kl": 0.25}),
+        UpdateDone(3, {"kl": 0.75}),
+    ]
+    assert [row.time for row in channel.history()] == [10, 11, 13, 14]

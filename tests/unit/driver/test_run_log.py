@@ -135,3 +135,40 @@ def test_an_evaluation_that_a_resumed_run_makes_up_for_waits_for_its_workers(
     log.close()
     assert _rows(tmp_path) == [("update", 1), ("update", 2), ("evaluation", 2)]
     assert shown == [(2, "during", [], [])]
+
+
+def test_rows_that_a_killed_driver_did_not_write_come_with_the_checkpoint(tmp_path: Path) -> None:
+    """Each once, with its time; what was written stays as it is, and later updates are done again."""
+    before = _log(tmp_path)
+    for row in (Started(0), EvaluationDone(0, {"kl": 0.0}, time=5.0), _updated(1, reward=-1.5)):
+        before(row)
+    before.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "update", "upd')  # torn
+    brought = [
+        EvaluationDone(0, {"kl": 9.0}, time=9.0),
+        UpdateDone(1, {"reward": 9.0}, time=9.0),
+        UpdateDone(2, {"reward": -0.25, "kl": 0.125}, time=7.0),
+        EvaluationDone(2, {"kl": 0.5, "accuracy": 0.75}, time=8.0),
+    ]
+    log = _log(tmp_path, resume=True)
+    for row in (Started(2, 0.00616, brought), _updated(3)):
+        log(row)
+    log.close()
+    rows = read_metrics(tmp_path)
+    assert rows[0] == {"kind": "evaluation", "update": 0, "time": 5.0, "kl": 0.0}
+    assert (rows[1]["update"], rows[1]["reward"]) == (1, -1.5)
+    assert rows[2:4] == [
+        {"kind": "update", "update": 2, "time": 7.0, "reward": -0.25, "kl": 0.125},
+        {"kind": "evaluation", "update": 2, "time": 8.0, "kl": 0.5, "accuracy": 0.75, "kl_noise_floor": 0.00616},
+    ]
+    assert [(row["kind"], row["update"]) for row in rows[4:]] == [("update", 3)]
+
+
+def test_a_new_run_writes_no_row_twice(tmp_path: Path) -> None:
+    """After a lost worker the rows of the checkpoint are there already."""
+    log = _log(tmp_path)
+    for row in (Started(0), _updated(1), _updated(2), _updated(3), Started(2, None, [_updated(1), _updated(2)])):
+        log(row)
+    log.close()
+    assert _rows(tmp_path) == [("update", 1), ("update", 2)]

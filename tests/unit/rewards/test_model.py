@@ -14,7 +14,7 @@ from torch import Tensor
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.networks import SmallCNN
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.errors import ConfigError, ModelError, RewardError
+from ctrl_ray.errors import ConfigError, ModelError, NonFiniteError, RewardError
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec, load_reward_model
@@ -130,19 +130,19 @@ def test_nonfinite_values_are_named(model: RewardModel, tiny_pipeline: Path) -> 
     latents, prompts, labels, weights = request(6)
     latents[2, 0, 0, 0] = math.nan
     latents[4, 1, 1, 1] = math.inf
-    with pytest.raises(RewardError, match=r"latents are not finite for 2 of 6 samples \(positions 2, 4 of"):
+    with pytest.raises(NonFiniteError, match=r"latents are not finite for 2 of 6 samples \(positions 2, 4 of"):
         model.evaluate(latents, prompts, labels, weights)
-    with pytest.raises(RewardError, match="latents are not finite"):
+    with pytest.raises(NonFiniteError, match="latents are not finite"):
         model.decode(latents)
     latents, prompts, labels, weights = request(6)
     weights[1, 0] = math.inf
-    with pytest.raises(RewardError, match=r"weights are not finite for 1 of 6 samples \(positions 1 of"):
+    with pytest.raises(NonFiniteError, match=r"weights are not finite for 1 of 6 samples \(positions 1 of"):
         model.evaluate(latents, prompts, labels, weights)
     broken = small_model(tiny_pipeline)
     with torch.no_grad():
         broken.classifiers[1].head.bias[0] = math.nan
     _, prompts, labels, weights = request(6)
-    with pytest.raises(RewardError, match=r"log-probabilities are not finite .*positions 0, 2, 3, 5 of"):
+    with pytest.raises(NonFiniteError, match=r"log-probabilities are not finite .*positions 0, 2, 3, 5 of"):
         broken.evaluate(latents, prompts, labels, weights)
 
 

@@ -1,0 +1,107 @@
+"""What a local Ray cannot take of its surroundings is said before it starts; what goes wrong is one message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ctrl_ray.cluster import local_ray
+from ctrl_ray.cluster.local_ray import check_environment, init_ray
+from ctrl_ray.errors import ConfigError, ResourceError
+from ctrl_ray.ray_internals import silent_token_notice, socket_path
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this session's environment."""
+    for name in ("RAY_TMPDIR", "TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_is_too_long_by_one(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """107 bytes of a socket's path are possible; the message has the number that is, and a remedy."""
+    fits = 107 - len(socket_path(""))
+    monkeypatch.setattr(local_ray, "check_output", lambda path, option: path)
+    monkeypatch.setenv(variable, "/" + "x" * (fits - 2))
+    check_environment()
+    monkeypatch.setenv(variable, "/" + "x" * fits)
+    with pytest.raises(ConfigError, match=rf"^{variable} is '/xxx.*too long.*have {fits - 1}; .*RAY_TMPDIR=/tmp"):
+        check_environment()
+
+
+def test_the_variable_that_ray_reads_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the remedy which the messages give works."""
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 100)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    check_environment()
+
+
+def test_rays_sockets_take_ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp/größe")
+    with pytest.raises(ConfigError, match=r"^TMPDIR is '/tmp/größe'.*ASCII.*RAY_TMPDIR=/tmp"):
+        check_environment()
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc")
+    with pytest.raises(ConfigError, match=r"'/proc/ray' of RAY_TMPDIR cannot be written"):
+        check_environment()
+
+
+def test_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hard limit counts: Ray raises the other one itself."""
+    limits = {"is": (64, 64)}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits["is"])
+    with pytest.raises(
+        ConfigError, match=r"64 open files \(ulimit -Hn\), and Ray needs at least 256; .*ulimit -n 8192"
+    ):
+        check_environment()
+    for limits["is"] in ((64, 4096), (64, resource.RLIM_INFINITY)):
+        check_environment()
+
+
+def test_a_token_of_its_own_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Token authentication stays on, and what the user set stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local_ray._bring_a_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    local_ray._bring_a_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    local_ray._bring_a_token()
+    assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what Ray says, in one line; nothing of it goes on running."""
+    ended: list[str] = []
+
+    def gives_up(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.\n  The GCS has become overloaded.")
+
+    monkeypatch.setattr(ray, "init", gives_up)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("shutdown"))
+    says = (
+        r"^Ray did not start: The current node timed out during startup\. The GCS has become overloaded\. Try again\.$"
+    )
+    with pytest.raises(ResourceError, match=says):
+        init_ray("Ray did not start", "Try again.")
+    assert ended == ["shutdown"]
+
+
+def test_the_notice_of_the_token_is_silent_meanwhile() -> None:
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    assert logger.isEnabledFor(logging.WARNING)
+    with silent_token_notice():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.WARNING)
