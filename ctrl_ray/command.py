@@ -5,7 +5,7 @@
 | 0 | done | |
 | 1 | the run failed | RewardError, NonFiniteError, ResourceError, CheckpointError; any other exception, with its traceback |
 | 2 | you can correct it, then run it again | ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError; a wrong flag |
-| 130 | interrupted | Ctrl-C; SIGTERM in `train` and `tune`, and while `classify` or `verify` trains |
+| 130 | interrupted | Ctrl-C; SIGTERM |
 
 `verify` also ends with 1 when a bar is missed, and `tune` when no trial finished.
 
@@ -65,7 +65,8 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _show_what_can_be_shown(stream)
     try:
-        return body(sys.argv[1:] if argv is None else argv) or 0
+        with _sigterm_interrupts():
+            return body(sys.argv[1:] if argv is None else argv) or 0
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _drop_what_nobody_reads():
             return FAILED
@@ -95,12 +96,29 @@ def status_of(error: CtrlRayError) -> int:
 
 
 @contextmanager
-def stoppable(where: str) -> Iterator[None]:
+def stoppable(where: str, has_begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Inside, SIGTERM does what Ctrl-C does, and both become an InterruptedRunError that says how to go on.
 
-    where: The folder that holds what was finished. An InterruptedRunError from inside, which says it better, passes. Only
-    the main thread gets signals; in another one nothing is changed.
+    where: The folder that holds what was finished. has_begun: Whether anything is there, asked after the signal. An
+    InterruptedRunError from inside, which says it better, passes. Only the main thread gets signals; in another one nothing
+    is changed.
     """
+
+    try:
+        with _sigterm_interrupts():
+            yield
+    except InterruptedRunError:
+        raise
+    except KeyboardInterrupt:
+        again = "stopped; nothing was finished. Give the same command again"
+        if has_begun():
+            again = f"stopped; what was finished is in {where}. Go on with the same command and --resume"
+        raise InterruptedRunError(again) from None
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does; in another thread than the main one nothing is changed."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -111,12 +129,6 @@ def stoppable(where: str) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except InterruptedRunError:
-        raise
-    except KeyboardInterrupt:
-        raise InterruptedRunError(
-            f"stopped; what was finished is in {where}. Go on with the same command and --resume"
-        ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

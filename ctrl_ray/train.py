@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,6 +41,7 @@ def fit(
     dry_run: bool = False,
     machines: str | None = None,
     refit_classifier: bool = False,
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> Run:
     """Run all of CTRL: classifier, fine-tuning, evaluation, export, report. `python -m ctrl_ray.train` does the same.
 
@@ -50,7 +51,8 @@ def fit(
 
     resume: Go on from the last checkpoint under `config.output_dir`. dry_run: Check the settings, print the plan and stop.
     machines: Plan a dry run for these machines, which need not be there ('4x8x80GB', see `ctrl_ray.planning.machines`).
-    refit_classifier: Fit the classifiers from data even where the config names a fitted one.
+    refit_classifier: Fit the classifiers from data even where the config names a fitted one. on_bad_row: What becomes of a
+    row of the data set that cannot be used, where a classifier is fitted: 'skip' sets it aside, in DATA.bad_rows.jsonl.
     Raises the errors of `ctrl_ray.errors`; after Ctrl-C, when a checkpoint is written, InterruptedRunError.
     """
     from ctrl_ray.cluster.connection import connected, ray_job
@@ -75,32 +77,37 @@ def fit(
         raise ConfigError(f"--machines {machines} states machines to plan for; give it with --dry-run only")
     if machines is None:  # else the run will be started elsewhere
         check_output(config.output_dir)
-        check_output(config.aim_repo or config.output_dir, "--aim-repo")
+        if config.aim_repo:
+            check_output(config.aim_repo, "--aim-repo")
     folder = RunFolder(config.output_dir)
     stated = None if machines is None else stated_machines(machines)
     checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run, stated=stated)
     print(checked.summary, flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
-    folder.check(checked.asked, resume=resume)
-    print(f"run        {folder.name}, written to {folder.storage_path}", flush=True)
-    if job is not None:
-        print(job.hint, flush=True)
-    with connected(), stoppable(folder.storage_path):
-        check_cluster(checked.config)
-        check_shared(checked.config, folder)
-        folder.prepare(checked.asked, resume=resume)
-        checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts))
-        with rewards_of(checked.config) as rewards:
-            pre_trained = sample_pre_trained(checked, folder, rewards)
-            trained = fine_tune(checked, folder, rewards, resume=resume, pre_trained=pre_trained)
-            if trained.stopped is not None and trained.stopped.kind == "asked":
-                raise InterruptedRunError(
-                    f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
-                    f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
-                )
-            facts = {"time until the evaluation": duration(time.monotonic() - started)}
-            final = evaluate_and_report(checked, folder, rewards, trained, facts, pre_trained=pre_trained)
+
+    def begun() -> bool:
+        return resume or folder.has_begun(checked.asked)
+
+    with folder.claimed(checked.asked, resume=resume), stoppable(folder.storage_path, begun):
+        print(f"run        {folder.name}, written to {folder.storage_path}", flush=True)
+        if job is not None:
+            print(job.hint, flush=True)
+        with connected():
+            check_cluster(checked.config)
+            check_shared(checked.config, folder)
+            folder.prepare(checked.asked, resume=resume)
+            checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts), on_bad_row)
+            with rewards_of(checked.config) as rewards:
+                pre_trained = sample_pre_trained(checked, folder, rewards)
+                trained = fine_tune(checked, folder, rewards, resume=resume, pre_trained=pre_trained)
+                if trained.stopped is not None and trained.stopped.kind == "asked":
+                    raise InterruptedRunError(
+                        f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "
+                        f"{below(folder.storage_path, CHECKPOINTS)}. Go on with the same command and --resume"
+                    )
+                facts = {"time until the evaluation": duration(time.monotonic() - started)}
+                final = evaluate_and_report(checked, folder, rewards, trained, facts, pre_trained=pre_trained)
     summary = {
         "before": final.before,
         "after": final.after,
@@ -142,6 +149,9 @@ class Arguments:
     several kinds as 3x8x80GB,1x4x80GB."""
     refit_classifier: bool = False
     """Fit the classifiers from data even where the settings name a fitted one."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Where a classifier is fitted: 'error' stops at the first row of data that cannot be used, 'skip' sets it aside in
+    DATA.bad_rows.jsonl."""
 
 
 _ALSO = """Also: --preset {presets} (default: {default}); --config FILE.json (start from the config.json of a run);
@@ -203,6 +213,7 @@ def _main(argv: Sequence[str]) -> None:
         dry_run=arguments.dry_run,
         machines=arguments.machines,
         refit_classifier=arguments.refit_classifier,
+        on_bad_row=arguments.on_bad_row,
     )
 
 

@@ -54,6 +54,7 @@ def sweep(
     output_dir: str | None = None,
     resume: bool = False,
     base: TrainConfig | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> SweepResult:
     """Run a sweep and write its report. `python -m ctrl_ray.tune` does the same.
 
@@ -64,6 +65,7 @@ def sweep(
     space: A sweep file, or a `Space`. num_samples: Trials to draw, 16 by default (a grid is run through once).
     max_concurrent: At most this many trials at a time; 'auto': as many as have room. output_dir: runs/sweep-NAME by default.
     resume: Go on with the sweep in output_dir. base: The config that trials start from, instead of the space's preset.
+    on_bad_row: As for `ctrl_ray.fit`.
     Raises the errors of `ctrl_ray.errors`; after Ctrl-C InterruptedRunError. A trial that fails does not end the sweep.
     """
     from ctrl_ray.tuning.space import base_of, check_request, check_space, load_space
@@ -83,16 +85,23 @@ def sweep(
 
     folder = SweepFolder.at(output_dir or f"runs/sweep-{loaded.name}")
     checked = preflight(dataclasses.replace(start, output_dir=str(folder.path)))
-    wanted = folder.prepare(loaded, checked.asked, num_samples, resume=resume)
-    print(f"sweep      {folder.name}, written to {folder.path}", flush=True)
-    with connected(), stoppable(str(folder.path)):
-        check_cluster(checked.config)
-        check_shared(checked.config, RunFolder(str(folder.path)))
-        checked = prepare_classifiers(
-            checked, RunFolder(str(folder.path)), PipelineSampler(checked.config, checked.prompts)
-        )
-        with rewards_of(checked.config) as rewards:
-            return _run_and_report(loaded, checked, folder, rewards, wanted, max_concurrent, resume=resume)
+
+    def begun() -> bool:
+        return resume or folder.has_begun(checked.asked)
+
+    with (
+        folder.claimed(loaded, checked.asked, num_samples, resume=resume) as wanted,
+        stoppable(str(folder.path), begun),
+    ):
+        print(f"sweep      {folder.name}, written to {folder.path}", flush=True)
+        with connected():
+            check_cluster(checked.config)
+            own = RunFolder(str(folder.path))
+            check_shared(checked.config, own)
+            sampler = PipelineSampler(checked.config, checked.prompts)
+            checked = prepare_classifiers(checked, own, sampler, on_bad_row)
+            with rewards_of(checked.config) as rewards:
+                return _run_and_report(loaded, checked, folder, rewards, wanted, max_concurrent, resume=resume)
 
 
 def _run_and_report(
@@ -170,6 +179,9 @@ class Arguments:
     resume: bool = False
     """Go on with the sweep in output_dir: finished trials stay, unfinished ones go on from their checkpoints, failed
     ones are tried again."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Where a classifier is fitted: 'error' stops at the first row of data that cannot be used, 'skip' sets it aside in
+    DATA.bad_rows.jsonl."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,6 +198,7 @@ def _main(argv: Sequence[str]) -> int:
         max_concurrent=arguments.max_concurrent,
         output_dir=arguments.output_dir,
         resume=arguments.resume,
+        on_bad_row=arguments.on_bad_row,
     )
     print(f"\nreport   {result.report}")
     if result.best is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
+import threading
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -46,9 +48,15 @@ def start_local_ray(num_cpus: int | None, *, verbose: bool) -> None:
 
 
 def init_ray(what: str, remedy: str, **options: Any) -> None:
-    """`ray.init(**options)`; where that fails, nothing is left of it and a ResourceError says `what`, why, and `remedy`."""
+    """`ray.init(**options)`; where that fails, nothing is left of it and a ResourceError says `what`, why, and `remedy`.
+
+    What SIGTERM did before, it does afterwards: Ray's own handler would end the process with a stack of its core.
+    """
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
     except Exception as error:
         told = start_tells(error)
         with suppress(Exception):

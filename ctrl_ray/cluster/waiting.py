@@ -66,7 +66,7 @@ class ClusterWait:
             raise ResourceError(
                 f"{self._facts(waited)}. That is longer than scaling.placement_timeout_s "
                 f"({self._placement_timeout_s:g}), so the run ends instead of paying for what is there; give the same command "
-                "again once there is room (train and tune: with --resume), or ask for less"
+                "again once there is room (with --resume where the output folder is still there), or ask for less"
             )
         if waited >= self._patience_s and now - self._last_said >= self._every_s:
             self._last_said = now

@@ -46,7 +46,7 @@ STATE = "training_state"
 PROGRESS_FILE = "progress.json"
 ADAPTER_FOLDER = "adapter"
 ROWS_FILE = "rows.jsonl"
-_ROWS = {"update": UpdateDone, "evaluation": EvaluationDone}
+_ROWS: Mapping[str, type[UpdateDone] | type[EvaluationDone]] = {"update": UpdateDone, "evaluation": EvaluationDone}
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What ends a write and does not pass by itself, as a network's trouble may."""
 

@@ -7,7 +7,8 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ctrl_ray.errors import ConfigError, InterruptedRunError, ModelError, RunFol
 from ctrl_ray.offline.reading import OnBadRow, plan_reading
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.runs.claim import claimed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,7 @@ def fit_classifier(
     Raises:
         ConfigError: The control, its classes, or a combination of settings cannot be fitted.
         DataError, ModelError: The data set, or the pipeline, cannot be read.
-        RunFolderError: `output_dir` already holds a classifier.
+        RunFolderError: `output_dir` already holds a classifier, or another process writes there now.
         NonFiniteError: The loss became NaN or infinite.
         ResourceError: There was no room for the workers for `scaling.placement_timeout_s`.
         InterruptedRunError: SIGINT or SIGTERM came; nothing of the fit is kept.
@@ -95,22 +97,30 @@ def fit_classifier(
             f"folder, and the run is written to {storage_path}; set classifier.num_workers to 1, or fit the classifier first "
             "(python -m ctrl_ray.classify) and give it by --control"
         )
+    with claimed(folder), connected(), _scratch(folder) as scratch:
+        job = FitJob(
+            config=config,
+            control=control,
+            image_size=load_backbone(config.base_model, config.base_revision).image_size(),
+            folder=str(scratch / "examples") if storage_path is None else None,
+            sample_pipeline=sample_pipeline,
+            on_bad_row=on_bad_row,
+        )
+        _run(job, storage_path or str(scratch), folder, quiet)
+    return read_result(folder)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder with 'examples' in it that is gone afterwards, and those that killed fits have left."""
+    for left in folder.glob(".fit-*"):
+        shutil.rmtree(left, ignore_errors=True)
     scratch = folder / f".fit-{uuid.uuid4().hex[:12]}"
     (scratch / "examples").mkdir(parents=True)
-    job = FitJob(
-        config=config,
-        control=control,
-        image_size=load_backbone(config.base_model, config.base_revision).image_size(),
-        folder=str(scratch / "examples") if storage_path is None else None,
-        sample_pipeline=sample_pipeline,
-        on_bad_row=on_bad_row,
-    )
     try:
-        with connected():
-            _run(job, storage_path or str(scratch), folder, quiet)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return read_result(folder)
 
 
 def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipeline | None = None) -> None:
@@ -196,9 +206,11 @@ def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool) -> None:
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"stopped; the classifier of {job.control} was not fitted, and nothing of the fit is kept. Give the same command "
-            "again (train and tune: with --resume)"
+            "again (train and tune: with --resume, where their output folder is still there)"
         ) from None
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as written:
-        shutil.copytree(written, folder, dirs_exist_ok=True)
+        # the settings last: where they are, the classifier is whole
+        shutil.copytree(written, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SETTINGS))
+        shutil.copyfile(Path(written) / SETTINGS, folder / SETTINGS)
     result.filesystem.delete_dir(result.path)

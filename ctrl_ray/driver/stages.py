@@ -31,6 +31,7 @@ from ctrl_ray.evaluation.certificate import certificate_row, certify_evaluation
 from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
+from ctrl_ray.offline.reading import OnBadRow
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.report import REPORT, report_pictures, write_report
 from ctrl_ray.reporting.summary import Evaluation, not_learned_of
@@ -61,14 +62,16 @@ class FinalEvaluation:
     """Of the training, in nats (`ctrl_ray.evaluation.metric_names`)."""
 
 
-def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None) -> CheckedRun:
+def prepare_classifiers(
+    checked: CheckedRun, folder: RunFolder, sample_pipeline: SamplePipeline | None, on_bad_row: OnBadRow = "error"
+) -> CheckedRun:
     """Stage 1: fit the classifiers that the config does not give; the run keeps a copy of every one it uses."""
     folders: dict[str, Path] = {}
     for name, control in checked.config.controls.items():
         target = folder / CLASSIFIER / name
         if not (target / "classifier.json").is_file():
             if control.classifier is not None:
-                shutil.copytree(control.classifier, target, dirs_exist_ok=True)
+                _copy_whole(Path(control.classifier), target)
             else:
                 wants_samples = checked.config.classifier.num_pipeline_samples > 0
                 fitted = fit_classifier(
@@ -76,6 +79,7 @@ def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline:
                     name,
                     output_dir=target,
                     sample_pipeline=sample_pipeline if wants_samples else None,
+                    on_bad_row=on_bad_row,
                     storage_path=below(folder.storage_path, CHECKPOINTS) if not folder.is_local else None,
                 )
                 folder.upload()
@@ -86,6 +90,15 @@ def prepare_classifiers(checked: CheckedRun, folder: RunFolder, sample_pipeline:
                 )
         folders[name] = target
     return checked.with_classifiers(folders)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder to where none is, or a part of one that a killed run has left; a half copy is never in its place."""
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow.fs
@@ -14,6 +16,8 @@ import pyarrow.fs
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import read_train_config, to_json
 from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.runs.claim import CLAIM_FILE, claimed, clear, discarded_on_error, holds_files, holds_worth
+from ctrl_ray.runs.copies import CLASSIFIER
 from ctrl_ray.runs.files import write_whole
 from ctrl_ray.runs.outputs import kept_path
 
@@ -69,10 +73,10 @@ class RunFolder:
             if resume:
                 self._download()
             elif not self._remote_exists():
-                shutil.rmtree(self.local, ignore_errors=True)  # what a run that is gone left here
+                clear(self.local)  # what a run that is gone left here
         stored = self.local / CONFIG_FILE
         if not resume:
-            if (self.local.exists() and any(self.local.iterdir())) or self._remote_exists():
+            if holds_files(self.local) or self._remote_exists():
                 raise RunFolderError(
                     f"output folder {self.output_dir} already holds {'a run' if stored.exists() else 'files'}; give "
                     "another --output-dir, or go on with that run by --resume"
@@ -90,6 +94,27 @@ class RunFolder:
                     "start a new run with another --output-dir"
                 )
 
+    @contextmanager
+    def claimed(self, config: TrainConfig, *, resume: bool) -> Iterator[None]:
+        """Inside, the folder is this process's alone, and `check` holds. A new run that fails before it has come to anything
+        (`has_begun`) leaves nothing, so that it can be started again."""
+        with claimed(self.local):
+            self.check(config, resume=resume)
+            if resume:
+                yield
+                return
+            try:
+                with discarded_on_error(self.local, lambda path: is_copy_or_draft(path, config)):
+                    yield
+            except BaseException:
+                if not holds_files(self.local):
+                    self._discard_remote()
+                raise
+
+    def has_begun(self, config: TrainConfig) -> bool:
+        """Whether the run has left anything that would have to be computed again."""
+        return holds_worth(self.local, lambda path: is_copy_or_draft(path, config))
+
     def prepare(self, config: TrainConfig, *, resume: bool) -> None:
         """`check`, then make the folder and write config.json."""
         self.check(config, resume=resume)
@@ -105,7 +130,7 @@ class RunFolder:
         paths = [self.local / name for name in names] if names else sorted(self.local.rglob("*"))
         for path in paths:
             relative = path.relative_to(self.local).as_posix()
-            if not path.is_file() or relative.partition("/")[0] == CHECKPOINTS:
+            if not path.is_file() or relative.partition("/")[0] in (CHECKPOINTS, CLAIM_FILE):
                 continue
             state = (path.stat().st_size, path.stat().st_mtime_ns)
             if self._uploaded.get(relative) == state:
@@ -115,6 +140,13 @@ class RunFolder:
             with path.open("rb") as source, self._filesystem.open_output_stream(target) as sink:
                 shutil.copyfileobj(source, sink, 2**20)
             self._uploaded[relative] = state
+
+    def _discard_remote(self) -> None:
+        """Remove what `upload` has put there."""
+        if self._filesystem is not None:
+            for relative in self._uploaded:
+                with suppress(OSError):
+                    self._filesystem.delete_file(f"{self._remote_path}/{relative}")
 
     def _remote_exists(self) -> bool:
         if self._filesystem is None:
@@ -141,6 +173,14 @@ def below(storage_path: str, name: str) -> str:
         return f"{storage_path}/{name}"
     path, mark, options = storage_path.partition("?")
     return f"{path.rstrip('/')}/{name}{mark}{options}"
+
+
+def is_copy_or_draft(path: PurePath, config: TrainConfig) -> bool:
+    """Whether a file of a run's folder is only a copy of what the user gave, or half of something."""
+    if path.parts[0] == CLASSIFIER and len(path.parts) > 2:
+        control = config.controls.get(path.parts[1])
+        return control is None or control.classifier is not None or path.parts[2].startswith(".")
+    return path.name == CONFIG_FILE or path.name.endswith(".draft")
 
 
 def changed_settings(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
-from ctrl_ray.runs.folder import changed_settings
+from ctrl_ray.runs.claim import claimed, discarded_on_error, holds_files, holds_worth
+from ctrl_ray.runs.files import write_whole
+from ctrl_ray.runs.folder import changed_settings, is_copy_or_draft
 from ctrl_ray.runs.outputs import check_output
 from ctrl_ray.tuning.space import Space
 
@@ -43,6 +47,22 @@ class SweepFolder:
         """Ray Tune's own state."""
         return self.path / TUNE
 
+    @contextmanager
+    def claimed(self, space: Space, asked: TrainConfig, num_samples: int | None, *, resume: bool) -> Iterator[int]:
+        """Inside, the folder is this process's alone and `prepare` has been done, whose answer it gives. A new sweep that
+        fails before it has come to anything leaves nothing."""
+        with claimed(self.path):
+            wanted = self.prepare(space, asked, num_samples, resume=resume)
+            if resume:
+                yield wanted
+                return
+            with discarded_on_error(self.path, lambda path: _is_worthless(path, asked)):
+                yield wanted
+
+    def has_begun(self, asked: TrainConfig) -> bool:
+        """Whether the sweep has left anything that would have to be computed again."""
+        return holds_worth(self.path, lambda path: _is_worthless(path, asked))
+
     def prepare(self, space: Space, asked: TrainConfig, num_samples: int | None, *, resume: bool) -> int:
         """Check the folder, write down what is asked; returns the number of samples to draw.
 
@@ -51,17 +71,19 @@ class SweepFolder:
         """
         file = self.path / SWEEP_FILE
         if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
+            if holds_files(self.path):
                 raise RunFolderError(
                     f"output folder {self.path} already holds {'a sweep' if file.is_file() else 'files'}; give another "
                     "--output-dir, or go on with that sweep by --resume"
                 )
             wanted = 16 if num_samples is None else num_samples
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / SPACE_FILE).write_text(space.source, encoding="utf-8")
             facts = {"name": space.name, "metric": space.metric, "mode": space.mode, "knobs": sorted(space.knobs)}
             stored = {**facts, "num_samples": wanted, "base": json.loads(to_json(asked))}
-            file.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+            draft = self.path / f"{SPACE_FILE}.draft"  # no sweep is there until the last line
+            draft.write_text(space.source, encoding="utf-8")
+            write_whole(file, json.dumps(stored, indent=2) + "\n")
+            draft.replace(self.path / SPACE_FILE)
             return wanted
         if not file.is_file():
             raise RunFolderError(
@@ -85,3 +107,7 @@ class SweepFolder:
                 f"file is kept as {self.path / SPACE_FILE}), or start a new sweep with another --output-dir"
             )
         return int(stored["num_samples"])
+
+
+def _is_worthless(path: PurePath, asked: TrainConfig) -> bool:
+    return path.name in (SWEEP_FILE, SPACE_FILE) or is_copy_or_draft(path, asked)

@@ -183,6 +183,30 @@ def test_sigterm_says_how_to_go_on() -> None:
         raise errors.InterruptedRunError("after update 3")
 
 
+def test_nothing_finished_is_nothing_to_go_on_from() -> None:
+    """Asked when the signal has come."""
+    with (
+        pytest.raises(
+            errors.InterruptedRunError, match=r"^stopped; nothing was finished\. Give the same command again$"
+        ),
+        stoppable("runs/x", lambda: False),
+    ):
+        raise KeyboardInterrupt
+
+
+def test_sigterm_ends_every_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line; the handler before it is there again."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def body(argv: Sequence[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    assert run(body, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_another_thread_gets_no_signals() -> None:
     """So that `fit` and `sweep` can run in one, as in a notebook."""
     before, inside = signal.getsignal(signal.SIGTERM), []

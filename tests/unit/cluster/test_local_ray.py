@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,21 @@ def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ResourceError, match=says):
         init_ray("Ray did not start", "Try again.")
     assert ended == ["shutdown"]
+
+
+def test_a_handler_of_sigterm_outlives_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray sets its own, which ends the process with a stack."""
+    mine = lambda number, frame: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        monkeypatch.setattr(ray, "init", lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+        init_ray("Ray did not start", "Try again.")
+        assert signal.getsignal(signal.SIGTERM) is mine
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nobody had one: Ray's stays
+        init_ray("Ray did not start", "Try again.")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_notice_of_the_token_is_silent_meanwhile() -> None:
