@@ -1,4 +1,4 @@
-"""The hot path: training workers under Ray Train, their batches, engine and checkpoints, and what the driver runs them with."""
+"""Ray Train workers, the DeepSpeed engine and its config, checkpoints. The only users of deepspeed."""
 
 import logging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def run_training(
         scaling=config.scaling,
         num_workers=num_workers(config.scaling),
         storage_path=below(storage_path, CHECKPOINTS),
-        run_name=run_name,
+        run_name=ascii_name(run_name),
         max_failures=config.scaling.max_failures,
         environment=worker_environment(
             use_gpu=config.scaling.use_gpu,
@@ -72,6 +73,14 @@ def run_training(
         callbacks=callbacks,
     )
     return _trained(run_workers(group, follower), follower)
+
+
+def ascii_name(name: str) -> str:
+    """What Ray Train calls a run: Ray names things in ASCII. A run of the same name has the same one, by which it is resumed."""
+    if name.isascii():
+        return name
+    plain = "".join(sign if sign.isascii() else "_" for sign in name)
+    return f"{plain[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def export_adapter(trained: TrainingResult, folder: Path) -> Path:

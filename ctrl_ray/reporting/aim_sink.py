@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ctrl_ray.runs.copies import private_folder
 
 RUN_FILE = "run_hash"
 
@@ -50,7 +53,7 @@ class AimSink:
             opened = aim.Repo(str(repo))
         else:
             Path(repo).mkdir(parents=True, exist_ok=True)
-            opened = aim.Repo.from_path(str(repo), init=True)
+            opened = aim.Repo.from_path(str(_plainly_named(Path(repo))), init=True)
         self._aim = aim
         self._run = aim.Run(
             run_hash=run_hash,
@@ -94,6 +97,18 @@ class AimSink:
 def is_server(repo: str | Path) -> bool:
     """Whether this is the address of a tracking server rather than a folder."""
     return str(repo).startswith("aim://")
+
+
+def _plainly_named(repo: Path) -> Path:
+    """The folder, or a link to it where its path has signs that mean something in an address: Aim makes the address of its
+    database of the path as it stands. The link stays: Aim writes until the process ends."""
+    target = str(repo.absolute())
+    if not set("%?#") & set(target):
+        return repo
+    link = private_folder("aim") / hashlib.sha256(target.encode()).hexdigest()[:16]
+    if not link.is_symlink():
+        link.symlink_to(target, target_is_directory=True)
+    return link
 
 
 def _plain(value: Any) -> Any:

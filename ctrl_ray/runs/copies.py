@@ -45,10 +45,7 @@ class FolderCopy:
 
         It lies below a folder of the temporary directory that only this user can enter.
         """
-        parent = Path(tempfile.gettempdir()) / f"ctrl_ray_copies_{os.getuid()}"
-        parent.mkdir(mode=0o700, exist_ok=True)
-        if parent.stat().st_uid != os.getuid() or parent.is_symlink():
-            raise PermissionError(f"{parent} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+        parent = private_folder("copies")
         target = parent / self.digest
         if not target.is_dir():
             half = parent / f".{uuid.uuid4().hex}"
@@ -63,6 +60,15 @@ class FolderCopy:
                 if not target.is_dir():
                     raise
         return target
+
+
+def private_folder(purpose: str) -> Path:
+    """A folder of the temporary directory that only this user can enter; it stays."""
+    folder = Path(tempfile.gettempdir()) / f"ctrl_ray_{purpose}_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise PermissionError(f"{folder} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+    return folder
 
 
 def folder_here(path: str, copies: Mapping[str, FolderCopy]) -> str:

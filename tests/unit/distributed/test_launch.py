@@ -8,7 +8,7 @@ import pytest
 
 from ctrl_ray.cluster.resources import check_resources
 from ctrl_ray.config import ControlConfig, RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.launch import num_workers
+from ctrl_ray.distributed.launch import ascii_name, num_workers
 from ctrl_ray.errors import ConfigError, ResourceError
 
 CONFIG = TrainConfig(controls={"size": ControlConfig(classes=("a", "b"), oracle="jpeg_size")})
@@ -32,3 +32,11 @@ def test_an_elastic_group_is_a_range() -> None:
     check_resources(config, {"CPU": 3.0}, "the cluster")
     with pytest.raises(ResourceError, match="needs 3 CPUs"):
         check_resources(config, {"CPU": 2.0}, "the cluster")
+
+
+def test_a_runs_name_for_ray_is_ascii_and_always_the_same() -> None:
+    """By it a run is resumed; two names that differ in other letters are two runs, and a plain one stays as it is."""
+    assert ascii_name("my run #1 [50%25] & b") == "my run #1 [50%25] & b"
+    assert ascii_name("größe").startswith("gr__e-") and ascii_name("größe").isascii()
+    assert ascii_name("größe") == ascii_name("größe") != ascii_name("grüße")
+    assert len(ascii_name("好" * 85)) <= 255

@@ -1,6 +1,7 @@
 """The record of a run: what is written, what a resume drops, and that Aim is only a view."""
 
 import json
+import tempfile
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from ctrl_ray.errors import DataError, RunFolderError
 from ctrl_ray.reporting import tracking
+from ctrl_ray.reporting.aim_sink import _plainly_named
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker, read_metrics
 
 CONFIG = {"seed": 3, "controls": {"jpeg_size": {"thresholds": (1.0, 2.0), "oracle": None}}}
@@ -82,3 +84,16 @@ def test_aim_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
         tracker.log_images(1, "samples", [np.zeros((4, 4, 3), np.uint8)], ["a"])
         tracker.close()
     assert read_metrics(tmp_path)[0]["reward"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["50%25", "why?", "run #1"])
+def test_aim_gets_a_plain_path_of_a_folder_with_odd_signs(name, tmp_path, monkeypatch):
+    """It makes the address of its database of the path; a resumed run has the same link."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    folder = tmp_path / name / "aim"
+    folder.mkdir(parents=True)
+    link = _plainly_named(folder)
+    assert link.resolve() == folder and not set("%?#") & set(str(link))
+    assert _plainly_named(folder) == link and list(link.parent.iterdir()) == [link]
+    assert _plainly_named(tmp_path) == tmp_path
