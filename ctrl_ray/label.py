@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -74,14 +75,16 @@ def run(config: LabelConfig) -> LabelledData:
     """Label, and print what came out and what to do next."""
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.offline.labelling import label
+    from ctrl_ray.runs.claim import claimed
     from ctrl_ray.runs.outputs import check_output
 
-    check_output(config.output, "--output", kind="file" if config.output.endswith(".parquet") else "folder")
+    output = check_output(config.output, "--output", kind="file" if config.output.endswith(".parquet") else "folder")
+    own = nullcontext() if "://" in output else claimed(Path(output).parent, Path(output).name)
     prompts = config.prompts
     if config.draw_shapes is not None:
         draw_shapes(Path(config.images), config.draw_shapes, config.seed)
         prompts = "sidecar" if config.prompts_file is None else prompts
-    with connected():
+    with own, connected():
         data = label(
             config.images,
             config.output,

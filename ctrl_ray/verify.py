@@ -144,6 +144,7 @@ class VerifyOptions:
 
 def verify(options: VerifyOptions) -> bool:
     """Run what the options ask for, print and write what was reached; returns whether every bar is met."""
+    from ctrl_ray.runs.claim import claimed
     from ctrl_ray.runs.outputs import check_output
 
     if "://" in options.output_dir:
@@ -151,6 +152,11 @@ def verify(options: VerifyOptions) -> bool:
             f"output_dir of verify is {options.output_dir!r}; expected a folder; give another --output-dir"
         )
     options = dataclasses.replace(options, output_dir=check_output(options.output_dir))
+    with claimed(Path(options.output_dir)):
+        return _verify(options)
+
+
+def _verify(options: VerifyOptions) -> bool:
     if options.adapter or options.pipeline:
         return verify_adapter(options)
     if options.error_budget:

@@ -76,7 +76,7 @@ def run_training(
 
 
 def ascii_name(name: str) -> str:
-    """What Ray Train calls a run: Ray names things in ASCII. A run of the same name has the same one, by which it is resumed."""
+    """What Ray Train calls a run, by which it is resumed: Ray names things in ASCII."""
     if name.isascii():
         return name
     plain = "".join(sign if sign.isascii() else "_" for sign in name)

@@ -21,17 +21,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, file: str | None = None) -> Iterator[None]:
     """Inside, the folder is there, and no other process gets through here with it. RunFolderError where one has it now.
 
-    What was made for it is gone afterwards if nothing was put there.
+    file: Claim this file in the folder alone. What was made for it is gone afterwards if nothing was put there.
     """
+    place = folder / (CLAIM_FILE if file is None else f".{file}{CLAIM_FILE}")
+    what = f"output folder {folder}" if file is None else f"output {folder / file}"
     made = next((parent for parent in reversed([folder, *folder.parents]) if not parent.exists()), None)
-    claim = _claim(folder)
+    claim = _claim(place, what)
     try:
         yield
     finally:
-        (folder / CLAIM_FILE).unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
         claim.close()
         if made is not None:
             _remove_empty(folder, made)
@@ -73,11 +75,10 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _claim(folder: Path) -> IO[str]:
+def _claim(path: Path, what: str) -> IO[str]:
     """The file that holds the claim, locked. One that another process unlinked meanwhile is worth nothing: again then."""
-    path = folder / CLAIM_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +89,7 @@ def _claim(folder: Path) -> IO[str]:
             who = file.read().strip() or "another process"
             file.close()
             raise RunFolderError(
-                f"output folder {folder} is in use: {who} writes there now; wait for its end, or give another --output-dir"
+                f"{what} is in use: {who} writes there now; wait for its end, or give another output"
             ) from None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             file.truncate(0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import ctrl_ray.distributed  # noqa: F401: importing it is what is tested
-
 
 def test_deepspeed_does_not_tell_which_device_it_guesses() -> None:
     """A worker is told which it is for; the driver has none. Whatever else it says is told."""

@@ -42,6 +42,15 @@ def test_a_second_process_is_refused_and_says_who_is_there(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_claimed_without_its_folder(tmp_path: Path) -> None:
+    """Two data sets may be written side by side."""
+    data = tmp_path / "data"
+    again = pytest.raises(RunFolderError, match=r"output .*/data/a\.parquet is in use")
+    with claimed(data, "a.parquet"), claimed(data, "b.parquet"), again, claimed(data, "a.parquet"):
+        pytest.fail("two had it at once")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_claim_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     """Its file is there, and its lock is not."""
     (tmp_path / CLAIM_FILE).write_text("process 1 on elsewhere\n")
