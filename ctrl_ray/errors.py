@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -104,6 +105,23 @@ def _amounts(text: str) -> str:
 
 def own_error(error: BaseException) -> CtrlRayError | None:
     """The CtrlRayError behind an error that crossed Ray (task, actor, or a Train worker group), if there is one."""
+    return next((found for found in _behind(error) if isinstance(found, CtrlRayError)), None)
+
+
+def full_disk(error: BaseException) -> ResourceError | None:
+    """What to tell of an error that comes of a full disk, or of a quota that is used up; None for any other."""
+    for found in _behind(error):
+        full = isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(found):
+            return ResourceError(
+                f"a disk is full: {str(found).strip().splitlines()[-1]}; make room (df -h, or your quota), then give the same "
+                "command again (with --resume where its output folder is still there)"
+            )
+    return None
+
+
+def _behind(error: BaseException) -> Iterator[object]:
+    """The error, and those that it was made of."""
     seen: set[int] = set()
     queue: list[object] = [error]
     while queue:
@@ -111,10 +129,8 @@ def own_error(error: BaseException) -> CtrlRayError | None:
         if id(current) in seen or current is None:
             continue
         seen.add(id(current))
-        if isinstance(current, CtrlRayError):
-            return current
+        yield current
         queue += [getattr(current, "cause", None), getattr(current, "__cause__", None)]
         failures = getattr(current, "worker_failures", None)
         if isinstance(failures, Mapping):
             queue += list(failures.values())
-    return None

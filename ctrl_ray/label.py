@@ -104,7 +104,9 @@ def run(config: LabelConfig) -> LabelledData:
 def draw_shapes(folder: Path, num_images: int, seed: int) -> None:
     """Write drawn images as shape_000000.png with the prompt in shape_000000.txt; the folder must be new or empty."""
     from ctrl_ray.offline.shapes import draw_dataset
+    from ctrl_ray.runs.outputs import check_output
 
+    folder = Path(check_output(folder, "--images"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"images {folder} is not empty; expected a new or empty folder to draw into; give another")
     folder.mkdir(parents=True, exist_ok=True)

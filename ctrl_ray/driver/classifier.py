@@ -24,10 +24,11 @@ from ctrl_ray.distributed.rows import Notice, Stopping
 from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError, InterruptedRunError, ModelError, RunFolderError
-from ctrl_ray.offline.reading import OnBadRow, plan_reading
+from ctrl_ray.offline.reading import OnBadRow, plan_reading, side_file
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.runs.claim import claimed
+from ctrl_ray.runs.outputs import check_output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,9 @@ def fit_classifier(
             f"folder, and the run is written to {storage_path}; set classifier.num_workers to 1, or fit the classifier first "
             "(python -m ctrl_ray.classify) and give it by --control"
         )
+    if on_bad_row == "skip" and config.data and not is_embedded(config.data):
+        remedy = "copy the data set to where you can write, or set on_bad_row to error"
+        check_output(side_file(config.data), "--on-bad-row skip", kind="file", remedy=remedy)
     with claimed(folder), connected(), _scratch(folder) as scratch:
         job = FitJob(
             config=config,

@@ -17,11 +17,18 @@ _COMPANION = len(".bad_rows.jsonl") + 1
 """Bytes that names of files beside an output file are longer than its own."""
 
 
-def check_output(path: str | Path, option: str = "--output-dir", *, kind: Literal["folder", "file"] = "folder") -> str:
+def check_output(
+    path: str | Path,
+    option: str = "--output-dir",
+    *,
+    kind: Literal["folder", "file"] = "folder",
+    remedy: str | None = None,
+) -> str:
     """The absolute path of an output that can be written; what holds a scheme ('s3://…') passes as it is.
 
     A folder of that path may be there, and so may a file where `kind` is 'file'. Nothing is made: the nearest folder that
-    exists is tried with a file that has no name. `option` is how the user gave it, for the message.
+    exists is tried with a file that has no name. `option` is how the user gave it, for the message, and `remedy` what to do
+    about it; None: give another.
 
     Raises ConfigError when the output cannot be written, with the place that is in the way and the reason.
     """
@@ -32,8 +39,8 @@ def check_output(path: str | Path, option: str = "--output-dir", *, kind: Litera
     refusal = _in_the_way(place, kind)
     if refusal is not None:
         raise ConfigError(
-            f"output {text!r} of {option} cannot be written: {refusal}; expected a {kind} that this user can write; give "
-            f"another {option}"
+            f"output {text!r} of {option} cannot be written: {refusal}; expected a {kind} that this user can write; "
+            + (remedy or f"give another {option}")
         )
     return str(place)
 

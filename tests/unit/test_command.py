@@ -86,6 +86,14 @@ def test_a_body_has_its_own_status_and_the_arguments(monkeypatch: pytest.MonkeyP
     assert run(lambda argv: 1, []) == 1
 
 
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is nobody's fault in the code."""
+    assert run(_raising(OSError(28, "No space left on device", "/data/x")), []) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: a disk is full: [Errno 28] No space left on device: '/data/x'; make"
+    )
+
+
 def test_what_nobody_expected_keeps_its_traceback() -> None:
     """And the flags' parser ends the process as it does."""
     with pytest.raises(ZeroDivisionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import pickle
 
@@ -47,6 +48,22 @@ def test_errors_survive_pickling(error: type[Exception]) -> None:
     assert type(copy) is error
     assert str(copy) == message
     assert copy.args == (message,)
+
+
+def test_a_full_disk_is_found_and_said() -> None:
+    """Wherever it was met: in a library's own words, behind an error of Ray's; any other error is none."""
+    wrapper = RuntimeError("ray")
+    wrapper.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/data/metrics.jsonl")
+    for error in (
+        wrapper,
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/data/metrics.jsonl"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
+        found = errors.full_disk(error)
+        assert isinstance(found, errors.ResourceError)
+        assert str(found).startswith("a disk is full: ") and "make room" in str(found) and "--resume" in str(found)
+    assert "'/data/metrics.jsonl'" in str(errors.full_disk(wrapper))
+    assert errors.full_disk(PermissionError(errno.EACCES, "Permission denied", "/data")) is None
 
 
 def test_own_error_is_found_behind_rays() -> None:
