@@ -10,7 +10,8 @@
 `verify` also ends with 1 when a bar is missed, and `tune` when no trial finished.
 
 An error of `ctrl_ray.errors`, or a disk that is full, is one message on standard error, even where Ray carried it from
-another process. With CTRL_RAY_VERBOSE=1 its traceback comes first. When nobody reads the output any more (`| head`), the command ends in silence.
+another process. With CTRL_RAY_VERBOSE=1 its traceback comes first. When nobody reads the output any more (`| head`), the
+command ends in silence.
 A sign that the terminal's encoding does not have (× in ASCII) is shown as '?'.
 """
 
