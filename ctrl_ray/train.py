@@ -186,11 +186,31 @@ def parse(argv: Sequence[str]) -> Arguments:
     description = f"{Arguments.__doc__}\n\n{_ALSO.format(presets='|'.join(PRESETS), default=DEFAULT_PRESET)}"
     return tyro.cli(
         Arguments,
-        args=rest,
+        args=_with_values(rest),
         default=Arguments(config=default),
         description=description,
         prog="python -m ctrl_ray.train",
     )
+
+
+_SWITCHES = {"--scaling.gradient-checkpointing", "--estimator.keep-graphs"}
+"""Settings that are true, false or 'auto'."""
+
+
+def _with_values(flags: Sequence[str]) -> list[str]:
+    """The flags, with True or False after a switch that has no value: what may be 'auto' is one too, alone or with no-."""
+    given: list[str] = []
+    for index, flag in enumerate(flags):
+        name = flag.replace("_", "-") if flag.startswith("--") else flag
+        positive = name.replace(".no-", ".")
+        following = flags[index + 1] if index + 1 < len(flags) else "--"
+        if positive in _SWITCHES and (name != positive or following.startswith("--")):
+            given += [positive, str(name == positive)]
+        elif given and given[-1] in _SWITCHES and flag.lower() in ("true", "false"):
+            given.append(flag.capitalize())
+        else:
+            given.append(positive if positive in _SWITCHES else flag)
+    return given
 
 
 def _parse_control(text: str) -> tuple[str, ControlConfig]:

@@ -107,6 +107,22 @@ def test_flags_override_the_preset_and_a_config_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--scaling.gradient-checkpointing"], (True, "auto")),
+        (["--scaling.gradient_checkpointing", "--estimator.keep-graphs", "false"], (True, False)),
+        (["--scaling.gradient-checkpointing", "auto", "--estimator.no-keep-graphs"], ("auto", False)),
+        (["--scaling.no-gradient-checkpointing", "--resume"], (False, "auto")),
+        (["--scaling.gradient_checkpointing", "True", "--estimator.keep_graphs", "False"], (True, False)),
+    ],
+)
+def test_a_switch_that_may_be_auto_is_a_switch_all_the_same(flags: list[str], expected: tuple[object, object]) -> None:
+    """Alone, with no-, or with a value."""
+    config = parse(flags).config
+    assert (config.scaling.gradient_checkpointing, config.estimator.keep_graphs) == expected
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: RewardPoolConfig(num_actors=-1), r"rewards\.num_actors is -1; expected at least 0"),
