@@ -38,6 +38,7 @@ from ctrl_ray.errors import (
     full_disk,
     own_error,
 )
+from ctrl_ray.runs.copies import private_folder
 
 Body = Callable[[Sequence[str]], int | None]
 """What a command does with its arguments; it returns None when it is done, or an exit status of its own."""
@@ -66,6 +67,7 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         _show_what_can_be_shown(stream)
+    _do_without_a_home()
     try:
         with _sigterm_interrupts():
             return body(sys.argv[1:] if argv is None else argv) or 0
@@ -144,6 +146,13 @@ def _show_what_can_be_shown(stream: TextIO) -> None:
     """No sign that the stream's encoding lacks ends the command."""
     if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
+
+
+def _do_without_a_home() -> None:
+    """Where the home folder is missing or cannot be written, matplotlib has another one, about which it says nothing."""
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        with suppress(OSError):
+            os.environ.setdefault("MPLCONFIGDIR", str(private_folder("matplotlib")))
 
 
 def _drop_what_nobody_reads() -> bool:

@@ -173,6 +173,23 @@ def test_a_sign_that_the_terminal_lacks_does_not_end_the_command() -> None:
     assert (process.returncode, out, error) == (2, "2 ? 3 gr??e ?\n", "error: gr\\xf6\\xdfe\n")
 
 
+def test_matplotlib_has_a_folder_where_there_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it complains in three lines; what the user set stays, and with a home nothing is changed."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("MPLCONFIGDIR", "restored in the end")
+    del os.environ["MPLCONFIGDIR"]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(lambda argv: 0, []) == 0 and "MPLCONFIGDIR" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    run(lambda argv: 0, [])
+    folder = Path(os.environ["MPLCONFIGDIR"])
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("MPLCONFIGDIR", "/mine")
+    run(lambda argv: 0, [])
+    assert os.environ["MPLCONFIGDIR"] == "/mine"
+
+
 def test_another_pipe_that_breaks_is_a_failure() -> None:
     """Only a reader of the command's own output may leave."""
     with pytest.raises(BrokenPipeError):
