@@ -19,6 +19,9 @@ from ctrl_ray.reporting.tracking import METRICS_FILE, Kind, RunTracker, read_met
 from ctrl_ray.runs.folder import RunFolder
 from ctrl_ray.wording import accuracy_text, floor_text, kl_text
 
+_NOTHING_DONE = -1
+"""Workers that begin before the first update evaluate the pre-trained model once more."""
+
 
 class RunLog:
     """Rows from the workers: to the progress display, metrics.jsonl and Aim; this process is their only writer."""
@@ -72,7 +75,7 @@ class RunLog:
             config=self._config,
             aim=self._config.aim,
             aim_repo=self._config.aim_repo,
-            resume_from_update=update if again else None,
+            resume_from_update=(update or _NOTHING_DONE) if again else None,
         )
         self._progress = RunProgress(self._config.num_updates, update, kl_noise_floor=row.kl_noise_floor)
         if again:
@@ -86,7 +89,7 @@ class RunLog:
         """Rows that the checkpoint brings and that an earlier driver did not come to write."""
         assert self._tracker is not None
         written = {(row["kind"], row["update"]) for row in read_metrics(self._folder.local)}
-        for row in started.rows:
+        for row in started.rows if started.update else ():
             kind: Kind = "update" if isinstance(row, UpdateDone) else "evaluation"
             if (kind, row.update) not in written:
                 self._tracker.log(kind, row.update, self._known_of(row), at=row.time)

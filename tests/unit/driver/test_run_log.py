@@ -165,6 +165,19 @@ def test_rows_that_a_killed_driver_did_not_write_come_with_the_checkpoint(tmp_pa
     assert [(row["kind"], row["update"]) for row in rows[4:]] == [("update", 3)]
 
 
+def test_a_start_from_the_very_beginning_drops_the_first_evaluation_too(tmp_path: Path) -> None:
+    """It is made again, as everything is."""
+    before = _log(tmp_path)
+    for row in (Started(0), EvaluationDone(0, {"kl": 0.0}), _updated(1)):
+        before(row)
+    before.close()
+    log = _log(tmp_path, resume=True)
+    for row in (Started(0, None, [EvaluationDone(0, {"kl": 0.0})]), EvaluationDone(0, {"kl": 0.0}), _updated(1)):
+        log(row)
+    log.close()
+    assert _rows(tmp_path) == [("evaluation", 0), ("update", 1)]
+
+
 def test_a_new_run_writes_no_row_twice(tmp_path: Path) -> None:
     """After a lost worker the rows of the checkpoint are there already."""
     log = _log(tmp_path)
