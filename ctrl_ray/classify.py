@@ -93,7 +93,6 @@ def _main(argv: Sequence[str]) -> None:
 
 def run(settings: ClassifyConfig) -> FitResult:
     """Fit, and print the metrics before and after scaling."""
-    from ctrl_ray.cluster.connection import connected
     from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.runs.outputs import check_output
 
@@ -105,15 +104,14 @@ def run(settings: ClassifyConfig) -> FitResult:
         from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 
         sampler = PipelineSampler(config, training_prompts(config))
-    with connected():
-        result = fit_classifier(
-            config,
-            settings.control,
-            output_dir=output_dir,
-            sample_pipeline=sampler,
-            on_bad_row=settings.on_bad_row,
-            overwrite=settings.overwrite,
-        )
+    result = fit_classifier(
+        config,
+        settings.control,
+        output_dir=output_dir,
+        sample_pipeline=sampler,
+        on_bad_row=settings.on_bad_row,
+        overwrite=settings.overwrite,
+    )
     print(describe(result))
     return result
 
