@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,19 +16,23 @@ from ctrl_ray.candidates.sampling import CandidatePlan, check_density, sample_ca
 from ctrl_ray.candidates.scoring import CandidateScoring
 from ctrl_ray.classifiers.classifier import read_control
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.config.call import CallConfig
 from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noise, image_seeds
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
-from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, read_adapter_info
+from ctrl_ray.policy.adapter import check_base_model
+from ctrl_ray.policy.adapter_info import AdapterInfo, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_adapted_policy, load_policy_on
 from ctrl_ray.policy.call_condition import call_condition
 from ctrl_ray.policy.control.labels import ControlValue, label_rows
 from ctrl_ray.policy.controlled import ControlledPolicy
-from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.device import check_device
+from ctrl_ray.policy.outputs import OutputType, check_output_type, finished
 from ctrl_ray.policy.precision import sampling_precision, set_float32_precision
-from ctrl_ray.policy.protocol import Encoder, Inputs
+from ctrl_ray.policy.protocol import Inputs, TextParts
 from ctrl_ray.runs.finished import find_classifiers
 
 
@@ -77,8 +78,9 @@ class ControlledPipeline:
         self._scheduler = scheduler
         self._precision: Precision = precision
         self._device = torch.device("cpu")
-        self._encoder: Encoder | None = None
+        self._encoder: TextParts | None = None
         self._decoder: LatentDecoder | None = None
+        self._diffusers: Any = None
         self._progress: dict[str, Any] = {}
         self._warned: set[str] = set()
 
@@ -99,15 +101,18 @@ class ControlledPipeline:
         in its run, and guidance_strength / kl_coef as trained.
         precision: of the denoiser; None: on a GPU that of the training, else 'fp32'. On a GPU it also decides about TF32 in
         this whole process (`set_float32_precision`). Raises ModelError for an incomplete folder, a base model that cannot be
-        found, or another one than the adapter was trained on (by hash).
+        found, or another denoiser than the adapter was trained on (by hash); warns of another VAE or text encoder.
         """
+        device = check_device(device)
         info = read_adapter_info(adapter)
         backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
-        check_base_model(info, backbone)
-        chosen = sampling_precision(precision, info.training, device)
-        policy = load_adapted_policy(adapter, info, backbone, info.num_classes, chosen)
+        warning = check_base_model(info, backbone)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=2)
         folders = {**find_classifiers(adapter, list(info.controls), {}), **(classifiers or {})}
         scoring = CandidateScoring(info.controls, folders, exponents, info)
+        chosen = sampling_precision(precision, info.training, device)
+        policy = load_adapted_policy(adapter, info, backbone, info.num_classes, chosen)
         return cls(policy.requires_grad_(False), info, scheduler=info.scheduler, precision=chosen, scoring=scoring).to(
             device
         )
@@ -135,11 +140,12 @@ class ControlledPipeline:
         scheduler: another noise schedule than the base model's own, such as `info.scheduler` of an adapter. exponents: of
         each control, 1 where it is not named.
         """
+        device = check_device(device)
         backbone = load_backbone(base_model, revision)
         controls = {name: read_control(folder, name) for name, folder in (classifiers or {}).items()}
+        scoring = CandidateScoring(controls, classifiers or {}, exponents, None)
         counts = {name: control.num_classes for name, control in controls.items()}
         policy = load_policy_on(backbone, counts, lora=None, precision=precision)
-        scoring = CandidateScoring(controls, classifiers or {}, exponents, None)
         return cls(policy.requires_grad_(False), None, scheduler=scheduler, precision=precision, scoring=scoring).to(
             device
         )
@@ -158,13 +164,29 @@ class ControlledPipeline:
     def _control_configs(self) -> Mapping[str, ControlConfig]:
         return self._scoring.controls
 
+    @property
+    def pipeline(self) -> Any:
+        """diffusers' own pipeline around the same denoiser, text encoder and VAE, for what its users do to them.
+
+        A LoRA that it loads beside the adapter counts in our calls too, in every step, with the weight that it is given:
+
+            pipe.pipeline.load_lora_weights("style.safetensors", adapter_name="style")
+
+        `adapter_scale` is the scale of ours alone. Its own calls know nothing of controls.
+        """
+        if self._diffusers is None:
+            parts = {self.policy.backbone.denoiser: self.policy.denoiser, "vae": self._vae().vae, **self._text().parts}
+            self._diffusers = self.policy.backbone.load_pipeline(**parts)
+        return self._diffusers
+
     def to(self, device: str | torch.device) -> ControlledPipeline:
-        """Move all parts to a device."""
-        self._device = torch.device(device)
+        """Move all parts to a device; ConfigError names those that are here where it is not."""
+        self._device = check_device(device)
         if self._device.type == "cuda":
             set_float32_precision(self._precision)
-        self.policy.to(self._device)
-        self._encoder = self._decoder = None  # loaded where they are needed
+        for part in (self.policy, self._encoder, self._decoder):
+            if part is not None:
+                part.to(self._device)
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -193,7 +215,7 @@ class ControlledPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         on_step: Callable[[int, Tensor], None] | None = None,
         draw: Sampler = rollout,
         num_candidates: int = 1,
@@ -219,14 +241,28 @@ class ControlledPipeline:
                 The noise of candidate j depends on j and one number drawn from the image's generator alone.
             candidate_batch_size: Candidates sampled at a time; None: as many as images.
 
-        Raises ConfigError for unknown controls and classes, sizes that the model cannot make, a guidance scale below 1, and
-        numbers of generators or latents that are not those of the images.
+        Raises ConfigError for unknown controls and classes, numbers out of range (`CallConfig`), sizes that the model cannot
+        make, and numbers of generators or latents that are not those of the images; NonFiniteError where latents or images
+        are NaN or infinite. Warns of images that are black.
         """
-        if self._encoder is None:
-            self._encoder = self.policy.backbone.load_encoder(self._device)
+        check_output_type(output_type)
+        call = CallConfig(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            adapter_scale=adapter_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            num_candidates=num_candidates,
+            candidate_batch_size=candidate_batch_size,
+        )
+        sampler = call.sampler(self.sampler)
+        kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
+        self._warn_of(sampler)
         condition = call_condition(
             self.policy.backbone,
-            self._encoder,
+            self._text(),
             self._device,
             prompt,
             negative_prompt,
@@ -235,11 +271,9 @@ class ControlledPipeline:
         )
         labels = self.labels(controls, len(condition))
         rows = [row for row in range(len(condition)) for _ in range(num_images_per_prompt)]
-        sampler = self._sampler(num_inference_steps, eta, guidance_scale)
-        self.policy.scale_adapter(adapter_scale)
+        self.policy.scale_adapter(call.adapter_scale)
         inputs = Inputs(condition.select(rows), labels[rows].to(self._device), Guidance.of(sampler))
-        kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
-        shape = self._latent_shape(height, width)
+        shape = self._latent_shape(call.height, call.width)
         if num_candidates == 1:
             if self.info is None and self.controls and self._scoring.asked(labels):
                 raise ConfigError(
@@ -248,7 +282,7 @@ class ControlledPipeline:
             noise = generator_noise(len(rows), shape, generator, latents, self._device)
             with self._bar(kernel.num_steps, on_step) as told:
                 trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
-            return SampledImages(self._images(trajectory.clean_latents, output_type), trajectory)
+            return SampledImages(self._images(trajectory, output_type, generator), trajectory)
         if draw is not rollout:
             raise ConfigError(
                 f"num_candidates is {num_candidates}, but `draw` is not the plain sampler: the density of its paths is not "
@@ -269,7 +303,7 @@ class ControlledPipeline:
                 initial_noise=latents,
                 on_step=told,
             )
-        return SampledImages(self._images(path.trajectory.clean_latents, output_type), path.trajectory, path.ess)
+        return SampledImages(self._images(path.trajectory, output_type, generator), path.trajectory, path.ess)
 
     @contextmanager
     def _bar(
@@ -284,32 +318,25 @@ class ControlledPipeline:
 
             yield told
 
-    def _sampler(self, num_steps: int | None, eta: float | None, guidance_scale: float | None) -> SamplerConfig:
-        trained = self.sampler
-        steps = self._setting("num_steps", num_steps)
-        scale = self._setting("guidance_scale", guidance_scale)
-        chosen_eta = self._setting("eta", eta)
-        if scale < 1:
-            raise ConfigError(f"guidance_scale is {scale}; expected at least 1 (1 = off)")
-        if steps <= trained.reference_steps:
-            raise ConfigError(
-                f"num_inference_steps is {steps}, but the last {trained.reference_steps} are the pre-trained model's; "
-                f"expected at least {trained.reference_steps + 1}"
-            )
-        return replace(trained, num_steps=steps, eta=chosen_eta, guidance_scale=scale)
-
-    def _setting(self, name: str, value: Any) -> Any:
-        trained = getattr(self.sampler, name)
-        if value is None or value == trained:
-            return trained
-        if self.info is not None and name not in self._warned:
+    def _warn_of(self, sampler: SamplerConfig) -> None:
+        """Of each setting that is not as trained, once."""
+        for name in ("num_steps", "guidance_scale", "eta"):
+            value, trained = getattr(sampler, name), getattr(self.sampler, name)
+            if value == trained or self.info is None or name in self._warned:
+                continue
             self._warned.add(name)
             warnings.warn(
                 f"{name} is {value}, but the adapter was trained with {trained}: its guarantee holds for {trained} only",
                 UserWarning,
-                stacklevel=5,  # past torch.no_grad's frame
+                stacklevel=4,  # past torch.no_grad's frame
             )
-        return value
+
+    def _text(self) -> TextParts:
+        if self._encoder is None:
+            self._encoder = self.policy.backbone.load_encoder(self._device)
+        if self._diffusers is not None:  # others may have changed the text encoder since
+            self._encoder.forget()
+        return self._encoder
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         channels, *sides = self.policy.latent_shape
@@ -317,7 +344,7 @@ class ControlledPipeline:
         for index, (name, pixels) in enumerate((("height", height), ("width", width))):
             if pixels is None:
                 continue
-            if pixels <= 0 or pixels % factor:
+            if pixels % factor:
                 raise ConfigError(f"{name} is {pixels}; expected a positive multiple of {factor}")
             sides[index] = pixels // factor
         return (channels, *sides)
@@ -327,14 +354,15 @@ class ControlledPipeline:
             self._decoder = self.policy.backbone.load_decoder(device=self._device)
         return self._decoder
 
-    def _images(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = self._vae().decode(latents)
-        if output_type == "pt":
-            return images
-        if output_type == "np":
-            return np.asarray(images.permute(0, 2, 3, 1).cpu().numpy())
-        if output_type == "pil":
-            return [Image.fromarray(array) for array in to_uint8(images).cpu().numpy()]
-        raise ConfigError(f"output_type {output_type!r} is unknown; expected 'pil', 'np', 'pt' or 'latent'")
+    def _images(self, trajectory: Trajectory, output_type: OutputType, generator: Generators) -> Any:
+        latents = trajectory.clean_latents
+        of_images = generator if isinstance(generator, Sequence) else [None] * len(latents)
+        return finished(
+            latents,
+            self._vae,
+            output_type,
+            prompts=trajectory.inputs.condition.prompts,
+            seeds=[None if one is None else one.initial_seed() for one in of_images],
+            precision=self._precision,
+            warn_frame=3,  # past __call__ and torch.no_grad's frame
+        )

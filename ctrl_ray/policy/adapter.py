@@ -5,136 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from peft import get_peft_model_state_dict
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, NullBranch, SamplerConfig
+from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ModelError
+from ctrl_ray.policy.adapter_info import ADAPTER_FILE, AdapterInfo, read_adapter_info
+from ctrl_ray.policy.adapter_tensors import EMBEDDINGS_FILE, GAINS_FILE, adapter_tensors
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
-from ctrl_ray.policy.base_model import fingerprint
 from ctrl_ray.policy.class_loras import save_class_loras, write_usage
 from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.identity import file_fingerprints
 from ctrl_ray.runs.files import write_whole
 
-ADAPTER_FILE = "adapter.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-EMBEDDINGS_FILE = "control_embeddings.safetensors"
-GAINS_FILE = "label_gains.safetensors"
 README_FILE = "README.md"
 """How plain diffusers uses the files of the classes."""
 _WEIGHTS = "diffusion_pytorch_model"
-FORMAT_VERSION = 2
-"""1, which is still read, knew one kind of adapter, 'embedding', and one unconditional branch, the pre-trained model's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterInfo:
-    """The content of `adapter.json`."""
-
-    base_model: str
-    """Preset name, folder or hub id."""
-    base_revision: str | None
-    base_sha256: str
-    """`fingerprint` of the base model's denoiser."""
-    controls: Mapping[str, ControlConfig]
-    """In label-column order."""
-    sampler: SamplerConfig
-    """What the adapter was trained for; the guarantee holds for it alone."""
-    scheduler: Mapping[str, Any]
-    """DDIM scheduler config."""
-    lora: LoraConfig | None
-    """None: the whole denoiser was trained and lies in its sub-folder (unet/)."""
-    kind: AdapterKind = "embedding"
-    """How labels reach the denoiser."""
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Facts of the run: kl_coef, updates, evaluation, the share of pre-trained candidates, and the precision and sizes that
-    fitted its machines, which `python -m ctrl_ray.evaluate` takes up."""
-
-    @property
-    def num_classes(self) -> dict[str, int]:
-        """Classes of each control, in label-column order."""
-        return {name: control.num_classes for name, control in self.controls.items()}
-
-    def to_json(self) -> str:
-        """Indented JSON."""
-        controls = {
-            name: {
-                "classes": list(control.class_names),
-                "thresholds": list(control.thresholds),
-                "unit": control.unit,
-                "oracle": control.oracle,
-                "guidance_strength": control.guidance_strength,
-                "null_label": control.num_classes,
-            }
-            for name, control in self.controls.items()
-        }
-        content = {
-            "format_version": FORMAT_VERSION,
-            "base_model": {"id": self.base_model, "revision": self.base_revision, "sha256": self.base_sha256},
-            "controls": controls,
-            **dataclasses.asdict(self.sampler),
-            "scheduler": dict(self.scheduler),
-            "kind": self.kind,
-            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
-            "training": dict(self.training),
-        }
-        return json.dumps(content, indent=2)
-
-
-def read_adapter_info(folder: str | Path) -> AdapterInfo:
-    """Parse `adapter.json`; ModelError says what is missing."""
-    file = Path(folder) / ADAPTER_FILE
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; expected an adapter folder, such as RUN/adapter of a finished run")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format_version"] not in range(1, FORMAT_VERSION + 1):
-            raise ModelError(
-                f"{file} has format version {content['format_version']}; this ctrl_ray reads 1 to {FORMAT_VERSION}"
-            )
-        if content["format_version"] == 1:
-            content = {"kind": "embedding", "null_branch": "pre_trained", **content}
-        for key, known in (("kind", get_args(AdapterKind)), ("null_branch", get_args(NullBranch))):
-            if content[key] not in known:
-                raise ModelError(f"{file} has {key} {content[key]!r}; this ctrl_ray knows {', '.join(known)}")
-        base = content["base_model"]
-        return AdapterInfo(
-            base_model=base["id"],
-            base_revision=base["revision"],
-            base_sha256=base["sha256"],
-            controls={
-                name: ControlConfig(
-                    classes=tuple(control["classes"]),
-                    thresholds=tuple(control["thresholds"]),
-                    unit=control["unit"],
-                    oracle=control["oracle"],
-                    guidance_strength=control["guidance_strength"],
-                )
-                for name, control in content["controls"].items()
-            },
-            sampler=SamplerConfig(**{f.name: content[f.name] for f in dataclasses.fields(SamplerConfig)}),
-            scheduler=content["scheduler"],
-            lora=None
-            if content["lora"] is None
-            else LoraConfig(
-                rank=content["lora"]["rank"],
-                alpha=content["lora"]["alpha"],
-                target_modules=tuple(content["lora"]["target_modules"]),
-            ),
-            kind=content["kind"],
-            training=content["training"],
-        )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file} is not an adapter description of ctrl_ray: {type(error).__name__} {error}") from error
+_PART_NAMES = {"vae": "VAE (the decoder)", "text_encoder": "text encoder"}
 
 
 def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
@@ -144,14 +38,35 @@ def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
     write_whole(Path(folder) / ADAPTER_FILE, content)
 
 
-def check_base_model(info: AdapterInfo, backbone: Backbone) -> None:
-    """ModelError unless the denoiser found is the one the adapter was trained on."""
-    found = fingerprint(backbone.folder, backbone.denoiser)
-    if found != info.base_sha256:
+def check_base_model(info: AdapterInfo, backbone: Backbone) -> str | None:
+    """ModelError unless the denoiser found is the one the adapter was trained on; a warning where another part, through
+    which its classes were learned, is not: the text encoder, the VAE. An adapter that knows its denoiser alone, by its
+    files, is checked by those."""
+    folder, part = backbone.folder, backbone.denoiser
+    trained_on = f"the adapter was trained on {info.base_model!r} (revision {info.base_revision or 'default'})"
+    if not info.base_parts:
+        found = list(file_fingerprints(folder, part))
+        if info.base_sha256 not in found:
+            raise ModelError(
+                f"{trained_on[:-1]}, denoiser {info.base_sha256[:12]}…), but {folder} holds denoiser {found[0][:12]}…; give "
+                "the original base model"
+            )
+        return None
+    identities = backbone.identities()
+    known = {name: identity for name, identity in info.base_parts.items() if name in identities}
+    differences = {name: identity.difference(identities[name]) for name, identity in known.items()}
+    if part not in known or differences[part]:
         raise ModelError(
-            f"the adapter was trained on {info.base_model!r} (revision {info.base_revision or 'default'}, denoiser "
-            f"{info.base_sha256[:12]}…), but {backbone.folder} holds denoiser {found[:12]}…; give the original base model"
+            f"{trained_on}, but {folder} holds another denoiser ({differences.get(part) or 'of another family'}); give the "
+            "original base model"
         )
+    others = [f"{_PART_NAMES.get(name, name)} with {text}" for name, text in differences.items() if text]
+    if not others:
+        return None
+    return (
+        f"{trained_on}, but {folder} has another {' and another '.join(others)}; the adapter's classes may mean something "
+        "else with it: give the original base model"
+    )
 
 
 def save_adapter(folder: str | Path, policy: ControlledPolicy, info: AdapterInfo) -> Path:
@@ -230,31 +145,30 @@ def _save_facts(folder: Path, tables: Mapping[str, Tensor], info: AdapterInfo) -
     (folder / ADAPTER_FILE).write_text(info.to_json(), encoding="utf-8")
 
 
-def read_embeddings(folder: str | Path, info: AdapterInfo) -> dict[str, Tensor]:
-    """Control tables by name, (num_classes + 1, embedding_dim) float32, null row last."""
-    file = Path(folder) / EMBEDDINGS_FILE
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
-    tables = load_file(file)
-    for name, control in info.controls.items():
-        if name not in tables or len(tables[name]) != control.num_classes + 1:
-            raise ModelError(
-                f"{file} holds {list(tables[name].shape) if name in tables else 'no table'} for control {name!r}; "
-                f"expected {control.num_classes} classes + 1 null row"
-            )
-    return {name: tables[name].float() for name in info.controls}
-
-
 def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInfo:
     """Set a policy's parameters from an adapter (`--init-adapter`, evaluation).
 
-    Controls that the adapter lacks stay as they start, without effect; a control of the adapter that the policy lacks, other
-    classes, another kind of adapter or another LoRA rank are ModelErrors.
+    Controls that the adapter lacks stay as they start, without effect. ModelErrors: a control of the adapter that the policy
+    lacks, other classes, another kind of adapter or another LoRA rank; files that are missing or damaged, by name.
     """
     info = read_adapter_info(folder)
+    check_fits(folder, info, policy)
+    for parameter, value in adapter_tensors(folder, info, policy):
+        parameter.data.copy_(value.to(parameter.device))
+    return info
+
+
+def check_fits(folder: str | Path, info: AdapterInfo, policy: ControlledPolicy) -> None:
+    """ModelError where a policy cannot take an adapter, by its description."""
     if info.lora is not None and policy.lora is not None and info.kind != policy.kind:
         raise ModelError(
             f"adapter {folder} is of kind {info.kind!r}, this policy of kind {policy.kind!r}; set adapter.kind to {info.kind}"
+        )
+    if info.lora is None and policy.reference_denoiser is None:
+        raise ModelError(f"adapter {folder} holds a fully fine-tuned denoiser; set full_finetune to go on from it")
+    if info.lora is not None and policy.lora is None:
+        raise ModelError(
+            f"adapter {folder} holds LoRA, but this policy trains the whole denoiser; leave full_finetune out"
         )
     for name, count in info.num_classes.items():
         have = policy.controls.num_classes.get(name)
@@ -263,70 +177,6 @@ def load_into_policy(folder: str | Path, policy: ControlledPolicy) -> AdapterInf
                 f"adapter {folder} has control {name!r} with {count} classes; this policy has "
                 f"{'no such control' if have is None else f'{have} classes'}. Keep the adapter's controls in the config"
             )
-    if info.lora is None or info.kind != "gains":
-        for name, table in read_embeddings(folder, info).items():
-            weight = policy.controls.table(name).weight
-            weight.data.copy_(table.to(weight.device))
-    if info.lora is None:
-        _load_denoiser(Path(folder) / policy.backbone.denoiser, policy)
-    elif info.kind != "embedding":
-        _load_gains(Path(folder) / GAINS_FILE, policy, info)
-    else:
-        _load_lora(Path(folder) / LORA_FILE, policy)
-    return info
-
-
-def _load_lora(file: Path, policy: ControlledPolicy) -> None:
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
-    prefix = f"{policy.backbone.denoiser}."
-    loaded = policy.backbone.pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name)
-    state = loaded[0] if isinstance(loaded, tuple) else loaded  # with the networks' alphas, in some families
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    _require_shapes(file, own, get_peft_model_state_dict(policy.denoiser), "this policy's LoRA")
-    set_peft_model_state_dict(policy.denoiser, own)
-
-
-def _load_gains(file: Path, policy: ControlledPolicy, info: AdapterInfo) -> None:
-    """Those of the adapter's controls; a control that only the policy has keeps its own."""
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; the adapter folder is incomplete")
-    state = load_file(file)
-    own = {
-        name: parameter
-        for name, parameter in policy.denoiser.named_parameters()
-        if f".{GAINS}." in name and name.partition(f".{GAINS}.")[2].split(".")[1] in info.controls
-    }
-    _require_shapes(file, state, own, "this policy's label gains")
-    for name, parameter in own.items():
-        parameter.data.copy_(state[name].to(parameter.device))
-
-
-def _require_shapes(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whose: str) -> None:
-    """ModelError where names or shapes differ."""
-    have = {name: tuple(value.shape) for name, value in found.items()}
-    want = {name: tuple(value.shape) for name, value in wanted.items()}
-    if have != want:
-        different = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-        raise ModelError(
-            f"{file} does not fit {whose} ({len(different)} of {len(want)} tensors differ, first {different[0]}: file "
-            f"{have.get(different[0])}, policy {want.get(different[0])}); use the same lora.rank and lora.target_modules as "
-            "the adapter"
-        )
-
-
-def _load_denoiser(folder: Path, policy: ControlledPolicy) -> None:
-    if policy.reference_denoiser is None:
-        raise ModelError(
-            f"adapter {folder.parent} holds a fully fine-tuned denoiser; set full_finetune to go on from it"
-        )
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no safetensors weights; the adapter folder is incomplete")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    policy.denoiser.load_state_dict(state)
 
 
 def make_adapter_info(
@@ -339,13 +189,13 @@ def make_adapter_info(
     kind: AdapterKind = "embedding",
     training: Mapping[str, Any],
 ) -> AdapterInfo:
-    """Facts of a run as `adapter.json` stores them; hashes the base model."""
+    """Facts of a run as `adapter.json` stores them, with the identity of the base model's parts."""
     backbone = load_backbone(base_model, base_revision)
     public = {key: value for key, value in backbone.scheduler_config().items() if not key.startswith("_")}
     return AdapterInfo(
         base_model=str(base_model),
         base_revision=base_revision,
-        base_sha256=fingerprint(backbone.folder, backbone.denoiser),
+        base_parts=backbone.identities(),
         controls=dict(controls),
         sampler=sampler,
         scheduler=json.loads(json.dumps(public, default=str)),

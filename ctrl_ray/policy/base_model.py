@@ -1,9 +1,7 @@
-"""Where a base model's files are, and what identifies it."""
+"""Where a base model's files are."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 from ctrl_ray.embedded import PIPELINE, is_embedded
@@ -46,24 +44,3 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
             f"can be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network, or "
             "download it first and give the folder"
         ) from error
-
-
-def fingerprint(folder: str | Path, component: str) -> str:
-    """SHA-256 over the config and the safetensors of one component (hex, 64 characters).
-
-    An adapter stores it and refuses to load on another base model.
-    """
-    root = Path(folder) / component
-    digest = hashlib.sha256()
-    files = sorted(root.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{root} holds no safetensors weights; convert the model with diffusers' save_pretrained")
-    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest.update(json.dumps(public, sort_keys=True).encode())
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -10,7 +10,9 @@ import torch
 
 from ctrl_ray.config import AdapterKind, ControlConfig, LoraConfig, Precision, TrainConfig
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.adapter import AdapterInfo, check_base_model, load_into_policy, read_adapter_info
+from ctrl_ray.policy.adapter import check_base_model, check_fits, load_into_policy
+from ctrl_ray.policy.adapter_info import AdapterInfo, read_adapter_info
+from ctrl_ray.policy.adapter_tensors import adapter_tensors
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -104,3 +106,29 @@ def load_adapted_policy(
     )
     load_into_policy(folder, policy)
     return policy
+
+
+def check_adapter(folder: str | Path, info: AdapterInfo, backbone: Backbone) -> str | None:
+    """Before anything is started with an adapter: ModelError where it is damaged or was trained on another denoiser; the
+    warning of `check_base_model`. Its files are read, the base model's weights are not."""
+    warning = check_base_model(info, backbone)
+    counts, whole = info.num_classes, info.lora is None
+    policy = load_policy_on(backbone, counts, lora=info.lora, kind=info.kind, full_finetune=whole, empty=True)
+    _check_tensors(folder, info, policy)
+    return warning
+
+
+def check_init_adapter(config: TrainConfig, controls: Mapping[str, ControlConfig], backbone: Backbone) -> str | None:
+    """`check_adapter` of a run's `init_adapter`, against the policy that the run is to train; nothing where it has none."""
+    if not config.init_adapter:
+        return None
+    info = read_adapter_info(config.init_adapter)
+    warning = check_base_model(info, backbone)
+    _check_tensors(config.init_adapter, info, build_policy(config, controls, empty=True))
+    return warning
+
+
+def _check_tensors(folder: str | Path, info: AdapterInfo, policy: ControlledPolicy) -> None:
+    check_fits(folder, info, policy)
+    for _ in adapter_tensors(folder, info, policy):
+        pass

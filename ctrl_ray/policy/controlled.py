@@ -20,10 +20,12 @@ from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
 from ctrl_ray.policy.control.gains import add_label_gains, label_gains
 from ctrl_ray.policy.cotangent_scale import CotangentScale
-from ctrl_ray.policy.peft_internals import switch_adapters
+from ctrl_ray.policy.peft_internals import switch_adapter
 from ctrl_ray.policy.precision import half_dtype, keep_in_float32
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 
+LORA_NAME = "default"
+"""peft's name of our LoRA in a denoiser, which may hold others beside it."""
 _BRANCHES: dict[int, tuple[tuple[Literal["null", "prompt"], bool], ...]] = {
     1: (("prompt", True),),
     2: (("null", False), ("prompt", True)),
@@ -164,8 +166,7 @@ class ControlledPolicy(TrainablePolicy):
         if self.reference_denoiser is not None:
             raise ConfigError(f"adapter_scale is {scale}, but a fully fine-tuned denoiser has no LoRA to scale; use 1")
         for layer in self._lora_layers:
-            for name, alpha in layer.lora_alpha.items():
-                layer.scaling[name] = alpha / layer.r[name] * scale
+            layer.scaling[LORA_NAME] = layer.lora_alpha[LORA_NAME] / layer.r[LORA_NAME] * scale
         self._scale = scale
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
@@ -190,7 +191,7 @@ class ControlledPolicy(TrainablePolicy):
 
     def _set_mode(self, reference: bool, labels: Tensor | None) -> None:
         self._reference, self._labels = reference, labels
-        switch_adapters(self._lora_layers, on=not reference)
+        switch_adapter(self._lora_layers, LORA_NAME, on=not reference, scale=self._scale)
 
     def _scale_cotangents(self, rows: Tensor, prediction: Tensor, reference: bool) -> None:
         """The policy's forwards share the scale that its parameters divide by; each of the reference has its own."""
@@ -257,7 +258,7 @@ def _add_lora(backbone: Backbone, denoiser: Any, lora: LoraConfig, seed: int) ->
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)  # peft draws from the global generator; every rank must draw the same
-        denoiser.add_adapter(config)
+        denoiser.add_adapter(config, adapter_name=LORA_NAME)
     finally:
         torch.set_rng_state(state)
     for name, parameter in denoiser.named_parameters():

@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-def switch_adapters(layers: Iterable[BaseTunerLayer], *, on: bool) -> None:
-    """Let LoRA layers add their updates, or compute what the pre-trained layer does.
+def switch_adapter(layers: Iterable[BaseTunerLayer], name: str, *, on: bool, scale: float) -> None:
+    """Let one adapter of LoRA layers add its updates (at `scale` times its alpha / rank), or not.
 
-    Leans on `BaseTunerLayer._disable_adapters`: the public `enable_adapters` would also change which parameters require
-    a gradient, and training switches between the two at every denoising step.
+    Where it is alone, the layer computes what the pre-trained one does when it is off, bit for bit. Leans on
+    `BaseTunerLayer._disable_adapters`: the public `enable_adapters` would also change which parameters require a gradient,
+    and training switches between the two at every denoising step. Others beside it stay as they are.
     """
     for layer in layers:
-        layer._disable_adapters = not on
+        if len(layer.scaling) == 1:
+            layer._disable_adapters = not on
+        else:
+            layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * scale if on else 0.0

@@ -44,7 +44,7 @@ def check_weights(folder: Path) -> None:
             )
         raise ModelError(f"{folder} holds no safetensors weights; convert the model with diffusers' save_pretrained")
     for file in plain:
-        _check_safetensors(file)
+        check_safetensors(file)
     for index in folder.glob("*.safetensors.index.json"):
         named = set(read_json(index, "the index of its shards").get("weight_map", {}).values())
         missing = sorted(name for name in named if not (folder / name).is_file())
@@ -65,8 +65,24 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def _check_safetensors(file: Path) -> None:
-    """The header's length, its JSON, and as many bytes of tensors as it says."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a part is loaded from: the shards of its index, or the one file of the usual name. A variant
+    (.fp16) and whatever else lies beside them are not."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if index.is_file() and not (stem == "model" and single.is_file()):  # transformers prefers the single file
+            names = set(read_json(index, "the index of its shards").get("weight_map", {}).values())
+            return [folder / name for name in sorted(names)]
+        if single.is_file():
+            return [single]
+    return sorted(file for file in folder.glob("*.safetensors") if len(file.suffixes) == 1)
+
+
+def check_safetensors(file: Path) -> tuple[dict[str, Any], int]:
+    """(what the header tells of each tensor, where their bytes begin) of a safetensors file that is whole.
+
+    Looked at: the header's length, its JSON, and as many bytes of tensors as it says. ModelError names the file.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(_LFS))
@@ -78,12 +94,12 @@ def _check_safetensors(file: Path) -> None:
                 raise ValueError("its header is not whole")
             stream.seek(8)
             tensors = json.loads(stream.read(length))
-            wanted = max(
-                (facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"), default=0
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            tensors.pop("__metadata__", None)
+            wanted = max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ModelError(f"{file} is no safetensors file ({error}); fetch or write it again") from error
     if size != 8 + length + wanted:
         raise ModelError(
             f"{file} has {size:,} bytes, but its header tells of {8 + length + wanted:,}; fetch or write it again"
         )
+    return tensors, 8 + length

@@ -94,6 +94,23 @@ class Encoder(Protocol):
         ...
 
 
+class TextParts(Encoder, Protocol):
+    """The encoder of a pipeline's own text encoders, which other tools may change in place."""
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """What it consists of, by diffusers' names."""
+        ...
+
+    def to(self, device: str | torch.device) -> TextParts:
+        """Move it; returns itself."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is cached: its parts may have been changed."""
+        ...
+
+
 class TrainablePolicy(nn.Module):
     """A `Policy` that an engine can train."""
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.errors import ConfigError
+from ctrl_ray.errors import ConfigError, ModelError
 
 
 def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
@@ -19,6 +19,23 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     part of a Gaussian step).
     """
     return DDIMScheduler.from_config(dict(config), set_alpha_to_one=False, clip_sample=False, thresholding=False)
+
+
+def check_schedule(config: Mapping[str, Any], whose: str) -> None:
+    """ModelError unless a scheduler's config tells a schedule of betas that DDIM can be built from. whose: 'base model X'."""
+    found = config.get("_class_name")
+    if "num_train_timesteps" not in config or not {"beta_start", "trained_betas"} & set(config):
+        raise ModelError(
+            f"the scheduler of {whose} {f'is a {found}, which' if found else 'is one that'} has no noise schedule of "
+            "betas (num_train_timesteps, beta_start, beta_end); expected one of DDPM's family, such as DDIMScheduler"
+        )
+    try:
+        ddim_scheduler(config)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"the scheduler of {whose} has settings that make no noise schedule ({type(error).__name__}: {error}); expected "
+            "those of one of DDPM's family, such as DDIMScheduler"
+        ) from error
 
 
 def load_kernel(scheduler: DDIMScheduler, sampler: SamplerConfig) -> DDIMKernel:

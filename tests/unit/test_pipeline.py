@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -168,20 +169,34 @@ def test_other_sampler_settings_warn_once(exported: tuple[Path, ControlledPolicy
         _latents(pipeline, num_inference_steps=3)
     with pytest.warns(UserWarning, match=r"eta is 0\.0, but the adapter was trained with 1\.0"):
         _latents(pipeline, eta=0.0)
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"guidance_scale is 0\.5; expected at least 1"):
-        _latents(pipeline, guidance_scale=0.5)
 
 
-def test_another_base_model_is_refused(exported: tuple[Path, ControlledPolicy], tmp_path: Path) -> None:
-    shutil.copytree(exported[0], tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter.json"
-    content = json.loads(file.read_text())
-    content["base_model"]["sha256"] = "0" * 64
-    file.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"denoiser 000000000000…\), but .* holds denoiser"):
-        ControlledPipeline.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"adapter\.json does not exist"):
-        ControlledPipeline.from_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5; expected at least 1"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite number, at least 1"),
+        ({"eta": 1.5}, "eta is 1.5; expected a number in [0, 1]"),
+        ({"eta": float("nan")}, "eta is nan; expected a finite number, a number in [0, 1]"),
+        ({"adapter_scale": float("nan")}, "adapter_scale is nan; expected a finite number"),
+        ({"adapter_scale": float("-inf")}, "adapter_scale is -inf; expected a finite number"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; expected at least 1"),
+        ({"num_inference_steps": 1001}, "num_steps is 1001, but the model's noise schedule has 1000 steps"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5 (float); expected an integer or None"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; expected at least 1"),
+        ({"num_candidates": 0}, "num_candidates is 0; expected at least 1"),
+        ({"candidate_batch_size": -1}, "candidate_batch_size is -1; expected at least 1"),
+        ({"height": 0}, "height is 0; expected at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(
+    exported: tuple[Path, ControlledPolicy], options: dict[str, Any], message: str
+) -> None:
+    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=re.escape(message)):
+        warnings.simplefilter("error", UserWarning)
+        pipeline("a red circle", **options)
+    assert pipeline._encoder is None and pipeline._decoder is None
 
 
 @pytest.mark.full
@@ -252,5 +267,5 @@ def test_the_pre_trained_models_share_of_the_steps_stays(tiny_pipeline: Path, tm
     """With so few steps that all would be the pre-trained model's, the call is refused."""
     _export(tiny_pipeline, tmp_path, SamplerConfig(num_steps=3, reference_steps=1))
     pipeline = ControlledPipeline.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="the last 1 are the pre-trained model's"):
+    with pytest.raises(ConfigError, match="the last 1 are the pre-trained model's"):
         pipeline(PROMPTS, num_inference_steps=1)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.identity import PartIdentity, part_identity
 from ctrl_ray.policy.pipeline_files import check_weights, read_json
-from ctrl_ray.policy.protocol import Encoder
-from ctrl_ray.policy.schedule import ddim_scheduler, load_kernel
+from ctrl_ray.policy.protocol import TextParts
+from ctrl_ray.policy.schedule import check_schedule, ddim_scheduler, load_kernel
 
 Row = Literal["sample", "token"]
 """What a row of a layer's output belongs to: a sample (B, width), or one of several tokens or pixels of a sample."""
@@ -49,6 +49,10 @@ class Backbone(Protocol):
         """Side of an image in pixels at that size."""
         ...
 
+    def identities(self) -> dict[str, PartIdentity]:
+        """What the parts with weights are known by, the denoiser first, by sub-folder."""
+        ...
+
     def check(self) -> None:
         """ModelError where a part of the pipeline is missing, damaged or not of this family; loads no weights."""
         ...
@@ -73,7 +77,7 @@ class Backbone(Protocol):
         """(tokens of each prompt, how many the text encoder reads): what is beyond is lost."""
         ...
 
-    def load_encoder(self, device: str | torch.device = "cpu") -> Encoder:
+    def load_encoder(self, device: str | torch.device = "cpu") -> TextParts:
         """Prompts to conditions; frozen, float32."""
         ...
 
@@ -83,8 +87,8 @@ class Backbone(Protocol):
         """Latents to images, with gradients; frozen, float32. `empty`: as in `load_denoiser`."""
         ...
 
-    def load_pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
-        """diffusers' own pipeline with the scheduler of `make_kernel`, on the CPU."""
+    def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        """diffusers' own pipeline with the scheduler of `make_kernel`, on the CPU; `parts` by name are taken, not loaded."""
         ...
 
     def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:
@@ -130,15 +134,14 @@ class DiffusersBackbone:
     def check(self) -> None:
         """ModelError where a part is missing, damaged or of another family; reads configurations and headers alone."""
         folder = Path(self.folder)
-        schedule = self.component_config("scheduler")
-        if "num_train_timesteps" not in schedule or not {"beta_start", "trained_betas"} & set(schedule):
-            raise ModelError(
-                f"the scheduler of base model {folder} is a {schedule.get('_class_name')}, which has no noise schedule of "
-                "betas (num_train_timesteps, beta_start, beta_end); expected one of DDPM's family, such as DDIMScheduler"
-            )
+        check_schedule(self.component_config("scheduler"), f"base model {folder}")
         for part in (self.denoiser, *self.frozen_parts):
             self.component_config(part)
             check_weights(folder / part)
+
+    def identities(self) -> dict[str, PartIdentity]:
+        """See `Backbone`."""
+        return {part: part_identity(self.folder, part) for part in (self.denoiser, *self.frozen_parts)}
 
     @property
     def pipeline_class(self) -> Any:
@@ -158,7 +161,7 @@ class DiffusersBackbone:
         """See `Backbone`."""
         return load_kernel(self.scheduler if scheduler_config is None else ddim_scheduler(scheduler_config), sampler)
 
-    def load_pipeline(self, dtype: torch.dtype = torch.float32) -> Any:
+    def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """See `Backbone`."""
         return self.pipeline_class.from_pretrained(
             self.folder,
@@ -168,4 +171,5 @@ class DiffusersBackbone:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **parts,
         )

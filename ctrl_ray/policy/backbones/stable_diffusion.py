@@ -97,7 +97,9 @@ class StableDiffusion(DiffusersBackbone):
     def num_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
         """With the marks of start and end."""
         tokenizer = self.load_tokenizer()
-        return [len(tokens) for tokens in tokenizer(list(prompts)).input_ids], int(tokenizer.model_max_length)
+        # without `verbose` transformers does not warn of what is only counted here
+        tokens = tokenizer(list(prompts), verbose=False).input_ids
+        return [len(ids) for ids in tokens], int(tokenizer.model_max_length)
 
     def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
         """Tokenizer and CLIP text encoder."""
@@ -170,6 +172,21 @@ class TextEncoder:
         self._text_encoder = text_encoder.eval().requires_grad_(False)
         self._device = torch.device(device)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """See `TextParts`."""
+        return {"tokenizer": self._tokenizer, "text_encoder": self._text_encoder}
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """See `TextParts`."""
+        self._device = torch.device(device)
+        nn.Module.to(self._text_encoder, self._device)
+        return self
+
+    def forget(self) -> None:
+        """See `TextParts`."""
+        self._cache.clear()
 
     @torch.no_grad()
     def _features(self, prompt: str) -> Tensor:
