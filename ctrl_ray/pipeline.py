@@ -302,6 +302,7 @@ class ControlledPipeline:
                 *(self.policy, kernel, inputs, rewards, exponents, seeds, shape, plan),
                 initial_noise=latents,
                 on_step=told,
+                precision=self._precision,
             )
         return SampledImages(self._images(path.trajectory, output_type, generator), path.trajectory, path.ess)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ctrl_ray import command, embedded
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.config.call import CallConfig
 from ctrl_ray.config.fields import at_least, check_fields, share
-from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
     from ctrl_ray.pipeline import ControlledPipeline, SampledImages
-    from ctrl_ray.policy.adapter import AdapterInfo
+    from ctrl_ray.policy.adapter_info import AdapterInfo
+    from ctrl_ray.policy.backbones.base import Backbone
 
-MANIFEST = "manifest.jsonl"
 TRUSTED_ESS = 3.0
 """Mean effective sample size of an image's candidates (of few: ¾ of them) below which the images' law is not trusted. Measured
 on `shapes` with its pre-trained model at exponent 4, Wasserstein distance of the JPEG sizes to those of 512 exact samples a
 class, in noise floors: ESS 3.6 to 4.1 (K = 16) gives 1.0 to 1.5, 2.8 to 3.1 (12) 1.0 to 2.5, 2.0 to 2.1 (8) 3.8 to 4.4, 1.3 (4)
 12 to 14."""
-_OWN_FILE = re.compile(r"\d{5,}\.png")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +42,7 @@ class SampleConfig:
     get the null label."""
     num_images: Annotated[int, at_least(1)] = 16
     """Images in total. The prompts take turns."""
-    seed: int = 0
+    seed: Annotated[int, at_least(-1)] = 0
     """The seed of image i is made from this seed and i. It does not depend on batch_size or num_images."""
     output_dir: str = "samples"
     """Folder of the PNGs and of their manifest.jsonl."""
@@ -59,7 +58,7 @@ class SampleConfig:
     """Denoising steps. None: as the adapter was trained."""
     eta: Annotated[float | None, share()] = None
     """DDIM stochasticity. None: as the adapter was trained."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float | None, at_least(1)] = None
     """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""
     adapter_scale: float = 1.0
     """Scale of what the adapter adds. 1: as trained."""
@@ -114,43 +113,59 @@ def sample(config: SampleConfig) -> Path:
     """Write `num_images` PNGs and `manifest.jsonl` into `output_dir`; returns the manifest's path.
 
     A manifest row is {"file", "prompt", "control": {name: label}, "seed"}, with candidates also {"candidates": K, "ess": the
-    effective sample size of the image's group}; with `base` nothing was asked, so its control is empty. Raises ConfigError,
-    ModelError, or RunFolderError when the folder holds a manifest already.
+    effective sample size of the image's group}; with `base` nothing was asked, so its control is empty.
+
+    Everything that was given is checked before a model is loaded, and nothing is written before the first images are there:
+    ConfigError, DataError, ModelError, or RunFolderError when the folder holds images already. Later: NonFiniteError;
+    ModelError for black images; InterruptedRunError, which says what is finished.
     """
     from tqdm.auto import tqdm
 
-    from ctrl_ray.offline.prompts import read_prompts
-    from ctrl_ray.offline.text import json_line
-    from ctrl_ray.policy.adapter import read_adapter_info
+    from ctrl_ray.evaluation.sample_writer import SampleWriter
+    from ctrl_ray.policy.adapter_info import read_adapter_info
     from ctrl_ray.policy.control.labels import parse_labels
+    from ctrl_ray.runs.outputs import check_output
 
+    if "://" in config.output_dir:
+        raise ConfigError(f"output_dir is {config.output_dir!r}; expected a folder of this machine's file system")
+    writer = SampleWriter(Path(check_output(config.output_dir)), overwrite=config.overwrite)
     info = None if config.adapter is None else read_adapter_info(config.adapter)
     labels = parse_labels(config.control, _controls(config, info))
     controls = {} if config.base and config.candidates == 1 else labels
+    prompts = _prompts(config)
+    generate = _generator(config, info, controls, prompts)
+    try:
+        with tqdm(total=config.num_images, unit="image") as progress:
+            for start in range(0, config.num_images, config.batch_size):
+                indices = range(start, min(start + config.batch_size, config.num_images))
+                batch = [prompts[index % len(prompts)] for index in indices]
+                seeds = [image_seed(config.seed, index) for index in indices]
+                sampled = generate(batch, seeds)
+                rows: list[dict[str, Any]] = [
+                    {"file": f"{index:05d}.png", "prompt": prompt, "control": controls, "seed": seed}
+                    for index, prompt, seed in zip(indices, batch, seeds, strict=True)
+                ]
+                if sampled.ess is not None:
+                    for row, ess in zip(rows, sampled.ess, strict=True):
+                        row |= {"candidates": config.candidates, "ess": round(float(ess), 4)}
+                writer.add(sampled.images, rows)
+                progress.update(len(indices))
+    except KeyboardInterrupt:
+        raise InterruptedRunError(writer.interrupted(config.num_images)) from None
+    writer.check()
+    return writer.manifest
+
+
+def _prompts(config: SampleConfig) -> tuple[str, ...]:
+    from ctrl_ray.offline.prompts import read_prompts
+
     prompts = config.prompt or read_prompts(config.prompts_file or "")
-    folder = Path(config.output_dir)
-    _check_folder(folder, config.overwrite)
-    generate = _generator(config, info, controls)
-    manifest = None
-    with tqdm(total=config.num_images, unit="image") as progress:
-        for start in range(0, config.num_images, config.batch_size):
-            indices = range(start, min(start + config.batch_size, config.num_images))
-            batch = [prompts[index % len(prompts)] for index in indices]
-            seeds = [image_seed(config.seed, index) for index in indices]
-            sampled = generate(batch, seeds)
-            if manifest is None:  # nothing is replaced before there is something to put in its place
-                manifest = _prepare_folder(folder)
-            with manifest.open("a", encoding="utf-8") as rows:
-                for row, index in enumerate(indices):
-                    file = f"{index:05d}.png"
-                    sampled.images[row].save(folder / file)
-                    facts = {"file": file, "prompt": batch[row], "control": controls, "seed": seeds[row]}
-                    if sampled.ess is not None:
-                        facts |= {"candidates": config.candidates, "ess": round(float(sampled.ess[row]), 4)}
-                    rows.write(json_line(facts))
-            progress.update(len(indices))
-    assert manifest is not None  # num_images is at least 1
-    return manifest
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"prompt {prompt!r} is no text ({error.reason}); expected UTF-8") from error
+    return prompts
 
 
 def ess_lines(manifest: Path) -> list[str]:
@@ -205,19 +220,27 @@ def _exponents(config: SampleConfig) -> dict[str, float]:
     return exponents
 
 
-def _generator(config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int]) -> Generate:
+def _generator(
+    config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int], prompts: Sequence[str]
+) -> Generate:
+    """Check what needs the base model's settings, then load the models."""
+    from ctrl_ray.policy.backbones import load_backbone
+    from ctrl_ray.policy.prompt_lengths import cut_prompts
+
+    device = _device(config)
+    base = config.base_model or (embedded.NAME if info is None else info.base_model)
+    revision = None if config.base_model or info is None else info.base_revision
+    backbone = load_backbone(base, revision)
+    sampler = _call(config).sampler(SamplerConfig() if info is None else info.sampler)
+    backbone.make_kernel(sampler, None if info is None else info.scheduler)
+    for line in cut_prompts(backbone, set(prompts)):
+        print(f"warning: {line}", file=sys.stderr)
     without_adapter = config.base or info is None
-    pipeline = _base_pipeline(config, info) if without_adapter else _adapter_pipeline(config)
+    if without_adapter:
+        pipeline = _base_pipeline(config, info, backbone, (base, revision), device)
+    else:
+        pipeline = _adapter_pipeline(config, device)
     pipeline.set_progress_bar_config(disable=True)
-    sampler = SamplerConfig() if info is None else info.sampler
-    settings: dict[str, Any] = {
-        "num_inference_steps": config.num_steps,
-        "eta": config.eta,
-        "guidance_scale": config.guidance_scale,
-    }
-    if without_adapter:  # the adapter's settings, which this pipeline does not know
-        own = {"num_inference_steps": sampler.num_steps, "eta": sampler.eta, "guidance_scale": sampler.guidance_scale}
-        settings = {name: own[name] if value is None else value for name, value in settings.items()}
 
     def generate(prompts: list[str], seeds: list[int]) -> SampledImages:
         return pipeline(
@@ -227,39 +250,42 @@ def _generator(config: SampleConfig, info: AdapterInfo | None, controls: Mapping
             generator=_generators(seeds),
             num_candidates=config.candidates,
             candidate_batch_size=config.batch_size,
-            **settings,
+            num_inference_steps=sampler.num_steps,
+            eta=sampler.eta,
+            guidance_scale=sampler.guidance_scale,
         )
 
     return generate
 
 
-def _adapter_pipeline(config: SampleConfig) -> ControlledPipeline:
+def _call(config: SampleConfig) -> CallConfig:
+    return CallConfig(num_inference_steps=config.num_steps, eta=config.eta, guidance_scale=config.guidance_scale)
+
+
+def _adapter_pipeline(config: SampleConfig, device: str) -> ControlledPipeline:
     from ctrl_ray.pipeline import ControlledPipeline
 
     return ControlledPipeline.from_pretrained(
         config.adapter or "",
         base_model=config.base_model,
-        device=_device(config),
+        device=device,
         precision=config.precision,
         classifiers=_classifiers(config),
         exponents=_exponents(config),
     )
 
 
-def _base_pipeline(config: SampleConfig, info: AdapterInfo | None) -> ControlledPipeline:
+def _base_pipeline(
+    config: SampleConfig, info: AdapterInfo | None, backbone: Backbone, base: tuple[str, str | None], device: str
+) -> ControlledPipeline:
     from ctrl_ray.pipeline import ControlledPipeline
     from ctrl_ray.policy.adapter import check_base_model
-    from ctrl_ray.policy.backbones import load_backbone
     from ctrl_ray.policy.precision import sampling_precision
 
-    base = config.base_model or (embedded.NAME if info is None else info.base_model)
-    revision = None if config.base_model or info is None else info.base_revision
-    if info is not None:
-        check_base_model(info, load_backbone(base, revision))
-    device = _device(config)
+    if info is not None and (warning := check_base_model(info, backbone)):
+        print(f"warning: {warning}", file=sys.stderr)
     return ControlledPipeline.from_base_model(
-        base,
-        revision,
+        *base,
         scheduler=None if info is None else info.scheduler,
         device=device,
         precision=sampling_precision(config.precision, {} if info is None else info.training, device),
@@ -277,28 +303,9 @@ def _generators(seeds: list[int]) -> list[Any]:
 def _device(config: SampleConfig) -> str:
     import torch
 
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from ctrl_ray.policy.device import check_device
 
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output_dir {folder} is a file; expected a folder")
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise RunFolderError(
-            f"output_dir {folder} already holds {MANIFEST}; give another folder, or --overwrite to replace its images"
-        )
-
-
-def _prepare_folder(folder: Path) -> Path:
-    """Make the folder and take away the images of the run that is replaced; returns the manifest's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        manifest.unlink()
-        for file in folder.iterdir():
-            if _OWN_FILE.fullmatch(file.name):
-                file.unlink()
-    return manifest
+    return str(check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

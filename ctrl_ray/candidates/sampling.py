@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.candidates.weights import candidate_log_weights, log_tilts, num_pre_trained, selection_noise
+from ctrl_ray.config import Precision
 from ctrl_ray.diffusion.noise import draw_noise
 from ctrl_ray.diffusion.steps import StepKernel
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.certificate import effective_sample_size
 from ctrl_ray.gradients.rollout import NoiseSource, Trajectory, rollout
+from ctrl_ray.policy.outputs import require_finite
 from ctrl_ray.policy.protocol import Inputs, Policy
 from ctrl_ray.rewards.protocol import Rewards
 
@@ -97,6 +99,7 @@ def sample_candidates(
     *,
     initial_noise: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    precision: Precision = "fp32",
 ) -> ChosenPaths:
     """Draw `plan.num_candidates` paths for each image and keep one, with probability proportional to its weight.
 
@@ -112,6 +115,7 @@ def sample_candidates(
         initial_noise: x_T (B, *shape), the same for all candidates of an image; None: each has its own. With it the image's
             law tends to the target's given this x_T.
         on_step: Told each step's index and its next latents, chunk by chunk.
+        precision: The denoiser's, for the message of NonFiniteError, which a candidate's latents that are NaN or infinite are.
     """
     count, weights = len(inputs), np.full((len(inputs), plan.num_candidates), -np.inf)
     share = plan.num_pre_trained / plan.num_candidates
@@ -125,7 +129,9 @@ def sample_candidates(
         trajectory = rollout(
             policy, kernel, part, noise, reference=chunk.reference, with_log_ratio=scored, on_step=on_step
         )
-        beliefs = rewards.class_log_probs(trajectory.clean_latents, part.condition.prompts)
+        prompts, of_images = part.condition.prompts, [seeds[image] for image in rows]
+        require_finite("latents", trajectory.clean_latents, prompts, of_images, precision)
+        beliefs = rewards.class_log_probs(trajectory.clean_latents, prompts)
         tilts = log_tilts(
             {name: values.cpu().numpy() for name, values in beliefs.items()}, part.labels.cpu().numpy(), exponents
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,8 @@ from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.table import decided_flags, plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.backbones.base import Backbone
-from ctrl_ray.policy.build import policy_controls
+from ctrl_ray.policy.build import check_init_adapter, policy_controls
+from ctrl_ray.policy.prompt_lengths import cut_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ def preflight(
     own = config.evaluation.prompts_file
     evaluation_prompts = read_prompts(own, config.encoding) if own else prompts
     backbone = load_backbone(config.base_model, config.base_revision)
+    warning = check_init_adapter(config, controls, backbone)
     kernel = backbone.make_kernel(config.sampler)
     _check_kernel(kernel, config)
     asked, planner, facts = config, Planner(controls, kernel), stated or cluster_facts()
@@ -110,8 +111,10 @@ def preflight(
     fit = memory_fit(plan, config, facts)
     fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
     lines = plan_lines(plan, config, facts, fit, fixes)
-    cut = _cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS))
-    lines = [*_unread_data(config), *cut, *lines]
+    too_long = cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS))  # the example's own fit
+    lines = [*_unread_data(config), *(f"prompts    {line}" for line in too_long), *lines]
+    if warning is not None:
+        lines = [f"adapter    warning: {warning}", *lines]
     if stated is not None:
         lines = [f"machines   {describe(stated)}", *lines, *decided_flags(asked, config)]
     counts = planner.counts(config)
@@ -140,22 +143,6 @@ def _unread_data(config: TrainConfig) -> list[str]:
     return [
         f"data       {config.data}: {read}, no image and no label: there are classifiers already, of {classifiers}; to fit "
         "them on the data: --refit-classifier"
-    ]
-
-
-def _cut_prompts(backbone: Backbone, prompts: Collection[str]) -> list[str]:
-    """A line that says how many prompts are too long for the text encoder, if any is. The example's own are known to fit."""
-    if not prompts:
-        return []
-    texts = sorted(prompts)
-    numbers, limit = backbone.num_tokens(texts)
-    most, longest = max(zip(numbers, texts, strict=True))
-    if most <= limit:
-        return []
-    cut = sum(number > limit for number in numbers)
-    return [
-        f"prompts    {cut} of {len(texts)} are cut: the text encoder reads {limit} tokens; the longest has {most}: "
-        f"{longest[:60]!r}"
     ]
 
 

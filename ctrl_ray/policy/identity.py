@@ -30,7 +30,7 @@ class PartIdentity:
     sha256: str
     """Of its tensors (hex, 64 characters); see `part_identity`."""
     config: Mapping[str, Any]
-    """Its settings, as config.json tells them."""
+    """Its settings, as config.json tells them; without those that are null."""
 
     def difference(self, other: PartIdentity) -> str | None:
         """What `other` has in another way: its weights, or a setting that both tell; None: nothing.
@@ -40,9 +40,8 @@ class PartIdentity:
         if self.sha256 != other.sha256:
             return f"weights {other.sha256[:12]}…, not {self.sha256[:12]}…"
         for name in sorted(self.config.keys() & other.config.keys()):
-            ours, theirs = self.config[name], other.config[name]
-            if ours is not None and theirs is not None and ours != theirs:
-                return f"{name} {theirs!r}, not {ours!r}"
+            if self.config[name] != other.config[name]:
+                return f"{name} {other.config[name]!r}, not {self.config[name]!r}"
         return None
 
 
@@ -56,7 +55,11 @@ def part_identity(folder: str | Path, part: str) -> PartIdentity:
     """
     root = Path(folder) / part
     config = read_json(root / "config.json", f"the configuration of its {part}")
-    public = {name: value for name, value in config.items() if not name.startswith("_") and name not in _WITHOUT_EFFECT}
+    public = {
+        name: value
+        for name, value in config.items()
+        if value is not None and not name.startswith("_") and name not in _WITHOUT_EFFECT
+    }
     files = weight_files(root)
     if not files:
         raise ModelError(f"{root} holds no safetensors weights; convert the model with diffusers' save_pretrained")

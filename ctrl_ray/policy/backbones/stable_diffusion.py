@@ -6,7 +6,8 @@ diffusers' and transformers' classes are imported where they are used: a reward 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +107,10 @@ class StableDiffusion(DiffusersBackbone):
         from transformers import CLIPTextModel
 
         tokenizer = self.load_tokenizer()
-        text_encoder = CLIPTextModel.from_pretrained(
-            self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-        )
+        with without_progress_bar():
+            text_encoder = CLIPTextModel.from_pretrained(
+                self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+            )
         return TextEncoder(tokenizer, text_encoder.to(device), device)
 
     def load_decoder(
@@ -158,6 +160,20 @@ class StableDiffusion(DiffusersBackbone):
             for name, module in denoiser.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Inside, transformers loads without its bar over a few dozen tensors."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class TextEncoder:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.planning.preflight import _cut_prompts, _unread_data
+from ctrl_ray.planning.preflight import _unread_data
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.prompt_lengths import cut_prompts
 
 
 def test_data_that_are_not_read_are_told() -> None:
@@ -26,6 +27,6 @@ def test_prompts_beyond_the_text_encoder_are_told() -> None:
     """The example's reads 8 tokens, the marks of start and end among them."""
     backbone = load_backbone("shapes")
     fits, long = "a red circle", "a red circle beside a blue square above a green triangle"
-    assert _cut_prompts(backbone, {fits}) == _cut_prompts(backbone, set()) == []
-    (line,) = _cut_prompts(backbone, {fits, long})
-    assert line == f"prompts    1 of 2 are cut: the text encoder reads 8 tokens; the longest has 25: {long!r}"
+    assert cut_prompts(backbone, {fits}) == cut_prompts(backbone, set()) == []
+    (line,) = cut_prompts(backbone, {fits, long})
+    assert line == f"1 of 2 prompts are cut: the text encoder reads 8 tokens; the longest has 25: {long!r}"
