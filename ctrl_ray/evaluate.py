@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from ctrl_ray import command
 from ctrl_ray.config import ControlConfig, EvaluationConfig, Precision, ScalingConfig
 from ctrl_ray.config.fields import at_least, check_fields
-from ctrl_ray.errors import ConfigError, own_error
+from ctrl_ray.errors import ConfigError, ModelError, own_error
 
 if TYPE_CHECKING:
     from ctrl_ray.evaluation.samples import EvaluationSamples
-    from ctrl_ray.policy.adapter import AdapterInfo
+    from ctrl_ray.policy.adapter_info import AdapterInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ def evaluate_images(
 
     after = read_sample_folder(images, controls)
     before = None if before_images is None else read_sample_folder(before_images, controls)
+    _check_pictures(after, f"--images {images}")
+    _check_pictures(before, f"--before-images {before_images}")
     return report_on(after, controls, output_dir, before=before, clip_model=clip_model, adapter=adapter)
 
 
@@ -105,10 +107,13 @@ def evaluate_adapter(
     precision: None, as for `sample_before_and_after`. The KL's noise floor of the run is told where it is the run's.
     """
     from ctrl_ray.evaluation.certificate import certify_evaluation
-    from ctrl_ray.policy.adapter import read_adapter_info
+    from ctrl_ray.evaluation.fidelity import choose_fidelity
+    from ctrl_ray.policy.adapter_info import read_adapter_info
 
     info = read_adapter_info(adapter)
     precision = precision or _precision(info)
+    if clip_model is not None:
+        choose_fidelity((), (0, 0), clip_model)  # what cannot be loaded is known before the sampling
     before, after, scored = sample_before_and_after(
         adapter,
         num_samples=num_samples,
@@ -170,11 +175,15 @@ def sample_before_and_after(
     from ctrl_ray.cluster.connection import connected
     from ctrl_ray.distributed.log_z import draw_for_log_z
     from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
-    from ctrl_ray.policy.adapter import read_adapter_info
+    from ctrl_ray.policy.adapter_info import read_adapter_info
+    from ctrl_ray.policy.build import check_adapter
     from ctrl_ray.rewards.model import RewardModelSpec
     from ctrl_ray.runs.finished import run_classifiers, run_prompts
 
+    settings = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
     info = read_adapter_info(adapter)
+    if (warning := check_adapter(adapter, info)) is not None:
+        print(f"warning: {warning}", flush=True)
     job = SamplingJob(
         adapter=str(Path(adapter).resolve()),
         base_model=info.base_model,
@@ -200,10 +209,11 @@ def sample_before_and_after(
         with connected():
             print(f"drawing {num_samples} samples of the pre-trained model and as many of the adapter", flush=True)
             before = sample_policy(job, rewards, scaling)
+            _check_pictures(before, "the pre-trained model's samples")
             after = sample_policy(dataclasses.replace(job, reference=False), rewards, scaling)
+            _check_pictures(after, "the adapter's samples")
             scored, kl_coef = None, info.training.get("kl_coef", 0.0)
             if kl_coef > 0 and info.training.get("latent_reduction", "sum") == "sum":
-                settings = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
                 first = before.without_images()
                 scored = draw_for_log_z(first, job, rewards, scaling, info.controls, kl_coef, settings)
     except Exception as error:
@@ -212,6 +222,19 @@ def sample_before_and_after(
             raise
         raise own from error
     return BeforeAndAfter(before, after, scored)
+
+
+def _check_pictures(samples: EvaluationSamples | None, what: str) -> None:
+    """ModelError where all pictures are black: there is nothing to judge; a line that counts them where some are."""
+    from ctrl_ray.policy.outputs import black_rows, black_text
+
+    black = [] if samples is None else black_rows(samples.images)
+    if samples is None or not black:
+        return
+    text = f"{what}: {black_text([f'sample {row}' for row in black], len(samples))}"
+    if len(black) == len(samples):
+        raise ModelError(text)
+    print(f"warning: {text}", flush=True)
 
 
 def _precision(info: AdapterInfo) -> Precision:
@@ -258,22 +281,25 @@ def report_on(
 def run(options: EvaluateOptions) -> Path:
     """Judge an adapter or a folder of its images; returns the report's page."""
     from ctrl_ray.offline.prompts import read_prompts
-    from ctrl_ray.policy.adapter import read_adapter_info
+    from ctrl_ray.policy.adapter_info import read_adapter_info
+    from ctrl_ray.runs.outputs import check_output
 
     assert options.adapter is not None
     controls = read_adapter_info(options.adapter).controls
+    beside = Path(options.adapter).parent / "evaluation" if options.images is None else Path(options.images) / "report"
+    output_dir = check_output(options.output_dir or beside)
     if options.images is not None:
         return evaluate_images(
             options.images,
             controls,
-            options.output_dir or Path(options.images) / "report",
+            output_dir,
             before_images=options.before_images,
             clip_model=options.clip_model,
             adapter=options.adapter,
         )
     return evaluate_adapter(
         options.adapter,
-        options.output_dir or Path(options.adapter).parent / "evaluation",
+        output_dir,
         num_samples=options.num_samples,
         log_z_samples=options.log_z_samples,
         max_log_z_samples=options.max_log_z_samples,
@@ -298,8 +324,9 @@ def _main(argv: Sequence[str]) -> None:
     options = tyro.cli(EvaluateOptions, args=argv, prog="python -m ctrl_ray.evaluate")
     if options.runs:
         from ctrl_ray.reporting.comparison import compare_runs, format_runs
+        from ctrl_ray.runs.outputs import check_output
 
-        results, picture = compare_runs(options.runs, options.output_dir or "runs/comparison")
+        results, picture = compare_runs(options.runs, check_output(options.output_dir or "runs/comparison"))
         print(f"{format_runs(results)}\npicture: {picture}")
         return
     from ctrl_ray.reporting.report import SUMMARY_FILE

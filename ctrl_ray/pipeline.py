@@ -184,7 +184,8 @@ class ControlledPipeline:
         self._device = check_device(device)
         if self._device.type == "cuda":
             set_float32_precision(self._precision)
-        for part in (self.policy, self._encoder, self._decoder):
+        self.policy.to(self._device)
+        for part in (self._encoder, self._decoder):
             if part is not None:
                 part.to(self._device)
         return self

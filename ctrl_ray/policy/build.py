@@ -108,9 +108,10 @@ def load_adapted_policy(
     return policy
 
 
-def check_adapter(folder: str | Path, info: AdapterInfo, backbone: Backbone) -> str | None:
+def check_adapter(folder: str | Path, info: AdapterInfo) -> str | None:
     """Before anything is started with an adapter: ModelError where it is damaged or was trained on another denoiser; the
     warning of `check_base_model`. Its files are read, the base model's weights are not."""
+    backbone = load_backbone(info.base_model, info.base_revision)
     warning = check_base_model(info, backbone)
     counts, whole = info.num_classes, info.lora is None
     policy = load_policy_on(backbone, counts, lora=info.lora, kind=info.kind, full_finetune=whole, empty=True)

@@ -15,7 +15,8 @@ from ctrl_ray.cluster.connection import connected
 from ctrl_ray.config import ControlConfig, ScalingConfig
 from ctrl_ray.distributed.sampling import SamplingJob
 from ctrl_ray.errors import DataError
-from ctrl_ray.policy.adapter import AdapterInfo, read_adapter_info
+from ctrl_ray.policy.adapter_info import AdapterInfo, read_adapter_info
+from ctrl_ray.policy.build import check_adapter
 from ctrl_ray.policy.precision import sampling_precision
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.runs.files import write_whole
@@ -59,6 +60,8 @@ def verify_pipeline(folder: Path, question: Question, say: Callable[[str], None]
     ConfigError where the target is unknown.
     """
     info = read_adapter_info(question.adapter)
+    if (warning := check_adapter(question.adapter, info)) is not None:
+        say(f"warning: {warning}")
     exponents = trained_exponents(question.adapter, info)
     controls = {name: info.controls[name] for name in exponents}
     classes = joint_classes(controls)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,24 +23,28 @@ from ctrl_ray.config import (
 )
 from ctrl_ray.distributed import sampling, worker
 from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.evaluate import evaluate_adapter, sample_before_and_after
+from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.planning.preflight import _adapter_info
-from ctrl_ray.policy.adapter import ADAPTER_FILE, make_adapter_info
+from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
+from tests.policies import make_policy
 
 CONTROLS = {"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")}
 
 
 def _write_adapter(folder: Path, pipeline: Path, training: dict[str, Any]) -> None:
-    """What says which run made it."""
+    """One that has learned nothing, and says which run made it."""
+    lora = LoraConfig(rank=2)
     info = make_adapter_info(
         base_model=str(pipeline),
         base_revision=None,
         controls=CONTROLS,
         sampler=SamplerConfig(num_steps=2),
-        lora=LoraConfig(rank=2),
+        lora=lora,
         training=training,
     )
-    (folder / ADAPTER_FILE).write_text(info.to_json())
+    save_adapter(folder, make_policy(pipeline, info.num_classes, lora=lora), info)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +108,50 @@ def test_the_runs_floor_is_told_in_the_runs_precision_alone(
     monkeypatch.setattr(evaluate, "report_on", lambda *_, kl_noise_floor, **__: told.append(kl_noise_floor))
     evaluate_adapter(tmp_path, tmp_path, precision=precision)
     assert told == [floor]
+
+
+def _samples(images: np.ndarray) -> EvaluationSamples:
+    count = len(images)
+    return EvaluationSamples(
+        images=images,
+        prompts=("a cross",) * count,
+        labels=np.zeros((count, 1), np.int64),
+        kl=np.zeros(count),
+        sample_ids=np.arange(count),
+    )
+
+
+def test_black_pictures_are_not_judged_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.full((3, 4, 4, 3), 9, np.uint8)
+    evaluate._check_pictures(_samples(images), "samples")
+    assert capsys.readouterr().out == ""
+    images[1] = 0
+    evaluate._check_pictures(_samples(images), "samples")
+    assert capsys.readouterr().out.startswith("warning: samples: 1 of 3 images are black, every pixel is 0: sample 1. ")
+    images[:] = 0
+    with pytest.raises(ModelError, match=r"samples: 3 of 3 images are black, .* 0: sample 0, sample 1, sample 2"):
+        evaluate._check_pictures(_samples(images), "samples")
+
+
+def test_what_is_wrong_is_known_before_anything_is_drawn(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged adapter, sizes that contradict each other, an output that is a file, a judge that is not there."""
+
+    def connected() -> None:
+        raise AssertionError("Ray was asked")
+
+    monkeypatch.setattr(connection, "connected", connected)
+    adapter = tmp_path / "adapter"
+    _write_adapter(adapter, tiny_pipeline, {"kl_coef": 1.0})
+    with pytest.raises(ConfigError, match="max_log_z_samples is 4096; expected at least log_z_samples, 5000"):
+        evaluate_adapter(adapter, tmp_path / "report", log_z_samples=5000)
+    with pytest.raises(ModelError, match=r"CLIP folder \./nothing does not exist"):
+        evaluate_adapter(adapter, tmp_path / "report", clip_model="./nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'file'} is a file, where a folder is meant"):
+        evaluate.run(evaluate.EvaluateOptions(adapter=str(adapter), output_dir=str(tmp_path / "file")))
+    (adapter / "pytorch_lora_weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match=r"adapter/pytorch_lora_weights\.safetensors is no safetensors file"):
+        evaluate_adapter(adapter, tmp_path / "report", prompts=["a cross"])
+    assert not (tmp_path / "report").exists()

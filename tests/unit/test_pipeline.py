@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
-from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.errors import ConfigError
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone

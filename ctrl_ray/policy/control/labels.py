@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,19 +14,23 @@ from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ConfigError
 
 ControlValue = int | str | None
+_MOST_DIGITS = 10
+"""Python refuses to read numbers of thousands of digits."""
 
 
 def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
     """Label of a class given by name, by index (also as text, '2'), or None for null.
 
-    Raises ConfigError that lists the classes.
+    A name comes before an index; accents may be composed or not. Raises ConfigError that lists the classes.
     """
     if value is None:
         return control.num_classes
     if isinstance(value, str):
-        if value in control.class_names:
-            return control.class_names.index(value)
-        index = int(value) if value.isdecimal() else -1
+        names = [unicodedata.normalize("NFC", class_name) for class_name in control.class_names]
+        text = unicodedata.normalize("NFC", value)
+        if text in names:
+            return names.index(text)
+        index = int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else -1
     else:
         try:
             index = -1 if isinstance(value, bool) else operator.index(value)
@@ -33,7 +38,10 @@ def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
             index = -1
     if not 0 <= index < control.num_classes:
         classes = ", ".join(f"{i} = {class_name!r}" for i, class_name in enumerate(control.class_names))
-        raise ConfigError(f"class {value!r} of control {name!r} does not exist; expected one of {classes}, or None")
+        raise ConfigError(
+            f"class {value!r} of control {name!r} does not exist; expected one of {classes}; for none of them leave the "
+            "control out (None)"
+        )
     return index
 
 
@@ -65,7 +73,7 @@ def parse_labels(arguments: Sequence[str], controls: Mapping[str, ControlConfig]
     """Labels by control of 'NAME=CLASS' arguments; ConfigError for what there is not."""
     labels: dict[str, int] = {}
     for argument in arguments:
-        name, equals, value = argument.partition("=")
+        name, equals, value = (part.strip() for part in argument.partition("="))
         if not equals or name in labels:
             raise ConfigError(f"control {argument!r} is not NAME=CLASS, once for each control; example: jpeg_size=2")
         if name not in controls:

@@ -85,6 +85,7 @@ def _start_of(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint: Any = SimpleNamespace(as_directory=_stop)
         validation.validate_checkpoint(checkpoint, job=job)
     else:
+        monkeypatch.setattr(pipeline, "check_device", torch.device)
         loaded = pipeline.ControlledPipeline.__new__(pipeline.ControlledPipeline)
         loaded._precision, policy = "tf32", SimpleNamespace(to=_stop)
         loaded.policy = policy  # type: ignore[assignment]
