@@ -146,6 +146,8 @@ def test_classes_by_name_by_index_and_per_prompt(exported: tuple[Path, Controlle
     assert pipeline.labels({"hue": [0, None], "size": ("high", 0)}, 2).tolist() == [[2, 0], [0, 2]]
     assert pipeline.labels(None, 1).tolist() == [[3, 2]]
     assert [class_index("hue", CONTROLS["hue"], value) for value in ("0", "1", "0.5", None, 1)] == [0, 1, 0, 2, 1]
+    composed = ControlConfig(classes=("gr\u00fcn", "2"))
+    assert [class_index("colour", composed, value) for value in ("gru\u0308n", "gr\u00fcn", "0", "2")] == [0, 0, 0, 1]
     images = pipeline("a red circle", controls={"size": 1}, num_images_per_prompt=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     with pytest.raises(ConfigError, match=r"unknown control 'sise'; this adapter has \['size', 'hue'\]"):
@@ -169,6 +171,11 @@ def test_other_sampler_settings_warn_once(exported: tuple[Path, ControlledPolicy
         _latents(pipeline, eta=0.0)
 
 
+@pytest.fixture(scope="module")
+def unused(exported: tuple[Path, ControlledPolicy]) -> ControlledPipeline:
+    return ControlledPipeline.from_pretrained(exported[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -188,9 +195,9 @@ def test_other_sampler_settings_warn_once(exported: tuple[Path, ControlledPolicy
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_is_loaded(
-    exported: tuple[Path, ControlledPolicy], options: dict[str, Any], message: str
+    unused: ControlledPipeline, options: dict[str, Any], message: str
 ) -> None:
-    pipeline = ControlledPipeline.from_pretrained(exported[0])
+    pipeline = unused
     with warnings.catch_warnings(), pytest.raises(ConfigError, match=re.escape(message)):
         warnings.simplefilter("error", UserWarning)
         pipeline("a red circle", **options)

@@ -15,7 +15,10 @@ from PIL import Image
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.errors import ConfigError, RunFolderError
+from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.stable_diffusion import StableDiffusion
+from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.sample import SampleConfig, image_seed, main, sample
 from tests.unit.test_pipeline import _export
 
@@ -32,6 +35,91 @@ def adapter(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def _read(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     return rows, np.stack([np.asarray(Image.open(folder / row["file"])).astype(int) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 2000}, "num_steps is 2000, but the model's noise schedule has 1000 steps; expected 1 to 1000"),
+        ({"device": "gpu"}, "device 'gpu' is not known to torch; expected one of cpu"),
+        ({"device": "cuda:77"}, "device 'cuda:77' is not here; expected one of cpu"),
+        ({"output_dir": "file/samples"}, "where a folder is meant"),
+        ({"classifier": ("weight=x",), "candidates": 2, "control": ("size=1",)}, "classifiers names ['weight']"),
+        ({"exponent": ("size=nan",), "candidates": 2, "control": ("size=1",)}, "the exponent of 'size' is nan"),
+    ],
+)
+def test_what_is_given_is_checked_before_models_are_loaded(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(StableDiffusion, "load_finetuned", loaded)
+    monkeypatch.setattr(StableDiffusion, "load_encoder", loaded)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    arguments = {"adapter": str(adapter), "prompt": PROMPTS, "output_dir": str(tmp_path / "out"), **changes}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sample(SampleConfig(**arguments))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def _argv(adapter: Path, folder: Path, *more: str) -> list[str]:
+    return ["--adapter", str(adapter), "--prompt", *PROMPTS, "--batch-size", "1", "--output-dir", str(folder), *more]
+
+
+def test_an_interrupt_says_what_is_finished(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 130 and one line; what was written stays."""
+    call, calls = ControlledPipeline.__call__, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(ControlledPipeline, "__call__", interrupted)
+    assert main(_argv(adapter, tmp_path / "out", "--num-images", "9")) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"stopped; 2 of 9 images are finished, with their manifest in {tmp_path / 'out'}")
+    assert [row["file"] for row in _read(tmp_path / "out")[0]] == ["00000.png", "00001.png"]
+
+
+def test_numbers_that_are_not_finite_are_no_pictures(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a denoiser that overflows: exit status 1, the image's prompt and seed, nothing written."""
+    predict = StableDiffusion.predict
+    monkeypatch.setattr(StableDiffusion, "predict", lambda *args: predict(*args) * float("inf"))
+    assert main(_argv(adapter, tmp_path / "out", "--seed", "-1")) == 1
+    told = capsys.readouterr().err
+    assert "the latents of 1 of 1 images are not finite, first of image 0 (prompt 'a red circle'" in told
+    assert f"seed {image_seed(-1, 0)})" in told and not (tmp_path / "out").exists()
+
+
+def test_black_pictures_are_no_success(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LatentDecoder, "decode", lambda decoder, latents: torch.zeros(len(latents), 3, 32, 32))
+    with pytest.warns(UserWarning, match="1 of 1 images are black"):
+        assert main(_argv(adapter, tmp_path / "out")) == 2
+    assert "1 of 1 images are black, every pixel is 0: 00000.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_and_empty_prompts(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt beyond the text encoder is cut, which is said once; an empty one is one."""
+    long = "a red circle " * 1000
+    config = SampleConfig(
+        adapter=str(adapter), prompt=(long, "", "a"), num_images=6, batch_size=2, output_dir=str(tmp_path)
+    )
+    sample(config)
+    told = capsys.readouterr().err
+    assert told.count("prompts are cut: the text encoder reads") == 1 and "warning: 1 of 3 prompts are cut" in told
+    assert "indexing errors" not in told
+    assert [row["prompt"] for row in _read(tmp_path)[0]] == [long, "", "a"] * 2
 
 
 def test_seeds_are_as_documented() -> None:
@@ -101,6 +189,8 @@ def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
             sample(SampleConfig(**arguments))
 
     refused("unknown control 'sise'; this adapter has ['size', 'hue']", control=("sise=1",))
+    refused("class '99999999999999999999' of control 'size'", control=(f"size={'9' * 20}",))
+    refused(f"class '{'9' * 5000}' of control 'size'", control=(f"size={'9' * 5000}",))
     refused("class '3' of control 'size' does not exist; expected one of 0 = 'low'", control=("size=3",))
     refused("is not NAME=CLASS", control=("size",))
     refused("once for each control", control=("size=1", "size=2"))
@@ -109,4 +199,13 @@ def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
     refused("no adapter is given", adapter=None, base_model="shapes")
     refused("the pre-trained model has no control", adapter=None, base=True, base_model="shapes", control=("size=1",))
     refused("num_images is 0", num_images=0)
+    refused("batch_size is 0; expected at least 1", batch_size=0)
+    refused("eta is 2.0; expected a number in [0, 1]", eta=2)
+    refused("eta is nan; expected a finite number", eta=float("nan"))
+    refused("adapter_scale is inf; expected a finite number", adapter_scale=float("inf"))
+    refused("guidance_scale is 0.0; expected at least 1", guidance_scale=0)
+    refused("num_steps is 0; expected at least 1", num_steps=0)
+    refused("seed is -2; expected at least -1", seed=-2)
+    refused("output_dir is 's3://bucket/out'; expected a folder", output_dir="s3://bucket/out")
+    refused("prompt 'caf\\udce9' is no text", prompt=("caf\udce9",))
     assert not (tmp_path / "none").exists()
