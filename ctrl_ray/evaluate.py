@@ -281,12 +281,13 @@ def report_on(
 def run(options: EvaluateOptions) -> Path:
     """Judge an adapter or a folder of its images; returns the report's page."""
     from ctrl_ray.offline.prompts import read_prompts
-    from ctrl_ray.policy.adapter_info import read_adapter_info
+    from ctrl_ray.policy.adapter_info import adapter_folder, read_adapter_info
     from ctrl_ray.runs.outputs import check_output
 
     assert options.adapter is not None
-    controls = read_adapter_info(options.adapter).controls
-    beside = Path(options.adapter).parent / "evaluation" if options.images is None else Path(options.images) / "report"
+    adapter = adapter_folder(options.adapter)
+    controls = read_adapter_info(adapter).controls
+    beside = adapter.parent / "evaluation" if options.images is None else Path(options.images) / "report"
     output_dir = check_output(options.output_dir or beside)
     if options.images is not None:
         return evaluate_images(
@@ -295,10 +296,10 @@ def run(options: EvaluateOptions) -> Path:
             output_dir,
             before_images=options.before_images,
             clip_model=options.clip_model,
-            adapter=options.adapter,
+            adapter=str(adapter),
         )
     return evaluate_adapter(
-        options.adapter,
+        adapter,
         output_dir,
         num_samples=options.num_samples,
         log_z_samples=options.log_z_samples,

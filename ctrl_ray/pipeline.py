@@ -22,7 +22,7 @@ from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import check_base_model
-from ctrl_ray.policy.adapter_info import AdapterInfo, read_adapter_info
+from ctrl_ray.policy.adapter_info import AdapterInfo, adapter_folder, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_adapted_policy, load_policy_on
 from ctrl_ray.policy.call_condition import call_condition
@@ -103,7 +103,7 @@ class ControlledPipeline:
         this whole process (`set_float32_precision`). Raises ModelError for an incomplete folder, a base model that cannot be
         found, or another denoiser than the adapter was trained on (by hash); warns of another VAE or text encoder.
         """
-        device = check_device(device)
+        device, adapter = check_device(device), adapter_folder(adapter)
         info = read_adapter_info(adapter)
         backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
         warning = check_base_model(info, backbone)

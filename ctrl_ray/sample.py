@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -234,7 +236,7 @@ def _generator(
     sampler = _call(config).sampler(SamplerConfig() if info is None else info.sampler)
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
-        print(f"warning: {line}", file=sys.stderr)
+        warnings.warn(line, UserWarning, stacklevel=2)
     without_adapter = config.base or info is None
     if without_adapter:
         pipeline = _base_pipeline(config, info, backbone, (base, revision), device)
@@ -243,17 +245,19 @@ def _generator(
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> SampledImages:
-        return pipeline(
-            prompts,
-            controls=dict(controls),
-            adapter_scale=1.0 if without_adapter else config.adapter_scale,
-            generator=_generators(seeds),
-            num_candidates=config.candidates,
-            candidate_batch_size=config.batch_size,
-            num_inference_steps=sampler.num_steps,
-            eta=sampler.eta,
-            guidance_scale=sampler.guidance_scale,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*images are black")  # whoever writes them says so by their files' names
+            return pipeline(
+                prompts,
+                controls=dict(controls),
+                adapter_scale=1.0 if without_adapter else config.adapter_scale,
+                generator=_generators(seeds),
+                num_candidates=config.candidates,
+                candidate_batch_size=config.batch_size,
+                num_inference_steps=sampler.num_steps,
+                eta=sampler.eta,
+                guidance_scale=sampler.guidance_scale,
+            )
 
     return generate
 
@@ -283,7 +287,7 @@ def _base_pipeline(
     from ctrl_ray.policy.precision import sampling_precision
 
     if info is not None and (warning := check_base_model(info, backbone)):
-        print(f"warning: {warning}", file=sys.stderr)
+        warnings.warn(warning, UserWarning, stacklevel=2)
     return ControlledPipeline.from_base_model(
         *base,
         scheduler=None if info is None else info.scheduler,
@@ -313,10 +317,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(_main, argv)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, a warning for users is its text, without a line of our code."""
+    from tqdm.auto import tqdm
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category is UserWarning:
+                tqdm.write(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = told
+        yield
+
+
 def _main(argv: Sequence[str]) -> None:
     import tyro
 
-    manifest = sample(tyro.cli(SampleConfig, args=argv, prog="python -m ctrl_ray.sample"))
+    config = tyro.cli(SampleConfig, args=argv, prog="python -m ctrl_ray.sample")
+    with _plain_warnings():
+        manifest = sample(config)
     for line in ess_lines(manifest):
         print(line)
     print(f"images and manifest: {manifest.parent}")

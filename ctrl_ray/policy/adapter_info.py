@@ -84,10 +84,11 @@ class AdapterInfo:
 
 def read_adapter_info(folder: str | Path) -> AdapterInfo:
     """Parse `adapter.json`; ModelError names the file and what is missing or wrong, or the folder that is meant."""
-    file = Path(folder).expanduser() / ADAPTER_FILE
-    if not file.is_file():
-        raise ModelError(_no_adapter(Path(folder).expanduser()))
+    folder = adapter_folder(folder)
+    file = folder / ADAPTER_FILE
     try:
+        if not file.is_file():
+            raise ModelError(_no_adapter(folder))
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         version = content["format_version"]
         if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):
@@ -108,6 +109,14 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         raise ModelError(
             f"{file} is not an adapter description of ctrl_ray: {what}; copy the adapter's folder again, or export it again"
         ) from error
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """An adapter's folder as it was given, with '~' replaced where that is somebody's."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        return Path(folder)
 
 
 def _no_adapter(folder: Path) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl_ray.errors import ModelError
-from ctrl_ray.policy.adapter_info import AdapterInfo
+from ctrl_ray.policy.adapter_info import AdapterInfo, adapter_folder
 from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import LORA_NAME, ControlledPolicy
 from ctrl_ray.policy.pipeline_files import check_safetensors, weight_files
@@ -27,7 +27,7 @@ def adapter_tensors(folder: str | Path, info: AdapterInfo, policy: ControlledPol
     ModelError names the file that is missing, damaged or not finite, and the tensor that has another name or shape than the
     policy's. A policy on torch's meta device serves for checking.
     """
-    folder = Path(folder).expanduser()
+    folder = adapter_folder(folder)
     if info.lora is None or info.kind != "gains":
         yield from _embeddings(folder / EMBEDDINGS_FILE, info, policy)
     if info.lora is None:

@@ -18,8 +18,14 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
     """
     if is_embedded(base_model):
         return str(PIPELINE)
-    folder = Path(base_model).expanduser()
-    if folder.exists():
+    try:
+        folder = Path(base_model).expanduser()
+        exists = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown user after '~'
+        raise ModelError(
+            f"base model {base_model[:200]!r} cannot be looked at ({error}); give a diffusers folder or a hub id"
+        ) from error
+    if exists:
         if not (folder / "model_index.json").is_file():
             raise ModelError(
                 f"base model folder {folder} holds no model_index.json; expected a folder written by "

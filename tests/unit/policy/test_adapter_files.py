@@ -245,6 +245,9 @@ def test_another_folder_than_the_one_that_is_meant(adapters: dict[str, Path], tm
         ModelError, match=r"someone/adapter does not exist: .*; an adapter on a hub is to be fetched first"
     ):
         read_adapter_info("someone/adapter")
+    for odd in ("~nobody-has-this-name/adapter", "a" * 300):
+        with pytest.raises(ModelError, match=odd[:20]):
+            read_adapter_info(odd)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"empty/adapter\.json does not exist; expected an adapter folder"):
         read_adapter_info(tmp_path / "empty")

@@ -104,3 +104,9 @@ def test_a_variant_beside_the_plain_files_is_passed_over(tiny_pipeline: Path, tm
     base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
     (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"cut")
     load_backbone(str(base))
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/base", "a" * 300, "a\0b"])
+def test_what_is_no_path_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=r"base model .*; (give a diffusers folder|check the name)"):
+        load_backbone(name)
