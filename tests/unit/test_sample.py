@@ -113,13 +113,12 @@ def test_black_pictures_are_no_success(
 def test_long_and_empty_prompts(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A prompt beyond the text encoder is cut, which is said once; an empty one is one."""
     long = "a red circle " * 1000
-    config = SampleConfig(
-        adapter=str(adapter), prompt=(long, "", "a"), num_images=6, batch_size=2, output_dir=str(tmp_path)
-    )
-    sample(config)
+    argv = ["--adapter", str(adapter), "--prompt", long, "", "a", "--num-images", "6", "--batch-size", "2"]
+    assert main([*argv, "--num-steps", "3", "--output-dir", str(tmp_path)]) == 0
     told = capsys.readouterr().err
-    assert told.count("prompts are cut: the text encoder reads") == 1 and "warning: 1 of 3 prompts are cut" in told
-    assert "indexing errors" not in told
+    assert told.count("are cut") == 1 and "warning: 1 of 3 prompts are cut: the text encoder reads" in told
+    assert "warning: num_steps is 3, but the adapter was trained with 2" in told
+    assert "indexing errors" not in told and "UserWarning" not in told
     assert [row["prompt"] for row in _read(tmp_path)[0]] == [long, "", "a"] * 2
 
 
