@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from ctrl_ray.pipeline import ControlledPipeline, SampledImages
     from ctrl_ray.policy.adapter_info import AdapterInfo
     from ctrl_ray.policy.backbones.base import Backbone
-
-TRUSTED_ESS = 3.0
-"""Mean effective sample size of an image's candidates (of few: ¾ of them) below which the images' law is not trusted. Measured
-on `shapes` with its pre-trained model at exponent 4, Wasserstein distance of the JPEG sizes to those of 512 exact samples a
-class, in noise floors: ESS 3.6 to 4.1 (K = 16) gives 1.0 to 1.5, 2.8 to 3.1 (12) 1.0 to 2.5, 2.0 to 2.1 (8) 3.8 to 4.4, 1.3 (4)
-12 to 14."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,26 +163,6 @@ def _prompts(config: SampleConfig) -> tuple[str, ...]:
     return prompts
 
 
-def ess_lines(manifest: Path) -> list[str]:
-    """What to tell of the candidates behind a manifest: their effective sample size and, where it is too small to trust the
-    images' law, a warning; nothing without candidates."""
-    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
-    sizes = [row["ess"] for row in rows if "ess" in row]
-    if not sizes:
-        return []
-    count, mean = rows[0]["candidates"], sum(sizes) / len(sizes)
-    lines = [
-        f"effective sample size: {mean:.1f} of {count} candidates, mean over {len(sizes)} images (least {min(sizes):.1f})"
-    ]
-    trusted = min(TRUSTED_ESS, 0.75 * count)
-    if mean < trusted:
-        lines.append(
-            f"warning: that is below {trusted:g}: a single candidate often had most of the weight, so the images may be "
-            f"far from the target. Try --candidates {4 * count}, an adapter that is trained for longer, or a smaller exponent"
-        )
-    return lines
-
-
 Generate = Callable[[list[str], list[int]], "SampledImages"]
 """PIL images of prompts and as many seeds."""
 
@@ -237,6 +210,8 @@ def _generator(
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
         warnings.warn(line, UserWarning, stacklevel=2)
+    if config.candidates > 1:
+        _check_candidates(config, info, controls)
     without_adapter = config.base or info is None
     if without_adapter:
         pipeline = _base_pipeline(config, info, backbone, (base, revision), device)
@@ -260,6 +235,17 @@ def _generator(
             )
 
     return generate
+
+
+def _check_candidates(config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int]) -> None:
+    from ctrl_ray.candidates.scoring import CandidateScoring
+    from ctrl_ray.policy.control.labels import label_rows
+    from ctrl_ray.runs.finished import find_classifiers
+
+    known = _controls(config, info)
+    found = {} if config.adapter is None else find_classifiers(config.adapter, list(known), {})
+    scoring = CandidateScoring(known, {**found, **_classifiers(config)}, _exponents(config), info)
+    scoring.check(label_rows(controls, known, 1))
 
 
 def _call(config: SampleConfig) -> CallConfig:
@@ -337,6 +323,8 @@ def _plain_warnings() -> Iterator[None]:
 
 def _main(argv: Sequence[str]) -> None:
     import tyro
+
+    from ctrl_ray.candidates.trust import ess_lines
 
     config = tyro.cli(SampleConfig, args=argv, prog="python -m ctrl_ray.sample")
     with _plain_warnings():

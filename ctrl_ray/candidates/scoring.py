@@ -72,16 +72,9 @@ class CandidateScoring:
         """The asked controls' classifiers behind `decoder`; ConfigError where one has none, or depends on prompts that are
         not known as text."""
         asked = self.asked(labels)
-        missing = [name for name in asked if name not in self._folders]
-        if missing:
-            raise ConfigError(
-                f"num_candidates is above 1, but there is no classifier of control {missing[0]!r}, which weighs candidates; "
-                f"give classifiers={{{missing[0]!r}: FOLDER}} (--classifier {missing[0]}=FOLDER), such as RUN/classifier/"
-                f"{missing[0]} of the run that made the adapter"
-            )
         for name in asked:
             if name not in self._loaded:
-                self._loaded[name] = self._load(name)
+                self._loaded[name] = ImageClassifier.from_pretrained(self._checked_folder(name))
             if self._loaded[name].prompt_conditional and not prompts_known:
                 raise ConfigError(
                     f"the classifier of {name!r} depends on the prompt, and prompt_embeds do not tell its text; give prompt"
@@ -93,14 +86,28 @@ class CandidateScoring:
         controls = enumerate(self.controls.items())
         return [name for column, (name, control) in controls if bool((labels[:, column] != control.num_classes).any())]
 
-    def _load(self, name: str) -> ImageClassifier:
-        spec, control = read_control(self._folders[name], name), self.controls[name]
+    def check(self, labels: Tensor) -> None:
+        """What can be known before anything is loaded: ConfigError as of `exponents` and `rewards`, ModelError for a
+        classifier of other classes."""
+        self.exponents(labels)
+        for name in self.asked(labels):
+            self._checked_folder(name)
+
+    def _checked_folder(self, name: str) -> str | Path:
+        if name not in self._folders:
+            raise ConfigError(
+                f"num_candidates is above 1, but there is no classifier of control {name!r}, which weighs candidates; "
+                f"give classifiers={{{name!r}: FOLDER}} (--classifier {name}=FOLDER), such as RUN/classifier/"
+                f"{name} of the run that made the adapter"
+            )
+        folder, control = self._folders[name], self.controls[name]
+        spec = read_control(folder, name)
         if spec.class_names != control.class_names:
             raise ModelError(
-                f"classifier folder {self._folders[name]} has the classes {list(spec.class_names)}, but the adapter's "
+                f"classifier folder {folder} has the classes {list(spec.class_names)}, but the adapter's "
                 f"control {name!r} has {list(control.class_names)}; give the classifier that the adapter was trained with"
             )
-        return ImageClassifier.from_pretrained(self._folders[name])
+        return folder
 
     def _exponent(self, name: str) -> float:
         if name in self._given:

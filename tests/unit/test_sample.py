@@ -45,6 +45,11 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
         ({"device": "cuda:77"}, "device 'cuda:77' is not here; expected one of cpu"),
         ({"output_dir": "file/samples"}, "where a folder is meant"),
         ({"classifier": ("weight=x",), "candidates": 2, "control": ("size=1",)}, "classifiers names ['weight']"),
+        (
+            {"candidates": 2, "control": ("size=1",), "exponent": ("size=1",)},
+            "there is no classifier of control 'size'",
+        ),
+        ({"candidates": 2}, "no control is asked for"),
         ({"exponent": ("size=nan",), "candidates": 2, "control": ("size=1",)}, "the exponent of 'size' is nan"),
     ],
 )

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ctrl_ray.candidates.trust import ess_lines
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import add_training_facts
-from ctrl_ray.sample import SampleConfig, ess_lines, image_seed, main, sample
+from ctrl_ray.sample import SampleConfig, image_seed, main, sample
 from tests.classifiers import save_classifier
 from tests.unit.test_pipeline import CONTROLS, _export
 
