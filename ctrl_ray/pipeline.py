@@ -21,7 +21,7 @@ from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noi
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
-from ctrl_ray.policy.adapter import check_base_model
+from ctrl_ray.policy.adapter import adapter_backbone, check_base_model
 from ctrl_ray.policy.adapter_info import AdapterInfo, adapter_folder, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_adapted_policy, load_policy_on
@@ -105,7 +105,7 @@ class ControlledPipeline:
         """
         device, adapter = check_device(device), adapter_folder(adapter)
         info = read_adapter_info(adapter)
-        backbone = load_backbone(base_model or info.base_model, None if base_model else info.base_revision)
+        backbone = adapter_backbone(info, base_model)
         warning = check_base_model(info, backbone)
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)

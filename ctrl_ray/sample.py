@@ -14,7 +14,7 @@ from ctrl_ray import command, embedded
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
 from ctrl_ray.config.call import CallConfig
 from ctrl_ray.config.fields import at_least, check_fields, share
-from ctrl_ray.errors import ConfigError, InterruptedRunError
+from ctrl_ray.errors import ConfigError, InterruptedRunError, naming_memory
 
 if TYPE_CHECKING:
     from ctrl_ray.pipeline import ControlledPipeline, SampledImages
@@ -199,13 +199,14 @@ def _generator(
     config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int], prompts: Sequence[str]
 ) -> Generate:
     """Check what needs the base model's settings, then load the models."""
+    from ctrl_ray.policy.adapter import adapter_backbone
     from ctrl_ray.policy.backbones import load_backbone
     from ctrl_ray.policy.prompt_lengths import cut_prompts
 
     device = _device(config)
     base = config.base_model or (embedded.NAME if info is None else info.base_model)
     revision = None if config.base_model or info is None else info.base_revision
-    backbone = load_backbone(base, revision)
+    backbone = load_backbone(base) if info is None else adapter_backbone(info, config.base_model)
     sampler = _call(config).sampler(SamplerConfig() if info is None else info.sampler)
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
@@ -220,7 +221,7 @@ def _generator(
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: list[str], seeds: list[int]) -> SampledImages:
-        with warnings.catch_warnings():
+        with naming_memory(f"{len(prompts)} images at a time (--batch-size)"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*images are black")  # whoever writes them says so by their files' names
             return pipeline(
                 prompts,

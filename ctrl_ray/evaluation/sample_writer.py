@@ -30,13 +30,12 @@ class SampleWriter:
         self.finished = 0
         """Images that are written, with their rows."""
         self._black: list[str] = []
+        self._overwrite = overwrite
         if overwrite or not folder.is_dir():
             return
         taken = [MANIFEST] if self.manifest.exists() else [file.name for file in self._own_files()][:1]
         if taken:
-            raise RunFolderError(
-                f"output_dir {folder} already holds {taken[0]}; give another folder, or --overwrite to replace its images"
-            )
+            raise RunFolderError(self._taken(taken[0]))
 
     def add(self, images: Sequence[Image.Image], rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch: the image of each row under the row's "file", then the rows.
@@ -56,6 +55,8 @@ class SampleWriter:
                     lines.write(json_line(row))
                     lines.flush()
                     self.finished += 1
+        except RunFolderError:
+            raise
         except OSError as error:
             raise RunFolderError(
                 f"{self.folder} cannot be written ({error.strerror or error}){self._so_far()}; make room there, or give "
@@ -82,6 +83,12 @@ class SampleWriter:
     def _begin(self) -> None:
         """Make the folder, and take away the images of the run that is replaced: those that its manifest lists."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._overwrite:
+            try:
+                self.manifest.open("x").close()
+            except FileExistsError:  # since the look at the start
+                raise RunFolderError(self._taken(MANIFEST)) from None
+            return
         lines = (
             self.manifest.read_text(encoding="utf-8", errors="replace").split("\n") if self.manifest.exists() else []
         )
@@ -90,6 +97,11 @@ class SampleWriter:
             if file.name in listed:
                 file.unlink()
         self.manifest.unlink(missing_ok=True)
+
+    def _taken(self, name: str) -> str:
+        return (
+            f"output_dir {self.folder} already holds {name}; give another folder, or --overwrite to replace its images"
+        )
 
     def _own_files(self) -> list[Path]:
         return sorted(file for file in self.folder.iterdir() if _OWN_FILE.fullmatch(file.name))

@@ -39,6 +39,18 @@ def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
     write_whole(Path(folder) / ADAPTER_FILE, content)
 
 
+def adapter_backbone(info: AdapterInfo, base_model: str | None) -> Backbone:
+    """The base model that an adapter remembers, or `base_model` where it lies now; ModelError where there is none."""
+    if base_model:
+        return load_backbone(base_model)
+    try:
+        return load_backbone(info.base_model, info.base_revision)
+    except ModelError as error:
+        raise ModelError(
+            f"{error} (that is where the adapter was trained; give base_model, --base-model, where it lies elsewhere now)"
+        ) from error
+
+
 def check_base_model(info: AdapterInfo, backbone: Backbone) -> str | None:
     """ModelError unless the denoiser found is the one the adapter was trained on; a warning where another part, through
     which its classes were learned, is not: the text encoder, the VAE. An adapter that knows its denoiser alone, by its

@@ -147,6 +147,8 @@ def _info(content: Any) -> AdapterInfo:
         controls[name] = ControlConfig(**facts)
         if controls[name].num_classes < 2:
             raise ConfigError(f"control {name!r} has {controls[name].num_classes} classes; expected at least 2")
+    if not controls:
+        raise ConfigError("controls is empty; expected at least one")
     parts = {
         part: PartIdentity(
             sha256=typed(identity["sha256"], str, f"base_model.parts.{part}.sha256"),

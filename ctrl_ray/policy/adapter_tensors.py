@@ -49,8 +49,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         text = str(error) if isinstance(error, ModelError) else f"{file} cannot be read ({error})"
         raise ModelError(f"damaged adapter: {text}") from error
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point:
-            raise ModelError(f"damaged adapter: {file} holds {name} as {tensor.dtype}; expected floating-point numbers")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ModelError(
+                f"damaged adapter: {file} holds {name} as {tensor.dtype}; expected floating-point numbers of 16 bits or more"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"damaged adapter: {file} holds numbers in {name} that are not finite; export an earlier checkpoint of the "

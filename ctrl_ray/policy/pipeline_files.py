@@ -46,7 +46,7 @@ def check_weights(folder: Path) -> None:
     for file in plain:
         check_safetensors(file)
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(read_json(index, "the index of its shards").get("weight_map", {}).values())
+        named = _shards(index)
         missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
             raise ModelError(
@@ -71,11 +71,18 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if index.is_file() and not (stem == "model" and single.is_file()):  # transformers prefers the single file
-            names = set(read_json(index, "the index of its shards").get("weight_map", {}).values())
-            return [folder / name for name in sorted(names)]
+            return [folder / name for name in sorted(_shards(index))]
         if single.is_file():
             return [single]
     return sorted(file for file in folder.glob("*.safetensors") if len(file.suffixes) == 1)
+
+
+def _shards(index: Path) -> set[str]:
+    """Names of the files that an index of shards lists."""
+    places = read_json(index, "the index of its shards").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(f"{index} has no weight_map of tensors to files; fetch or write it again")
+    return set(places.values())
 
 
 def check_safetensors(file: Path) -> tuple[dict[str, Any], int]:
@@ -95,7 +102,7 @@ def check_safetensors(file: Path) -> tuple[dict[str, Any], int]:
             stream.seek(8)
             tensors = json.loads(stream.read(length))
             tensors.pop("__metadata__", None)
-            wanted = max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
+            wanted = max((_end(facts) for facts in tensors.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ModelError(f"{file} is no safetensors file ({error}); fetch or write it again") from error
     if size != 8 + length + wanted:
@@ -103,3 +110,12 @@ def check_safetensors(file: Path) -> tuple[dict[str, Any], int]:
             f"{file} has {size:,} bytes, but its header tells of {8 + length + wanted:,}; fetch or write it again"
         )
     return tensors, 8 + length
+
+
+def _end(facts: Any) -> int:
+    """Where the bytes of a tensor end; ValueError and its like where the header does not tell what it should."""
+    start, end = facts["data_offsets"]
+    sizes = [start, end - start, *facts["shape"]]
+    if not isinstance(facts["dtype"], str) or any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError("its header is wrong")
+    return int(end)

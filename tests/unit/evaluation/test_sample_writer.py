@@ -51,6 +51,16 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
         SampleWriter(tmp_path, overwrite=False)
 
 
+def test_two_runs_at_once_do_not_mix(tmp_path: Path) -> None:
+    first, second = (SampleWriter(tmp_path / "samples", overwrite=False) for _ in range(2))
+    _add(first, 0, 10)
+    with pytest.raises(RunFolderError, match=r"already holds manifest\.jsonl"):
+        _add(second, 0, 20)
+    _add(first, 1, 30)
+    assert len(first.manifest.read_text().splitlines()) == 2
+    assert np.asarray(Image.open(tmp_path / "samples" / "00000.png")).max() == 10
+
+
 def test_black_images(tmp_path: Path) -> None:
     """A batch of them alone is not written; others are, and are told of at the end."""
     writer = SampleWriter(tmp_path / "samples", overwrite=False)

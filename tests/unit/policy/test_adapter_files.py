@@ -88,6 +88,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         _changed(lambda tensors: _first(tensors, lambda t: t.to(torch.int8))),
         "FILE holds .* as torch.int8",
     ),
+    "8 bits": (
+        _changed(lambda tensors: _first(tensors, lambda t: t.to(torch.float8_e4m3fn))),
+        r"FILE holds .* as torch\.float8_e4m3fn",
+    ),
     "shape": (
         _changed(lambda tensors: _first(tensors, lambda t: torch.cat([t, t]))),
         "FILE (does not fit|holds .* for control)",
@@ -176,6 +180,7 @@ def test_where_it_is_noticed(adapters: dict[str, Path], tiny_pipeline: Path, tmp
         (lambda content: {**content, "format_version": None}, "format version None"),
         (lambda content: {key: value for key, value in content.items() if key != "controls"}, "KeyError 'controls'"),
         (lambda content: {**content, "controls": ["size"]}, "AttributeError"),
+        (lambda content: {**content, "controls": {}}, "controls is empty"),
         (lambda content: {**content, "controls": {"size": {"classes": ["a", "b"]}}}, "KeyError 'thresholds'"),
         (lambda content: {**content, "base_model": "shapes"}, "AttributeError"),
         (lambda content: {**content, "base_model": {"id": 3, "revision": None, "sha256": ""}}, r"base_model\.id is 3 \(int\)"),
@@ -267,3 +272,17 @@ def test_an_adapter_of_before_is_read(adapters: dict[str, Path], tmp_path: Path)
         assert (read.controls, read.sampler, read.lora, read.kind) == (info.controls, info.sampler, LORA, "embedding")
     (tmp_path / "adapter.json").write_text(info.to_json())
     assert read_adapter_info(tmp_path) == info and info.to_json() == json.dumps(content, indent=2)
+
+
+def test_a_base_model_that_has_moved(adapters: dict[str, Path], tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Where it was is said, and the option that tells where it is."""
+    adapter = Path(shutil.copytree(adapters["gains"], tmp_path / "adapter"))
+    content = json.loads((adapter / "adapter.json").read_text())
+    content["base_model"]["id"] = str(tmp_path / "gone")
+    (adapter / "adapter.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"gone does not exist; .* give base_model, --base-model, where it lies"):
+        ControlledPipeline.from_pretrained(adapter)
+    assert ControlledPipeline.from_pretrained(adapter, base_model=str(tiny_pipeline)).controls["size"] == (
+        "low",
+        "high",
+    )

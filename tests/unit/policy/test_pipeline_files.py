@@ -12,7 +12,7 @@ import pytest
 
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.pipeline_files import check_weights
+from ctrl_ray.policy.pipeline_files import check_weights, weight_files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -110,3 +110,29 @@ def test_a_variant_beside_the_plain_files_is_passed_over(tiny_pipeline: Path, tm
 def test_what_is_no_path_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=r"base model .*; (give a diffusers folder|check the name)"):
         load_backbone(name)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"dtype": "F32", "shape": [1]},
+        {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": None, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        [],
+    ],
+)
+def test_a_header_that_does_not_tell_its_tensors(facts: object, tmp_path: Path) -> None:
+    header = json.dumps({"w": facts}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ModelError, match=r"model\.safetensors is no safetensors file"):
+        check_weights(tmp_path)
+
+
+@pytest.mark.parametrize("places", [None, [], {"w": 3}, "model.safetensors"])
+def test_an_index_that_lists_no_files(places: object, tmp_path: Path) -> None:
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ModelError, match=r"index\.json has no weight_map of tensors to files"):
+        weight_files(tmp_path)
