@@ -50,7 +50,7 @@ class ClassifyConfig:
     output_dir: str = "runs/classifier"
     """Folder to write model.safetensors, classifier.json and reliability.png to."""
     prompts_file: str | None = None
-    """File of prompts, one per line, for the pipeline's samples (classifier.num_pipeline_samples). None: the data
+    """File of prompts, one per line, for the pipeline's samples. None: the empty prompt, or where it has them the data
     set's prompts."""
     encoding: str = "utf-8"
     """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
@@ -93,17 +93,25 @@ def _main(argv: Sequence[str]) -> None:
 
 def run(settings: ClassifyConfig) -> FitResult:
     """Fit, and print the metrics before and after scaling."""
-    from ctrl_ray.driver.classifier import fit_classifier
+    from ctrl_ray.driver.classifier import check_fit, check_target, fit_classifier
+    from ctrl_ray.policy.control.labels import number_names_line
     from ctrl_ray.runs.outputs import check_output
 
     output_dir = check_output(settings.output_dir)
     config = absolute_paths(train_config(settings))
     sampler = None
     if config.classifier.num_pipeline_samples:
-        from ctrl_ray.offline.prompts import training_prompts
+        from ctrl_ray.offline.prompts import sampling_prompts
         from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 
-        sampler = PipelineSampler(config, training_prompts(config))
+        prompts, note = sampling_prompts(config)
+        if note:
+            print(note, flush=True)
+        sampler = PipelineSampler(config, prompts)
+    check_fit(config, settings.control, has_sampler=sampler is not None)
+    check_target(Path(output_dir), overwrite=settings.overwrite)
+    if line := number_names_line(settings.control, config.controls[settings.control]):
+        print(line, flush=True)
     result = fit_classifier(
         config,
         settings.control,
@@ -112,7 +120,7 @@ def run(settings: ClassifyConfig) -> FitResult:
         on_bad_row=settings.on_bad_row,
         overwrite=settings.overwrite,
     )
-    print(describe(result))
+    print(describe(result, settings.control))
     return result
 
 
@@ -141,15 +149,18 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
     )
 
 
-def describe(result: FitResult) -> str:
-    """The metrics as a table."""
+def describe(result: FitResult, control: str) -> str:
+    """The metrics as a table, and what they give to doubt."""
+    from ctrl_ray.classifiers.soundness import warning_lines
+
     lines = [
         f"classifier written to {result.folder} (epoch {result.best_epoch}, temperature {result.temperature:.4f}; "
         f"judged on {result.num_rows['judged']} held-out images)",
         f"{'':10}{'before':>10}{'after scaling':>15}",
     ]
     lines += [f"{name:10}{result.before[name]:10.4f}{result.after[name]:15.4f}" for name in result.before]
-    return "\n".join([*lines, f"reliability diagram: {Path(result.folder) / 'reliability.png'}"])
+    lines.append(f"reliability diagram: {Path(result.folder) / 'reliability.png'}")
+    return "\n".join([*lines, *warning_lines(control, result.doubts)])
 
 
 if __name__ == "__main__":

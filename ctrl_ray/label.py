@@ -165,7 +165,10 @@ def describe(data: LabelledData, num_classes: int) -> str:
             words += ["--thresholds", *borders]
         if name in data.oracles:
             words += ["--oracle", data.oracles[name]]
-        commands.append(shlex.join(words))
+        else:  # what the pipeline draws cannot be labelled
+            words += ["--classifier.num-pipeline-samples", "0"]
+        if summary.minimum < summary.maximum:  # one label has nothing to be told from
+            commands.append(shlex.join(words))
     if commands:
         lines += ["\nnext, fit a classifier (add --base-model MODEL and --output-dir DIR as you need):"]
         lines += [f"  {line}" for line in commands]

@@ -85,6 +85,8 @@ def sweep(
 
     folder = SweepFolder.at(output_dir or f"runs/sweep-{loaded.name}")
     checked = preflight(dataclasses.replace(start, output_dir=str(folder.path)))
+    for line in checked.doubts:
+        print(line, flush=True)
 
     def begun() -> bool:
         return resume or folder.has_begun(checked.asked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from transformers.utils import logging
 
 from ctrl_ray.classifiers.networks import ClassHead, HashedText
 from ctrl_ray.errors import ModelError
@@ -156,7 +158,8 @@ def load_pretrained(network: str, num_classes: int, *, prompt_conditional: bool)
             "prompt_conditional": prompt_conditional,
         }
         build = _clip if kind == "clip" else _transformers
-        return build(source, num_classes, arguments), arguments
+        with _quiet():
+            return build(source, num_classes, arguments), arguments
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
@@ -164,6 +167,20 @@ def load_pretrained(network: str, num_classes: int, *, prompt_conditional: bool)
             f"classifier network {network!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "expected a folder or hub id with safetensors weights and an image-processor configuration"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers tells nothing of weights that another head or the other tower would need, and shows no bar."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _transformers(source: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,42 @@ NUM_BINS = 15
 
 _MAX_NEWTON_STEPS = 100
 _LOG_TEMPERATURE_BOUND = 5.0
+COOLEST, HOTTEST = math.exp(-_LOG_TEMPERATURE_BOUND), math.exp(_LOG_TEMPERATURE_BOUND)
+"""The limits of a fitted temperature."""
+
+_LIKELY_NATS = 1.92
+"""Half of the 95 % quantile of chi-square with one degree of freedom: how many nats of all rows together a temperature may
+fit worse than the best one and still be within the 95 % likelihood interval."""
+_DETERMINED_FACTOR = 2.0
+_BISECTIONS = 24
+
+
+class Temperature(NamedTuple):
+    """A temperature, and what the held-out rows say about it."""
+
+    best: float
+    """Minimises their NLL, within the limits."""
+    low: float
+    high: float
+    """The 95 % likelihood interval around it, cut at the limits."""
+    num_rows: int
+    num_errors: int
+    """Rows whose most probable class is not the label."""
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether the rows place it within a factor of 2 on either side, off the limits."""
+        within = self.low > COOLEST and self.high < HOTTEST
+        return within and self.best <= self.low * _DETERMINED_FACTOR and self.high <= self.best * _DETERMINED_FACTOR
+
+    @property
+    def value(self) -> float:
+        """What logits are divided by: `best` where it is determined, else 1.
+
+        Rows without errors fit every lower temperature better, and rows of which the logits know nothing every higher one: a
+        stop short of the limits would be the search's choice, not the rows'. 1 leaves the network as its loss made it.
+        """
+        return self.best if self.is_determined else 1.0
 
 
 class Bins(NamedTuple):
@@ -50,7 +86,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise NonFiniteError("a logit of the temperature split is NaN or infinite; lower classifier.learning_rate")
     z, target = logits.double(), labels.long()
     picked = z.gather(1, target[:, None])[:, 0]
-    low, high = math.exp(-_LOG_TEMPERATURE_BOUND), math.exp(_LOG_TEMPERATURE_BOUND)
+    low, high = COOLEST, HOTTEST
     inverse = 1.0
     for _ in range(_MAX_NEWTON_STEPS):
         p = torch.softmax(inverse * z, dim=1)
@@ -64,6 +100,32 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             break
         inverse = following
     return 1.0 / inverse
+
+
+def measure_temperature(logits: Tensor, labels: Tensor) -> Temperature:
+    """`fit_temperature` with its 95 % likelihood interval {T : N (NLL(T) - NLL(best)) <= 1.92}, N rows.
+
+    Unlike a standard error, the interval is right where there are few errors, and it has no end below where there are none.
+    """
+    best = fit_temperature(logits, labels)
+    z, target = logits.double(), labels.long()
+
+    def nats(temperature: float) -> float:
+        return float(F.cross_entropy(z / temperature, target, reduction="sum"))
+
+    highest = nats(best) + _LIKELY_NATS
+
+    def end(limit: float) -> float:
+        inside, outside = math.log(best), math.log(limit)
+        if nats(limit) <= highest:
+            return limit
+        for _ in range(_BISECTIONS):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if nats(math.exp(middle)) <= highest else (inside, middle)
+        return math.exp(inside)
+
+    num_errors = int((logits.argmax(1) != target).sum())
+    return Temperature(best, end(COOLEST), end(HOTTEST), len(target), num_errors)
 
 
 def reliability_bins(log_probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Bins:
@@ -101,7 +163,14 @@ def calibration_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def reliability_diagram(
-    path: str | Path, before: Tensor, after: Tensor, labels: Tensor, *, title: str = "", classes: Sequence[str] = ()
+    path: str | Path,
+    before: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    *,
+    title: str = "",
+    classes: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Write a PNG: accuracy against confidence before and after scaling, with the number of rows in each bin.
 
@@ -112,31 +181,34 @@ def reliability_diagram(
         labels: (N,).
         title: Heading.
         classes: Names of the classes; named in the heading.
+        say: Gets the line about letters that no font has (`canvas.new_figure`).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from ctrl_ray.canvas import new_figure, shortened
 
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
-    centres = (np.arange(NUM_BINS) + 0.5) / NUM_BINS
-    for column, (name, log_probs) in enumerate((("before scaling", before), ("after scaling", after))):
-        metrics = calibration_metrics(log_probs, labels)
-        counts, confidence, accuracy = (part.numpy() for part in reliability_bins(log_probs.cpu(), labels.cpu()))
-        filled = counts > 0
-        top, bottom = axes[0][column], axes[1][column]
-        top.plot((0, 1), (0, 1), color="0.6", linestyle="--", linewidth=1, label="perfectly calibrated")
-        top.bar(centres[filled], accuracy[filled], 0.9 / NUM_BINS, color="tab:blue", alpha=0.7, label="accuracy")
-        top.plot(confidence[filled], accuracy[filled], "o", color="black", ms=4, label="mean confidence")
-        top.set(title=f"{name}: ECE {metrics['ece']:.4f}, NLL {metrics['nll']:.4f}", xlim=(0, 1), ylim=(0, 1.02))
-        bottom.bar(centres, counts, width=0.9 / NUM_BINS, color="0.5")
-        bottom.set(xlabel="probability of the most probable class", ylim=(0, float(counts.max()) * 1.35))
-        for x, count in zip(centres.tolist(), counts.tolist(), strict=True):
-            if count:
-                bottom.annotate(str(count), (x, count), ha="center", va="bottom", fontsize=6)
-    axes[0][0].set_ylabel("share that is right")
-    axes[1][0].set_ylabel("rows")
-    axes[0][0].legend(loc="upper left", fontsize=8)
     heading = ", ".join([part for part in (title, f"{len(labels)} rows", " | ".join(classes)) if part])
-    figure.suptitle(heading, fontsize=10)
-    figure.savefig(path, dpi=110)
+    with new_figure(Path(path), 8, 5.2, say=say) as figure:
+        axes = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
+        for column, (name, log_probs) in enumerate((("before scaling", before), ("after scaling", after))):
+            _draw_reliability(axes[0][column], axes[1][column], name, log_probs, labels)
+        axes[0][0].set_ylabel("share that is right")
+        axes[1][0].set_ylabel("rows")
+        axes[0][0].legend(loc="upper left")
+        figure.suptitle(shortened(heading, 110), fontsize=10)
+
+
+def _draw_reliability(top: Any, bottom: Any, name: str, log_probs: Tensor, labels: Tensor) -> None:
+    from ctrl_ray.canvas import AFTER, BEFORE, INK
+
+    centres = (np.arange(NUM_BINS) + 0.5) / NUM_BINS
+    metrics = calibration_metrics(log_probs, labels)
+    counts, confidence, accuracy = (part.numpy() for part in reliability_bins(log_probs.cpu(), labels.cpu()))
+    filled = counts > 0
+    top.plot((0, 1), (0, 1), color=BEFORE, linestyle="--", linewidth=1, label="perfectly calibrated")
+    top.bar(centres[filled], accuracy[filled], 0.9 / NUM_BINS, color=AFTER, alpha=0.7, label="accuracy")
+    top.plot(confidence[filled], accuracy[filled], "o", color=INK, ms=4, label="mean confidence")
+    top.set(title=f"{name}: ECE {metrics['ece']:.4f}, NLL {metrics['nll']:.4f}", xlim=(0, 1), ylim=(0, 1.02))
+    bottom.bar(centres, counts, width=0.9 / NUM_BINS, color=BEFORE)
+    bottom.set(xlabel="probability of the most probable class", ylim=(0, float(counts.max()) * 1.35))
+    for x, count in zip(centres.tolist(), counts.tolist(), strict=True):
+        if count:
+            bottom.annotate(str(count), (x, count), ha="center", va="bottom", fontsize=6)

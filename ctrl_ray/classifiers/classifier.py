@@ -15,13 +15,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctrl_ray.classifiers.networks import SmallCNN
+from ctrl_ray.classifiers.soundness import doubts
 from ctrl_ray.config import ControlConfig
+from ctrl_ray.config.fields import typed
 from ctrl_ray.errors import ConfigError, ModelError
 
 WEIGHTS = "model.safetensors"
 SETTINGS = "classifier.json"
 _TOKENIZER = "tokenizer"
 _NETWORKS = ("cnn", "transformers", "clip")
+_NEEDED: dict[str, Any] = {
+    "control": str,
+    "classes": tuple[str, ...],
+    "network": str,
+    "network_arguments": dict,
+    "temperature": float,
+    "image_size": int,
+}
+"""Of `classifier.json`, with their types."""
+_MAY_BE: dict[str, Any] = {
+    "base_model": str,
+    "thresholds": tuple[float, ...] | None,
+    "unit": str | None,
+    "oracle": str | None,
+    "column": str | None,
+    "calibration": dict | None,
+}
 
 
 def build_network(kind: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -96,6 +115,11 @@ class ImageClassifier(nn.Module):
     def prompt_conditional(self) -> bool:
         """Whether the classifier needs prompts."""
         return bool(self.arguments.get("prompt_conditional", False))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What its own figures on held-out images give to doubt, a sentence each."""
+        return doubts(self.spec.class_names, self.temperature, self.calibration)
 
     def logits(self, images: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         """Logits (B, K) before scaling, of images (B, 3, H, W) in [0, 1].
@@ -195,10 +219,10 @@ def copy_classifier(source: str | Path, target: str | Path) -> None:
     """Copy the files that `ImageClassifier.from_pretrained` reads, and no others, into the folder `target`."""
     path = Path(target)
     path.mkdir(parents=True, exist_ok=True)
-    for name in (SETTINGS, WEIGHTS):
-        shutil.copyfile(Path(source) / name, path / name)
     if (Path(source) / _TOKENIZER).is_dir():
         shutil.copytree(Path(source) / _TOKENIZER, path / _TOKENIZER, dirs_exist_ok=True)
+    for name in (WEIGHTS, SETTINGS):  # last what says that the rest is there
+        shutil.copyfile(Path(source) / name, path / name)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -211,11 +235,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path / SETTINGS} is not JSON ({error}); fit the classifier again") from error
-    needed = ("control", "classes", "network", "network_arguments", "temperature", "image_size")
-    missing = [key for key in needed if not isinstance(settings, dict) or key not in settings]
+    missing = [key for key in _NEEDED if not isinstance(settings, dict) or key not in settings]
     if missing:
         raise ModelError(f"{path / SETTINGS} lacks {', '.join(missing)}; fit the classifier again")
-    return settings
+    try:
+        given = {
+            key: typed(settings[key], hint, key) for key, hint in {**_NEEDED, **_MAY_BE}.items() if key in settings
+        }
+    except ConfigError as error:
+        raise ModelError(f"{path / SETTINGS} is inconsistent: {error}; fit the classifier again") from error
+    return {**settings, **given}
 
 
 def _spec(path: Path, settings: Mapping[str, Any]) -> ControlConfig:

@@ -149,15 +149,17 @@ class BlockWriter:
         digests = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in images]
         if self.decoder is not None and decode:
             images = self._decoded(images)
+        values: list[float] = []
         if self.oracle is not None:
-            values = measure(self.oracle, images)
-            labels = [self.spec.classify(float(value)) for value in values]
+            values = measure(self.oracle, images).tolist()
+            labels = [self.spec.classify(value) for value in values]
         if any(label is None for label in labels):
             raise DataError(
                 f"control {self.control!r} has no oracle, and the images of {self.config.data!r} have no labels; name "
                 "an oracle, or give a Parquet file with its column"
             )
-        _save(self.folder, kind, block, images, {"prompts": prompts, "labels": labels, "digests": digests})
+        rows = {"prompts": prompts, "labels": labels, "values": values, "digests": digests}
+        _save(self.folder, kind, block, images, rows)
 
     def _decoded(self, images: np.ndarray) -> np.ndarray:
         assert self.decoder is not None
@@ -174,6 +176,7 @@ class Examples:
         self.prompts: list[str] = []
         digests: list[str] = []
         labels: list[int] = []
+        values: list[float] = []
         for kind, num in (("data", num_data), ("samples", num_samples)):
             for block in range(-(-num // BLOCK_ROWS)):
                 array, rows = _load(folder, kind, block)
@@ -181,6 +184,8 @@ class Examples:
                 self.prompts += rows["prompts"]
                 labels += rows["labels"]
                 digests += rows["digests"]
+                values += rows["values"]
+        self.span = (min(values), max(values)) if values else None
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
         self.is_sample = np.arange(len(labels)) >= num_data

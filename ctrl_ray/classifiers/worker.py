@@ -19,9 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrl_ray.classifiers.calibration import calibration_metrics, fit_temperature, reliability_diagram
+from ctrl_ray.classifiers.calibration import calibration_metrics, measure_temperature, reliability_diagram
 from ctrl_ray.classifiers.classifier import ImageClassifier, new_network
 from ctrl_ray.classifiers.examples import BlockWriter, Examples, SamplePipeline, read_examples
+from ctrl_ray.classifiers.soundness import check_classes, class_rows, evidence
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import DataError, NonFiniteError
 from ctrl_ray.offline.reading import OnBadRow
@@ -92,7 +93,7 @@ def _fit(job: FitJob, folder: Path) -> None:
         image_size=job.image_size,
         base_model=job.config.base_model if settings.decode else "",
     )
-    _report(classifier, best, examples, logits, labels, rows, rank)
+    _report(job, classifier, best, examples, logits, labels, rows, rank)
 
 
 def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: torch.device) -> Examples:
@@ -116,12 +117,16 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
             f"{len(examples)} rows make splits of {counts} rows; expected at least one in each; give more data, or "
             "other shares in classifier.split"
         )
+    spec = job.config.controls[job.control]
+    shares = class_rows(examples.labels, spec.num_classes)
+    check_classes(job.control, spec, shares, "images", examples.span)
+    fitting = class_rows(examples.labels[examples.rows["fitting"]], spec.num_classes)
+    check_classes(job.control, spec, fitting, "images to fit on", examples.span)
     if rank == 0:
-        shares = torch.bincount(examples.labels, minlength=job.config.controls[job.control].num_classes)
         job.say(
             f"classifier of {job.control}: {len(examples)} images ready in {time.monotonic() - start:.0f} s, "
-            f"{', '.join(f'{count} for {name}' for name, count in counts.items())}; rows of each class "
-            f"{shares.tolist()}"
+            f"{', '.join(f'{count} for {name}' for name, count in counts.items())}; rows of each class: "
+            f"{', '.join(f'{name} {count}' for name, count in zip(spec.class_names, shares, strict=True))}"
         )
     return examples
 
@@ -247,6 +252,7 @@ class _Fitter:
 
 
 def _report(
+    job: FitJob,
     classifier: ImageClassifier,
     best: Best,
     examples: Examples,
@@ -260,7 +266,8 @@ def _report(
     on_samples = int(samples.sum()) >= MIN_CALIBRATION_SAMPLES
     if on_samples:
         logits, labels = logits[samples], labels[samples]
-    classifier.temperature = fit_temperature(logits, labels)
+    temperature = measure_temperature(logits, labels)
+    classifier.temperature = temperature.value
     before = torch.log_softmax(logits, dim=1)
     after = torch.log_softmax(logits / classifier.temperature, dim=1)
     classifier.calibration = {
@@ -270,6 +277,7 @@ def _report(
         "best_epoch": best.epoch,
         "selection_nll": best.nll,
         "num_rows": {**{name: len(some) for name, some in examples.rows.items()}, "judged": len(labels)},
+        **evidence(examples.labels, examples.rows["fitting"], logits, labels, temperature),
     }
     metrics = {"nll": classifier.calibration["after"]["nll"]}
     if rank != 0:
@@ -279,7 +287,7 @@ def _report(
         classifier.save(folder)
         reliability_diagram(
             Path(folder) / "reliability.png", before, after, labels,
-            title=classifier.control, classes=classifier.spec.class_names,
+            title=classifier.control, classes=classifier.spec.class_names, say=job.say,
         )  # fmt: skip
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

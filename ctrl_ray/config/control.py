@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from ctrl_ray.config.fields import above, at_least, check_fields
 from ctrl_ray.config.values import require
+from ctrl_ray.errors import ConfigError
 
 _ATTRIBUTES = """
 T_destination add_module apply bfloat16 buffers call_super_init children clear compile copy cpu cuda double dump_patches eval
@@ -19,6 +22,37 @@ state_dict to to_empty train training type update values xpu zero_grad
 """
 _TAKEN = frozenset(_ATTRIBUTES.split())
 """Attributes of torch's containers of modules and parameters, in which a control's name is a key."""
+_NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, halves of surrogate pairs, and separators of lines and paragraphs."""
+_LINE_ENDS = ("\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
+
+
+def check_text(what: str, text: str) -> None:
+    """ConfigError where a name of a class, or a unit, is no line of text: people see it in figures, tables and messages, and
+    give it on command lines."""
+    bad = next((letter for letter in text if unicodedata.category(letter) in _NOT_IN_A_LINE), None)
+    if bad is not None:
+        half = unicodedata.category(bad) == "Cs"
+        kind = "a line break" if bad in _LINE_ENDS else "half of a surrogate pair" if half else "a control character"
+        raise ConfigError(
+            f"{what} {text!r} has {kind} (U+{ord(bad):04X}) in it; expected one line of text; leave it out"
+        )
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """ConfigError unless each class has a name of its own that can be shown: the one rule for them, whoever gives them."""
+    for name in names:
+        check_text("class name", name)
+        seen = any(unicodedata.category(letter)[0] in "LMNPS" for letter in name)
+        require(seen, f"classes {names} has a name without a letter ({name!r}); expected a name for each class")
+    composed = [same_text(name) for name in names]
+    twice = next((name for index, name in enumerate(composed) if name in composed[:index]), None)
+    require(twice is None, f"classes {names} names {twice!r} twice; expected a different name for each class")
+
+
+def same_text(text: str) -> str:
+    """The text in composed form: a name typed on another system, with its accents apart, is the same name."""
+    return unicodedata.normalize("NFC", text)
 
 
 def check_control_name(name: str) -> None:
@@ -75,10 +109,8 @@ class ControlConfig:
                 f"{len(self.thresholds)} thresholds make {len(self.thresholds) + 1} classes, but classes names "
                 f"{len(self.classes)}: {self.classes}",
             )
-        twice = next((name for index, name in enumerate(self.classes) if name in self.classes[:index]), None)
-        require(
-            twice is None, f"classes {self.classes} names {twice!r} twice; expected a different name for each class"
-        )
+        check_class_names(self.classes)
+        check_text("unit", self.unit)
         if self.label_weights:
             require(
                 len(self.label_weights) == self.num_classes and sum(self.label_weights) > 0,

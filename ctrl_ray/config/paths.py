@@ -40,6 +40,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return None if path is None else absolute_path(path)
 
+    kind, colon, source = config.classifier.network.partition(":")
     return dataclasses.replace(
         config,
         base_model=absolute_model(config.base_model),
@@ -47,6 +48,9 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
         prompts_file=absolute(config.prompts_file),
         init_adapter=absolute(config.init_adapter),
         evaluation=dataclasses.replace(config.evaluation, prompts_file=absolute(config.evaluation.prompts_file)),
+        classifier=dataclasses.replace(
+            config.classifier, network=f"{kind}{colon}{absolute_model(source) if source else ''}"
+        ),
         controls={
             name: dataclasses.replace(control, classifier=absolute(control.classifier))
             for name, control in config.controls.items()

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctrl_ray.classifiers.checks import check_fit
 from ctrl_ray.classifiers.classifier import SETTINGS
 from ctrl_ray.classifiers.examples import SamplePipeline
+from ctrl_ray.classifiers.soundness import doubts
 from ctrl_ray.classifiers.worker import FitJob, fit_worker
 from ctrl_ray.cluster.connection import connected
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.channel import Notifier
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.rows import Notice, Stopping
 from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError, InterruptedRunError, ModelError, RunFolderError
-from ctrl_ray.offline.reading import OnBadRow, plan_reading, side_file
-from ctrl_ray.oracles import load_oracle
+from ctrl_ray.offline.reading import OnBadRow, side_file
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.runs.claim import claimed
 from ctrl_ray.runs.outputs import check_output
@@ -47,6 +48,8 @@ class FitResult:
     """The epoch that was kept, from 1."""
     num_rows: Mapping[str, int]
     """Rows of each split, and how many rows were judged."""
+    doubts: tuple[str, ...] = ()
+    """What these figures give to doubt, a sentence each (`classifiers.soundness`)."""
 
 
 def fit_classifier(
@@ -89,9 +92,8 @@ def fit_classifier(
         InterruptedRunError: SIGINT or SIGTERM came; nothing of the fit is kept.
     """
     folder = Path(output_dir).expanduser().resolve()
-    check_fit(config, control, sample_pipeline=sample_pipeline)
-    if (folder / SETTINGS).exists() and not overwrite:
-        raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
+    check_fit(config, control, has_sampler=sample_pipeline is not None)
+    check_target(folder, overwrite=overwrite)
     if storage_path is not None and config.classifier.num_workers > 1:
         raise ConfigError(
             f"classifier.num_workers is {config.classifier.num_workers}, but they would share decoded images in a local "
@@ -127,39 +129,10 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_fit(config: TrainConfig, control: str, *, sample_pipeline: SamplePipeline | None = None) -> None:
-    """Everything that can be wrong with a fit and be known before Ray starts; ConfigError, DataError or ModelError."""
-    spec = _control(config, control)
-    if spec.num_classes < 2:
-        raise ConfigError(
-            f"control {control!r} has {spec.num_classes} classes; expected at least 2: give thresholds for a measured "
-            "number, or class names for integer labels"
-        )
-    num_samples = config.classifier.num_pipeline_samples
-    if num_samples > 0 and (spec.oracle is None or sample_pipeline is None):
-        lacking = "the control has no oracle to label them" if spec.oracle is None else "there is no sample_pipeline"
-        raise ConfigError(f"classifier.num_pipeline_samples is {num_samples}, but {lacking}; set it to 0, or add one")
-    if spec.oracle is not None:
-        load_oracle(spec.oracle)
-        if not spec.thresholds:
-            raise ConfigError(
-                f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
-                "of its numbers; give thresholds"
-            )
-    image_size = load_backbone(config.base_model, config.base_revision).image_size()
-    if config.data is None:
-        raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
-    if not is_embedded(config.data):
-        plan_reading(
-            config.data,
-            {} if spec.oracle else {control: spec},
-            image_size=(image_size, image_size),
-            needs_prompts=config.classifier.prompt_conditional,
-        )
-    elif spec.oracle is None:
-        raise ConfigError(
-            f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"
-        )
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """RunFolderError where `folder` holds a classifier that may not be replaced."""
+    if (folder / SETTINGS).exists() and not overwrite:
+        raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
 
 
 def read_result(folder: str | Path) -> FitResult:
@@ -175,15 +148,10 @@ def read_result(folder: str | Path) -> FitResult:
             temperature=settings["temperature"],
             best_epoch=metrics["best_epoch"],
             num_rows=metrics["num_rows"],
+            doubts=doubts(settings["classes"], settings["temperature"], metrics),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path / SETTINGS} lacks the metrics of a fit ({type(error).__name__}: {error})") from error
-
-
-def _control(config: TrainConfig, control: str) -> ControlConfig:
-    if control not in config.controls:
-        raise ConfigError(f"control {control!r} is unknown; the config has {sorted(config.controls)}")
-    return config.controls[control]
 
 
 def _run(job: FitJob, storage_path: str, folder: Path, quiet: bool) -> None:

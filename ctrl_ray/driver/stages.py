@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ray.train import UserCallback
 
+from ctrl_ray.classifiers.soundness import warning_lines
 from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
@@ -86,6 +87,8 @@ def prepare_classifiers(
                 print(
                     f"classifier of {name}: accuracy {fitted.after['accuracy']:.3f}, ECE {fitted.after['ece']:.3f} on "
                     "held-out images",
+                    *warning_lines(name, fitted.doubts),
+                    sep="\n",
                     flush=True,
                 )
         folders[name] = target

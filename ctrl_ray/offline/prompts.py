@@ -7,7 +7,7 @@ from pathlib import Path
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.embedded import data_or_embedded, is_embedded
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.offline.reading import read_prompts_column
+from ctrl_ray.offline.reading import has_prompts_column, read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.offline.text import UTF_8, lines_of, read_text
 
@@ -38,3 +38,24 @@ def training_prompts(config: TrainConfig) -> tuple[str, ...]:
             "give --prompts-file with one prompt a line"
         )
     return found
+
+
+def sampling_prompts(config: TrainConfig) -> tuple[tuple[str, ...], str | None]:
+    """Prompts to sample the pre-trained pipeline with for stage 1, and a line to say where there are none.
+
+    Without prompts it is the empty one: p_pre(x|""), which a pipeline with classifier-free guidance was trained for by dropping
+    prompts, is its law over all of them, p_pre(x) = Σ_c p(c) p_pre(x|c). What a run will ask the classifier about, p_pre(x|c)
+    of its own prompts, is part of that.
+    """
+    data = data_or_embedded(config.data, config.base_model)
+    if config.prompts_file or is_embedded(data) or (data and any(_prompts_of(data))):
+        return training_prompts(config), None
+    number = config.classifier.num_pipeline_samples
+    return ("",), (
+        f"{data} has no prompts: the {number} samples of the pipeline (classifier.num_pipeline_samples) are drawn with the "
+        "empty prompt; give --prompts-file to draw them with the prompts you will train on"
+    )
+
+
+def _prompts_of(data: str) -> tuple[str, ...]:
+    return read_prompts_column(data) if has_prompts_column(data) else ()

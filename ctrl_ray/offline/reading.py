@@ -60,6 +60,13 @@ def _iter_plan(plan: ReadPlan, on_bad_row: OnBadRow, bad_rows_file: str, source:
     handle_bad_rows(bad_rows, plan.num_rows, on_bad_row, bad_rows_file, source=source)
 
 
+def has_prompts_column(path: str | Path) -> bool:
+    """Whether the (first file of the) data set has one."""
+    filesystem, files = list_files(path, (".parquet",), "a Parquet file or a folder of .parquet files")
+    with open_parquet(filesystem, files[0]) as parquet:
+        return PROMPT in parquet.schema_arrow.names
+
+
 def read_prompts_column(path: str | Path) -> tuple[str, ...]:
     """The distinct prompts of a data set, in the order in which they first occur; images are not read.
 

@@ -154,7 +154,7 @@ def check_row(
         column = source_column(name, control)
         if column not in raw:
             continue
-        row[name] = _check_label(name, column, control, raw[column])
+        row[name] = check_label(name, column, control, raw[column])
         if control.thresholds:
             row[value_column(name)] = float(raw[column])
     return row
@@ -186,7 +186,8 @@ def _check_image(data: Any, image_size: tuple[int, int] | None, expected_size: t
     return pixels
 
 
-def _check_label(name: str, column: str, control: ControlConfig, value: Any) -> int:
+def check_label(name: str, column: str, control: ControlConfig, value: Any) -> int:
+    """The class that a cell of a control's column means; RowError for one that is no label."""
     place = f"control {name!r} (column {column!r})"
     if value is None:
         raise RowError(f"{place} has no value; fill it in, {SKIP_HINT}")

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctrl_ray.classifiers.checks import check_fit
 from ctrl_ray.classifiers.classifier import ImageClassifier
+from ctrl_ray.classifiers.soundness import warning_lines
 from ctrl_ray.cluster.resources import (
     ClusterFacts,
     check_local_machine,
@@ -19,6 +21,7 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.config.paths import absolute_paths
 from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
@@ -56,6 +59,8 @@ class CheckedRun:
     """Config, batch arithmetic, trainable parameters and the memory plan, for people."""
     work: Work | None = None
     """What a worker computes; counted for an estimate only."""
+    doubts: tuple[str, ...] = ()
+    """Lines about classifiers whose own figures do not show them to be good; the summary ends with them."""
 
     def with_classifiers(self, folders: Mapping[str, str | Path]) -> CheckedRun:
         """The run with these classifier folders, by control, in its config and in the policy's controls."""
@@ -85,12 +90,15 @@ def preflight(
             "a --config file"
         )
     config = absolute_paths(config)
+    found: list[str] = []
     config = dataclasses.replace(
         config,
-        controls={name: _complete(name, control, refit_classifier) for name, control in config.controls.items()},
+        controls={name: _complete(name, control, refit_classifier, found) for name, control in config.controls.items()},
     )
     for name, control in config.controls.items():
         _check_control(name, control, config)
+        if control.classifier is None and stated is None:  # else the data may be elsewhere too
+            check_fit(config, name, has_sampler=True)
     _check_evaluation(config)
     controls = policy_controls(config)
     prompts = training_prompts(config)
@@ -128,8 +136,11 @@ def preflight(
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         info=_adapter_info(config, controls),
-        summary=_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why),
+        summary="\n".join(
+            [_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why), *found]
+        ),
         work=work,
+        doubts=tuple(found),
     )
 
 
@@ -167,11 +178,14 @@ def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
     )
 
 
-def _complete(name: str, control: ControlConfig, refit: bool) -> ControlConfig:
-    """Take classes, thresholds, unit and oracle from the classifier's folder where the config leaves them open."""
+def _complete(name: str, control: ControlConfig, refit: bool, doubts: list[str]) -> ControlConfig:
+    """Take classes, thresholds, unit and oracle from the classifier's folder where the config leaves them open. What its
+    figures give to doubt goes to `doubts`."""
     if refit or control.classifier is None:
         return dataclasses.replace(control, classifier=None)
-    spec = ImageClassifier.from_pretrained(control.classifier).spec
+    classifier = ImageClassifier.from_pretrained(control.classifier)
+    doubts += warning_lines(name, classifier.doubts)
+    spec = classifier.spec
     if control.num_classes and (control.thresholds, control.num_classes) != (spec.thresholds, spec.num_classes):
         raise ConfigError(
             f"control {name!r} has thresholds {control.thresholds} ({control.num_classes} classes) in the config, but its "

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctrl_ray.canvas import AFTER, BEFORE, new_figure
 from ctrl_ray.config.json import read_train_config
 from ctrl_ray.errors import DataError
-from ctrl_ray.reporting.figures import AFTER, BEFORE, new_figure
 from ctrl_ray.wording import text_table
 
 FIGURE = "guidance.png"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ctrl_ray.reporting.figures import AFTER, INK, new_figure
+from ctrl_ray.canvas import AFTER, INK, new_figure
 
 
 def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:

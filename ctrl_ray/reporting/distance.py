@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.config import SamplerConfig
-from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.reporting.markup import plus_minus, table, text
 
 _BOUND = "#b5402a"

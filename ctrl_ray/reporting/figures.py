@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BEFORE, AFTER = "#8b929c", "#1d5f9e"
-INK, FAINT = "#22272e", "#d9dde3"
-_DPI = 130
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
+from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure, shortened
 
-
-@contextmanager
-def new_figure(
-    path: Path, width: float, height: float, *, layout: Literal["constrained"] | None = "constrained"
-) -> Iterator[Figure]:
-    """A figure of width × height inches in the report's style, written to `path` on leaving. No global state."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        FigureCanvasAgg(figure)
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI, facecolor="white")
+_LONGEST_NAME = 28
+"""Characters of a class name at an axis: the panels keep their room."""
 
 
 def plot_kl_per_step(path: Path, kl_per_step: np.ndarray) -> Path:
@@ -93,8 +55,9 @@ def _draw_confusion(axis: Any, counts: np.ndarray, classes: Sequence[str]) -> No
             fontsize=8,
             color="white" if shares[row, column] > 0.6 else INK,
         )
-    axis.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    names = [shortened(name, _LONGEST_NAME) for name in classes]
+    axis.set_xticks(range(len(classes)), names, rotation=30, ha="right")
+    axis.set_yticks(range(len(classes)), names)
     axis.grid(visible=False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
@@ -119,7 +82,7 @@ def plot_values(
         values = after[asked == label]
         inside = np.searchsorted(thresholds, values, side="right") == label if len(thresholds) else values == label
         share = f"{inside.mean():.0%} inside" if len(values) else "no sample"
-        panels.append((f"after, asked for {name}: {share}", values, label))
+        panels.append((f"after, asked for {shortened(name, _LONGEST_NAME)}: {share}", values, label))
     everything = np.concatenate([values for _, values, _ in panels])
     low, high = float(everything.min()), float(everything.max())
     margin = 0.02 * (high - low) or 0.5

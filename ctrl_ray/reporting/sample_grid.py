@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctrl_ray.reporting.figures import INK, new_figure
+from ctrl_ray.canvas import INK, new_figure
 
 RIGHT, WRONG = "#2f7d4f", "#b5402a"
 _CELL, _GAP, _CAPTION, _HEADER, _MARGIN = 128, 6, 36, 34, 76

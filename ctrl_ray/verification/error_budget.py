@@ -16,10 +16,10 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.exact.grid import Answer, Grid, Solution, solve_on_grid, total_variation
 from ctrl_ray.exact.problems import LogisticReward, Problem
 from ctrl_ray.exact.suite import Case
-from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
 
 CAUSES = ("classifier", "initial noise", "fixed variances", "optimisation")
 

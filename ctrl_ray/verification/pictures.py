@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
+from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.verification.distances import PromptRows, match, statistics_of
 from ctrl_ray.verification.measured import Measured
 from ctrl_ray.verification.rejection import Pool

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.exact.grid import Answer, Solution, policy_answer, solve_on_grid, total_variation
 from ctrl_ray.exact.suite import Bar, Case
 from ctrl_ray.exact.witness import check_against_riccati
-from ctrl_ray.reporting.figures import AFTER, BEFORE, INK, new_figure
 
 QUANTITIES = ("mean", "std", "p_positive", "kl", "objective", "tv_to_optimum")
 

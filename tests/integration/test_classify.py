@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from ray.util import placement_group_table
 
-from ctrl_ray.classifiers.calibration import calibration_metrics
+from ctrl_ray.classifiers.calibration import Temperature, calibration_metrics
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.examples import split_of
 from ctrl_ray.cluster.abandoned_groups import give_back_abandoned_groups
@@ -209,8 +209,15 @@ def test_the_command_line_fits_labels_of_a_parquet_file(
     )
     flags += " --classifier.no-decode --classifier.num-pipeline-samples 0"
     assert main(flags.split()) == 0
-    assert "after scaling" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "after scaling" in printed
     settings = json.loads((tmp_path / "out" / "classifier.json").read_text())
     assert settings["classes"] == ["faint", "strong"]
-    assert settings["calibration"]["after"]["accuracy"] > 0.9
+    found = settings["calibration"]
+    assert found["after"]["accuracy"] > 0.9
+    temperature = Temperature(**found["temperature"])
+    assert settings["temperature"] == temperature.value
+    assert (f"temperature {temperature.value:.4g} is not calibrated" in printed) is not temperature.is_determined
+    assert (temperature.num_rows, sum(found["class_rows"]["all"])) == (found["num_rows"]["judged"], 120)
+    assert found["class_rows"]["all"] == [60, 60]
     assert main(flags.split()) == 2  # the folder is taken

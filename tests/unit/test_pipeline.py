@@ -18,7 +18,7 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.pipeline import ControlledPipeline
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.control.labels import class_index
+from ctrl_ray.policy.control.labels import class_index, number_names_line, parse_labels
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from tests.policies import make_policy
@@ -137,6 +137,35 @@ def test_scale_zero_is_the_pre_trained_model(tiny_pipeline: Path, exported: tupl
     back = _latents(pipeline, controls={"size": SIZES, "hue": HUES})
     expected = _rollout(policy, tiny_pipeline, SamplerConfig(num_steps=3))
     torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("1", "2", "3", "4", "5"), ("10", "20"), ("0", "1", "3"), ("b", "0")])
+def test_what_is_said_of_classes_named_by_numbers_is_so(names: tuple[str, ...]) -> None:
+    control = ControlConfig(classes=names)
+    line = number_names_line("stars", control)
+    assert line is not None
+    text, index = re.search(r"the class named '(\d+)' \(index (\d+)\)", line).groups()  # type: ignore[union-attr]
+    assert class_index("stars", control, text) == int(index)
+    assert parse_labels([f"stars={text}"], {"stars": control}) == {"stars": int(index)}
+    assert f"--control stars={text} " in line and f"{{'stars': {text}}}" in line
+    if "there is not" in line:
+        with pytest.raises(ConfigError, match="does not exist"):
+            class_index("stars", control, int(text))
+    else:
+        named = re.search(rf"is index {text}, the class named '(.*?)'", line)
+        assert named is not None and names[class_index("stars", control, int(text))] == named[1]
+
+
+def test_nothing_is_said_where_numbers_are_no_names_or_their_own_indices() -> None:
+    for names in (("low", "high"), ("0", "1", "2"), ("0.5", "1.5")):
+        assert number_names_line("stars", ControlConfig(classes=names)) is None
+
+
+def test_a_class_is_found_with_its_accents_apart_and_endless_digits_are_none() -> None:
+    control = ControlConfig(classes=("gr\u00fcn", "rot"))
+    assert class_index("colour", control, "gru\u0308n") == 0
+    with pytest.raises(ConfigError, match="does not exist"):
+        class_index("colour", control, "1" * 5000)
 
 
 def test_classes_by_name_by_index_and_per_prompt(exported: tuple[Path, ControlledPolicy]) -> None:

@@ -45,6 +45,32 @@ def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
     return index
 
 
+def number_names_line(name: str, control: ControlConfig) -> str | None:
+    """What a number means where classes are named by numbers other than their indices (see `class_index`); None: nothing is
+    to be told."""
+    named = [
+        (index, text)
+        for index, text in enumerate(control.class_names)
+        if text.isdecimal() and len(text) < _MOST_DIGITS and text != str(index)
+    ]
+    if not named:
+        return None
+    index, text = named[0]
+    number = int(text)
+    asked = (
+        f"--control {name}={text} and controls={{{name!r}: {text!r}}} ask for the class named {text!r} (index {index})"
+    )
+    other = (
+        f"is index {number}, the class named {control.class_names[number]!r}"
+        if number < control.num_classes
+        else "is an index that there is not"
+    )
+    return (
+        f"classes of {name} are named by numbers: {asked}; the number in Python, controls={{{name!r}: {number}}}, {other}; "
+        f"labels in data are indices, from 0"
+    )
+
+
 def label_rows(
     asked: Mapping[str, ControlValue | Sequence[ControlValue]], controls: Mapping[str, ControlConfig], num_prompts: int
 ) -> Tensor:

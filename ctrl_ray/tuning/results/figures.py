@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from scipy.interpolate import RBFInterpolator
 
-from ctrl_ray.reporting.figures import AFTER, BEFORE, FAINT, INK, new_figure
+from ctrl_ray.canvas import AFTER, BEFORE, FAINT, INK, new_figure
 from ctrl_ray.tuning.results.trials import (
     Prediction,
     SweepTrial,

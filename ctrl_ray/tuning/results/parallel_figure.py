@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ctrl_ray.reporting.figures import INK, new_figure
+from ctrl_ray.canvas import INK, new_figure
 from ctrl_ray.tuning.results.trials import SweepTrial, finished_trials, short_names
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from ctrl_ray.classifiers.calibration import (
     calibration_metrics,
     fit_temperature,
+    measure_temperature,
     reliability_bins,
     reliability_diagram,
 )
@@ -41,6 +42,53 @@ def test_temperature_without_an_optimum_stays_bounded() -> None:
     logits = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     assert math.exp(-5) <= fit_temperature(logits, torch.tensor([0, 1])) < 0.1
     assert 50 < fit_temperature(logits, torch.tensor([1, 0])) <= math.exp(5)
+
+
+def _rows(num_right: int, num_wrong: int, margin: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes whose logits differ by `margin` in every row."""
+    logits = torch.tensor([[margin, 0.0]]).repeat(num_right + num_wrong, 1)
+    return logits, torch.tensor([0] * num_right + [1] * num_wrong)
+
+
+def test_the_interval_of_a_temperature_in_closed_form() -> None:
+    """With one margin, exp(margin / T) is the odds of being right: 90 : 10 at best, and the likelihood of other odds is the
+    binomial's."""
+    found = measure_temperature(*_rows(90, 10, margin=3.0))
+    assert found.best == pytest.approx(3.0 / math.log(9), rel=1e-6)
+    assert (found.num_rows, found.num_errors) == (100, 10)
+    best = 90 * math.log(0.9) + 10 * math.log(0.1)
+    for end in (found.low, found.high):
+        right = 1 / (1 + math.exp(-3.0 / end))
+        assert best - (90 * math.log(right) + 10 * math.log(1 - right)) == pytest.approx(1.92, abs=1e-3)
+    assert found.low < found.best < found.high
+    assert found.is_determined and found.value == found.best
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        pytest.param(*_rows(60, 0), id="no errors"),
+        pytest.param(*_rows(60, 0, margin=0.02), id="no errors, and logits so small that the interval is short"),
+        pytest.param(*_rows(19, 1), id="one error of twenty"),
+        pytest.param(*_rows(4, 2), id="few rows"),
+        pytest.param(*_rows(50, 50), id="no better than chance"),
+        pytest.param(*_rows(10, 90), id="worse than chance"),
+        pytest.param(*_rows(900, 100, margin=1e-3), id="beyond the limit"),
+    ],
+)
+def test_a_temperature_that_the_rows_do_not_determine_stays_at_1(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    found = measure_temperature(logits, labels)
+    assert not found.is_determined and found.value == 1.0
+    assert (
+        math.exp(-5) <= found.low <= found.best * (1 + 1e-9)
+        and found.best <= found.high * (1 + 1e-9) <= math.exp(5) * 1.01
+    )
+
+
+def test_small_logits_may_need_a_low_temperature() -> None:
+    """It is the rows that decide, not the size: 0.05 is well determined by 1000 rows of which 100 are wrong."""
+    found = measure_temperature(*_rows(900, 100, margin=0.05 * math.log(9)))
+    assert found.is_determined and found.value == pytest.approx(0.05, rel=1e-6)
 
 
 def test_temperature_refuses_what_it_cannot_use() -> None:
@@ -93,6 +141,6 @@ def test_the_diagram_shows_shares_and_rows_by_hand(tmp_path: Path, figures: dict
     assert heights(rows) == [0] * 9 + [3] + [0] * 3 + [1, 0] and texts(rows) == ["3", "1"]
     assert heights(scaled_rows) == [0] * 7 + [4] + [0] * 7 and texts(scaled_rows) == ["4"]
     ece = (3 * (2 / 3 - 0.62) + (1 - 0.9)) / 4
-    assert top.get_title().startswith(f"before scaling: ECE {ece:.4f}, ")
-    assert scaled.get_title().startswith(f"after scaling: ECE {0.75 - 0.52:.4f}, ")
+    assert top.get_title("left").startswith(f"before scaling: ECE {ece:.4f}, ")
+    assert scaled.get_title("left").startswith(f"after scaling: ECE {0.75 - 0.52:.4f}, ")
     assert figures["reliability.png"].get_suptitle() == "jpeg_size, 4 rows, low | high"

@@ -14,6 +14,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers.utils import logging
 
 from ctrl_ray.classifiers.classifier import ImageClassifier, new_network
 from ctrl_ray.config import ControlConfig
@@ -98,6 +99,15 @@ def test_a_saved_classifier_answers_bit_for_bit(
     assert (loaded.control, loaded.image_size, loaded.base_model) == ("jpeg_size", 40, "shapes")
     assert loaded.calibration == {"after": {"ece": 0.01}}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_backbone_loads_without_a_word_about_the_parts_it_leaves_out(
+    clip_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    level = logging.get_verbosity()
+    new_network(f"clip:{clip_folder}", 4, prompt_conditional=True)
+    assert "".join(capfd.readouterr()) == ""
+    assert logging.get_verbosity() == level and logging.is_progress_bar_enabled()
 
 
 def test_gradient_at_the_image_agrees_with_finite_differences(classifier: ImageClassifier) -> None:

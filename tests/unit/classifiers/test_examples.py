@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ctrl_ray.classifiers import worker
+from ctrl_ray.classifiers.checks import check_fit
 from ctrl_ray.classifiers.examples import BLOCK_ROWS, BlockWriter, Example, Examples, read_examples, split_of
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
-from ctrl_ray.driver.classifier import check_fit
 from ctrl_ray.errors import ConfigError, DataError, ModelError
 
 SHARES = (0.8, 0.1, 0.1)

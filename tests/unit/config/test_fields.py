@@ -182,3 +182,37 @@ def test_control_names_are_keys_everywhere() -> None:
 def test_two_classes_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"names 'small' twice"):
         ControlConfig(classes=("tiny", "small", "small"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("two\nlines", r"a line break \(U\+000A\)"),
+        ("two\u2028lines", r"a line break \(U\+2028\)"),
+        ("bell\x07", r"a control character \(U\+0007\)"),
+        ("\x00", r"a control character \(U\+0000\)"),
+        ("half\ud83d", r"half of a surrogate pair \(U\+D83D\)"),
+        ("", "without a letter"),
+        (" \t".strip() + "  ", "without a letter"),
+        ("\u200b", "without a letter"),
+    ],
+)
+def test_a_class_name_is_one_line_that_can_be_seen(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ControlConfig(classes=("plain", name))
+
+
+@pytest.mark.parametrize("name", ["$", "好", "a/b=c", "1", "very good", "👩‍👩‍👧", "naïve", "x" * 200, "<&>"])
+def test_any_other_text_names_a_class(name: str) -> None:
+    assert ControlConfig(classes=("plain", name)).class_names[1] == name
+
+
+def test_a_name_is_the_same_with_its_accents_apart() -> None:
+    """As another system types it."""
+    with pytest.raises(ConfigError, match="twice"):
+        ControlConfig(classes=("gr\u00fcn", "gru\u0308n"))
+
+
+def test_a_unit_is_one_line_too() -> None:
+    with pytest.raises(ConfigError, match=r"unit .*line break"):
+        ControlConfig(unit="by\ntes")

@@ -52,7 +52,13 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (output_dir / "classifier.json").touch()
         metrics = {"accuracy": 1.0, "ece": 0.0}
         return FitResult(
-            folder=output_dir, before=metrics, after=metrics, temperature=1.0, best_epoch=1, num_rows={"judged": 1}
+            folder=output_dir,
+            before=metrics,
+            after=metrics,
+            temperature=1.0,
+            best_epoch=1,
+            num_rows={"judged": 1},
+            doubts=("one image judged it",),
         )
 
     monkeypatch.setattr(stages, "fit_classifier", fit)
@@ -80,6 +86,13 @@ def test_config_and_policy_agree_about_the_classifiers(
     monkeypatch.setattr(stages, "copies_of", lambda paths: {})
     job = train_job(prepared, rewards=None)  # type: ignore[arg-type]
     assert {name: job.controls[name] for name in job.config.controls} == job.config.controls
+
+
+def test_what_a_fit_gives_to_doubt_is_printed(
+    checked: CheckedRun, fitted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_classifiers(checked, RunFolder(str(tmp_path / "run")), None)
+    assert capsys.readouterr().out.splitlines()[-1] == "warning: classifier of colourfulness: one image judged it"
 
 
 def test_a_resumed_run_takes_the_classifiers_that_are_there(

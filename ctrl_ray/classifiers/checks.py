@@ -1,0 +1,62 @@
+"""What can be known to be wrong with a fit before Ray starts."""
+
+from __future__ import annotations
+
+from ctrl_ray.classifiers.soundness import check_classes
+from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.embedded import is_embedded
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.offline.label_counts import count_labels
+from ctrl_ray.offline.plan import plan_reading
+from ctrl_ray.oracles import load_oracle
+from ctrl_ray.policy.backbones import load_backbone
+
+
+def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -> None:
+    """Raise ConfigError, DataError or ModelError where the classifier of `control` cannot be fitted.
+
+    Reads the data set's footers, its first image, and the control's column where that holds the labels. has_sampler: whether
+    there is something that draws the pipeline's samples.
+    """
+    if control not in config.controls:
+        raise ConfigError(f"control {control!r} is unknown; the config has {sorted(config.controls)}")
+    spec = config.controls[control]
+    if spec.num_classes < 2:
+        raise ConfigError(
+            f"control {control!r} has {spec.num_classes} classes; expected at least 2: give thresholds for a measured "
+            "number, or class names for integer labels"
+        )
+    num_samples = config.classifier.num_pipeline_samples
+    if num_samples > 0 and (spec.oracle is None or not has_sampler):
+        lacking = "the control has no oracle to label them" if spec.oracle is None else "there is no sample_pipeline"
+        raise ConfigError(f"classifier.num_pipeline_samples is {num_samples}, but {lacking}; set it to 0, or add one")
+    if spec.oracle is not None:
+        load_oracle(spec.oracle)
+        if not spec.thresholds:
+            raise ConfigError(
+                f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
+                "of its numbers; give thresholds"
+            )
+    image_size = load_backbone(config.base_model, config.base_revision).image_size()
+    if config.data is None:
+        raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
+    if is_embedded(config.data):
+        if spec.oracle is None:
+            raise ConfigError(
+                f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"
+            )
+        return
+    _check_data(config, control, spec, (image_size, image_size))
+
+
+def _check_data(config: TrainConfig, control: str, spec: ControlConfig, image_size: tuple[int, int]) -> None:
+    plan = plan_reading(
+        config.data or "",
+        {} if spec.oracle else {control: spec},
+        image_size=image_size,
+        needs_prompts=config.classifier.prompt_conditional,
+    )
+    if not spec.oracle:  # an oracle measures again what the pipeline's VAE makes of the images
+        counts = count_labels(plan, control, spec, config.classifier.max_images)
+        if not counts.num_bad:  # a bad row is named when it is read
+            check_classes(control, spec, counts.rows, "rows", counts.span)
