@@ -57,6 +57,12 @@ def init_ray(what: str, remedy: str, **options: Any) -> None:
         ray.init(**options)
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        with suppress(Exception):
+            ray.shutdown()
+        raise KeyboardInterrupt from None  # Ray's handler has had the signal meanwhile
     except Exception as error:
         told = start_tells(error)
         with suppress(Exception):

@@ -144,7 +144,8 @@ def _require_rewards(answer: RewardAnswer, needs_cotangent: bool, where: str) ->
     if missing or not bool(torch.isfinite(log_probs).all()):
         raise NonFiniteError(
             f"{where}: rewards are missing or not finite "
-            f"(log-probabilities {log_probs.min():.3g} … {log_probs.max():.3g}); look at the classifier"
+            f"(log-probabilities {log_probs.min():.3g} … {log_probs.max():.3g}); lower "
+            "optimizer.learning_rate, or look at the classifier"
         )
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_a_handler_of_sigterm_outlives_the_start(monkeypatch: pytest.MonkeyPatch
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_while_ray_starts_is_an_interrupt_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler, which is there meanwhile, ends the process; another end stays as it is."""
+    codes: list[int] = [signal.SIGTERM, 3]
+    monkeypatch.setattr(ray, "init", lambda: sys.exit(codes.pop(0)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        init_ray("Ray did not start", "Try again.")
+    with pytest.raises(SystemExit, match="3"):
+        init_ray("Ray did not start", "Try again.")
 
 
 def test_the_notice_of_the_token_is_silent_meanwhile() -> None:
