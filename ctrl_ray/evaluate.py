@@ -41,6 +41,8 @@ class EvaluateOptions:
     """The same at most: more are drawn until log Z of every class is known to 0.1 nats."""
     prompts_file: str | None = None
     """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
+    encoding: str = "utf-8"
+    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
     seed: Annotated[int, at_least(0)] = 1_000_003
     """Seed of the noise. Training never uses this one."""
     batch_size: Annotated[int | None, at_least(1)] = None
@@ -304,7 +306,7 @@ def run(options: EvaluateOptions) -> Path:
         num_samples=options.num_samples,
         log_z_samples=options.log_z_samples,
         max_log_z_samples=options.max_log_z_samples,
-        prompts=None if options.prompts_file is None else read_prompts(options.prompts_file),
+        prompts=None if options.prompts_file is None else read_prompts(options.prompts_file, options.encoding),
         seed=options.seed,
         batch_size=options.batch_size,
         clip_model=options.clip_model,

@@ -32,6 +32,8 @@ class SampleConfig:
     """One or more prompts."""
     prompts_file: str | None = None
     """Text file with one prompt per line, instead of --prompt."""
+    encoding: str = "utf-8"
+    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
     control: tuple[str, ...] = ()
     """NAME=CLASS for each control, such as jpeg_size=2. CLASS is an index or a name. Controls that you do not name
     get the null label."""
@@ -154,7 +156,7 @@ def sample(config: SampleConfig) -> Path:
 def _prompts(config: SampleConfig) -> tuple[str, ...]:
     from ctrl_ray.offline.prompts import read_prompts
 
-    prompts = config.prompt or read_prompts(config.prompts_file or "")
+    prompts = config.prompt or read_prompts(config.prompts_file or "", config.encoding)
     for prompt in prompts:
         try:
             prompt.encode()

@@ -91,6 +91,8 @@ class VerifyOptions:
     8 × num_samples × joint classes."""
     prompts_file: str | None = None
     """With --adapter: file of prompts, one per line. None: the prompts of the run that made the adapter."""
+    encoding: str = "utf-8"
+    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
     classifier: tuple[str, ...] = ()
     """With --adapter: NAME=FOLDER for each control, the classifier it was trained with. Empty: RUN/classifier/NAME."""
     json: bool = False
@@ -178,7 +180,7 @@ def verify_adapter(options: VerifyOptions) -> bool:
         adapter=options.adapter or str(train_exact(folder / "run", options.seed)),
         num_samples=options.num_samples,
         max_pool_samples=options.max_pool_samples,
-        prompts=None if options.prompts_file is None else tuple(read_prompts(options.prompts_file)),
+        prompts=None if options.prompts_file is None else tuple(read_prompts(options.prompts_file, options.encoding)),
         classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
         seed=options.seed,
     )

@@ -30,7 +30,7 @@ RESULT_FILE, ERROR_FILE, SAMPLES_FILE = "result.json", "error.txt", "samples.saf
 SESSION_FILE = "session.json"
 BEFORE_FILE = "before.safetensors"
 TRIALS = "trials"
-_SAMPLING_SETTINGS = ("sampler", "prompts_file")
+_SAMPLING_SETTINGS = ("sampler", "prompts_file", "encoding")
 
 
 @dataclass(frozen=True, kw_only=True)

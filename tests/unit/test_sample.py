@@ -214,3 +214,26 @@ def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
     refused("output_dir is 's3://bucket/out'; expected a folder", output_dir="s3://bucket/out")
     refused("prompt 'caf\\udce9' is no text", prompt=("caf\udce9",))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_prompts_in_a_code_page_are_read_when_it_is_named(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a café at dusk\n".encode("cp1252"))
+    flags = [
+        "--base",
+        "--base-model",
+        "shapes",
+        "--prompts-file",
+        str(tmp_path / "prompts.txt"),
+        "--encoding",
+        encoding,
+    ]
+    flags += ["--num-images", "1", "--num-steps", "1", "--output-dir", str(tmp_path / "out")]
+    assert main(flags) == (0 if encoding == "cp1252" else 2)
+    if encoding == "cp1252":
+        (row,) = (tmp_path / "out" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(row)["prompt"] == "a café at dusk"
+    else:
+        assert "give --encoding cp1252" in capsys.readouterr().err
