@@ -9,9 +9,9 @@
 
 `verify` also ends with 1 when a bar is missed, and `tune` when no trial finished.
 
-An error of `ctrl_ray.errors`, or a disk that is full, is one message on standard error, even where Ray carried it from
-another process. With CTRL_RAY_VERBOSE=1 its traceback comes first. When nobody reads the output any more (`| head`), the
-command ends in silence.
+An error of `ctrl_ray.errors`, a disk that is full or a path that the system refuses is one message on standard error, even
+where Ray carried it from another process. With CTRL_RAY_VERBOSE=1 its traceback comes first. When nobody reads the output any
+more (`| head`), the command ends in silence.
 A sign that the terminal's encoding does not have (× in ASCII) is shown as '?'.
 """
 
@@ -37,6 +37,7 @@ from ctrl_ray.errors import (
     RunFolderError,
     full_disk,
     own_error,
+    unusable_path,
 )
 from ctrl_ray.runs.copies import private_folder
 
@@ -74,7 +75,8 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _drop_what_nobody_reads():
             return FAILED
-        known = own_error(error) or (error if isinstance(error, KeyboardInterrupt) else full_disk(error))
+        known = own_error(error) or (error if isinstance(error, KeyboardInterrupt) else None)
+        known = known or full_disk(error) or unusable_path(error)
         if known is None:
             raise
         if os.environ.get("CTRL_RAY_VERBOSE"):

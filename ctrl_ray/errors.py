@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,8 @@ class CheckpointError(CtrlRayError, OSError):
 class InterruptedRunError(CtrlRayError, KeyboardInterrupt):
     """The run was stopped by the user after it had left a checkpoint."""
 
+
+_SHOWN_PATH = 200
 
 HOPELESS = (ConfigError, DataError, ModelError, NonFiniteError, GpuMemoryError)
 """Errors that the same run would meet again from the same checkpoint: no restart cures them."""
@@ -116,6 +119,24 @@ def full_disk(error: BaseException) -> ResourceError | None:
             return ResourceError(
                 f"a disk is full: {str(found).strip().splitlines()[-1]}; make room (df -h, or your quota), then give the same "
                 "command again (with --resume where its output folder is still there)"
+            )
+    return None
+
+
+_UNUSABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ESTALE}
+)
+
+
+def unusable_path(error: BaseException) -> ConfigError | None:
+    """What to tell of a path that the system refuses, and of which nothing better is said; None for any other error."""
+    for found in _behind(error):
+        if isinstance(found, OSError) and found.errno in _UNUSABLE:
+            name = os.fsencode(found.filename or str(found)).decode("utf-8", "backslashreplace")
+            shown = name if len(name) <= _SHOWN_PATH else f"{name[:_SHOWN_PATH]}… ({len(name)} characters)"
+            return ConfigError(
+                f"{shown} cannot be used: {os.strerror(found.errno)}; expected a file or folder that is there and that this "
+                "user may read or write; check the path and its rights"
             )
     return None
 

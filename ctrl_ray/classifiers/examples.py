@@ -187,6 +187,7 @@ class Examples:
                 values += rows["values"]
         self.span = (min(values), max(values)) if values else None
         self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.num_different = len(set(digests))
         self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
         self.is_sample = np.arange(len(labels)) >= num_data
         split = np.concatenate([split_of(num_data, shares, seed), split_of(num_samples, shares, seed, salt=1)])

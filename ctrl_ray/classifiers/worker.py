@@ -114,8 +114,9 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
     counts = {name: len(rows) for name, rows in examples.rows.items()}
     if min(counts.values()) == 0:
         raise DataError(
-            f"{len(examples)} rows make splits of {counts} rows; expected at least one in each; give more data, or "
-            "other shares in classifier.split"
+            f"{len(examples)} rows, which hold {examples.num_different} different images, make splits of {counts} rows: too "
+            "few to fit, to choose an epoch and to find the temperature; expected at least one row in each split (equal images "
+            "lie in the same one); give more data, or other shares in classifier.split"
         )
     spec = job.config.controls[job.control]
     shares = class_rows(examples.labels, spec.num_classes)

@@ -15,6 +15,7 @@ import pyarrow.fs
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import read_train_config, to_json
+from ctrl_ray.embedded import FOLDER
 from ctrl_ray.errors import ConfigError, RunFolderError
 from ctrl_ray.runs.claim import CLAIM_FILE, claimed, clear, discarded_on_error, holds_files, holds_worth
 from ctrl_ray.runs.copies import CLASSIFIER
@@ -189,8 +190,16 @@ def changed_settings(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [
         f"{name}: {before.get(name)!r} → {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and name.split(".")[0] not in _MAY_CHANGE
+        if not _same(before.get(name), after.get(name)) and name.split(".")[0] not in _MAY_CHANGE
     ]
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values mean the same: a part of the package is the same wherever it is installed."""
+    if old == new or not (isinstance(old, str) and isinstance(new, str) and Path(new).is_relative_to(FOLDER)):
+        return bool(old == new)
+    shipped = Path(new).relative_to(FOLDER.parents[1]).parts
+    return Path(old).parts[-len(shipped) :] == shipped
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

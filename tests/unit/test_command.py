@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -92,6 +93,17 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith(
         "error: a disk is full: [Errno 28] No space left on device: '/data/x'; make"
     )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP])
+def test_a_path_that_the_system_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(_raising(OSError(number, os.strerror(number), "/data/x" + "y" * 300)), []) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: /data/xyyy") and f"… (307 characters) cannot be used: {os.strerror(number)}; " in said
+    )
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run(_raising(OSError(errno.EBADF, os.strerror(errno.EBADF))), [])
 
 
 def test_what_nobody_expected_keeps_its_traceback() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_ray import embedded
 from ctrl_ray.config import ControlConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.json import train_config_from_json
 from ctrl_ray.errors import ConfigError, RunFolderError
@@ -35,6 +36,19 @@ def test_another_number_of_workers_may_resume() -> None:
     assert changed_settings(CONFIG, other) == []
     stronger = dataclasses.replace(CONFIG, controls={"size": ControlConfig(classes=("a", "b"), guidance_strength=3.0)})
     assert changed_settings(CONFIG, stronger) == ["controls.size.guidance_strength: 1.0 → 3.0"]
+
+
+def test_another_checkout_may_resume() -> None:
+    """What ships with the package is the same wherever that lies; another folder of that name is not."""
+
+    def with_classifier(path: str) -> TrainConfig:
+        return dataclasses.replace(CONFIG, controls={"size": ControlConfig(classes=("a", "b"), classifier=path)})
+
+    here = with_classifier(str(embedded.CLASSIFIER))
+    assert changed_settings(with_classifier("/elsewhere/site-packages/ctrl_ray/shapes/classifier"), here) == []
+    for other in ("/elsewhere/shapes/classifier", "/elsewhere/ctrl_ray/shapes/classifier/x", "/mine"):
+        assert len(changed_settings(with_classifier(other), here)) == 1
+        assert len(changed_settings(here, with_classifier(other))) == 1
 
 
 def test_unknown_filesystem_is_an_error() -> None:
