@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from diffusers import DDIMScheduler
 
 from ctrl_ray.config import SamplerConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.ddim import DDIMKernel, PredictionType
 from ctrl_ray.errors import ConfigError, ModelError
+
+_BROKEN = (TypeError, ValueError, RuntimeError, NotImplementedError, LookupError, ArithmeticError)
+"""What diffusers and our kernel raise for settings of another type or beyond their range."""
 
 
 def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
@@ -30,8 +33,18 @@ def check_schedule(config: Mapping[str, Any], whose: str) -> None:
             "betas (num_train_timesteps, beta_start, beta_end); expected one of DDPM's family, such as DDIMScheduler"
         )
     try:
-        ddim_scheduler(config)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        scheduler = ddim_scheduler(config)
+        load_kernel(scheduler, SamplerConfig(num_steps=1))
+        shares = scheduler.alphas_cumprod
+        falls = bool((shares[1:] <= shares[:-1]).all()) and bool(shares[0] < 1) and bool(shares[-2:].min() >= 0)
+        if len(shares) != config["num_train_timesteps"] or not falls or not bool((shares[:-1] > 0).all()):
+            raise ValueError("its alphas_cumprod are not num_train_timesteps shares that fall from below 1 towards 0")
+        if scheduler.config.prediction_type not in get_args(PredictionType):
+            known = ", ".join(get_args(PredictionType))
+            raise ValueError(
+                f"prediction_type {scheduler.config.prediction_type!r} is unknown; expected one of {known}"
+            )
+    except _BROKEN as error:
         raise ModelError(
             f"the scheduler of {whose} has settings that make no noise schedule ({type(error).__name__}: {error}); expected "
             "those of one of DDPM's family, such as DDIMScheduler"
