@@ -179,7 +179,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     default = preset(name)
     if file is not None:
         if not file.is_file():
-            raise ConfigError(f"--config {file} does not exist; give a config.json that a run wrote")
+            found = "is a folder" if file.is_dir() else "does not exist"
+            raise ConfigError(f"--config {file} {found}; give a config.json that a run wrote")
         default = read_train_config(file)
     if controls:
         default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))

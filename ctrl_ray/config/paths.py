@@ -15,6 +15,8 @@ def absolute_path(path: str) -> str:
     ('s3://…') stay as they are. ConfigError for what is no path."""
     if is_embedded(path) or "://" in path:
         return path
+    if not path.strip():
+        raise ConfigError("a path is empty; expected the path of a file or folder, or a URI")
     try:
         return str(Path(path).expanduser().resolve())
     except (

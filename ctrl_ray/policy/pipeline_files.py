@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from ctrl_ray.errors import ModelError
 
 _LFS = b"version https://git-lfs"
+_EARLIER_ATTENTION = (".query.weight", ".proj_attn.weight")
 _TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
 """Any of these sets of files makes a tokenizer."""
 
@@ -63,6 +69,9 @@ def check_tokenizer(folder: Path) -> None:
             f"base model folder {folder.parent} lacks its tokenizer: {folder} holds {found}; expected tokenizer.json, or "
             "vocab.json and merges.txt, as diffusers' save_pretrained writes them"
         )
+    for name in sorted(have):
+        if name.endswith(".json"):
+            read_json(folder / name, "a part of its tokenizer")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -83,6 +92,47 @@ def _shards(index: Path) -> set[str]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ModelError(f"{index} has no weight_map of tensors to files; fetch or write it again")
     return set(places.values())
+
+
+def check_fits(folder: Path, module: nn.Module) -> None:
+    """ModelError where the tensors that a part is loaded from are not those of `module`, which its config.json made.
+
+    Compares names and shapes from the headers. Attention layers of a VAE may have the names of earlier diffusers.
+    """
+    stored: dict[str, Any] = {}
+    for file in weight_files(folder):
+        stored |= check_safetensors(file)[0]
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    known = wanted.keys() & stored.keys()
+    other = next((name for name in sorted(known) if stored[name]["shape"] != wanted[name]), None)
+    renamed = any(name.endswith(_EARLIER_ATTENTION) for name in stored)
+    missing = sorted(name for name in wanted.keys() - known if not (renamed and ".attentions." in name))
+    fix = "fetch configuration and weights of one model, as save_pretrained wrote them"
+    if other is not None:
+        raise ModelError(
+            f"{folder}: tensor {other!r} has the shape {stored[other]['shape']} in its weights, and {wanted[other]} by "
+            f"config.json; {fix}"
+        )
+    if missing:
+        raise ModelError(
+            f"{folder}: its weights lack {len(missing)} of the {len(wanted)} tensors that config.json asks for, first "
+            f"{missing[0]!r}; {fix}"
+        )
+
+
+@contextmanager
+def naming_part(folder: Path) -> Iterator[None]:
+    """Inside, what a library says of a configuration that it cannot make a part of becomes a ModelError with the folder."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{folder} cannot be loaded as its config.json says ({type(error).__name__}: {reason}); fetch configuration and "
+            "weights of one model, as save_pretrained wrote them"
+        ) from error
 
 
 def check_safetensors(file: Path) -> tuple[dict[str, Any], int]:

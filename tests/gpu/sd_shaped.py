@@ -55,7 +55,7 @@ def write_sd_shaped(folder: Path, *, tiny: bool) -> Path:
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    make_hollow(folder, {})
+    make_hollow(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
 from ctrl_ray.policy.decoder import LatentDecoder
-from ctrl_ray.policy.pipeline_files import check_tokenizer
+from ctrl_ray.policy.pipeline_files import check_fits, check_tokenizer, naming_part
 from ctrl_ray.policy.protocol import Condition
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ class StableDiffusion(DiffusersBackbone):
                 f"the unet of base model {self.folder} has {odd}, as one for inpainting, editing or of SDXL; expected the "
                 "UNet of a text-to-image Stable Diffusion 1.x or 2.x"
             )
+        widths = config.get("cross_attention_dim"), self.component_config("text_encoder").get("hidden_size")
+        if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
+            raise ModelError(
+                f"base model {self.folder} is made of two models: its unet takes text of width {widths[0]}, its text_encoder "
+                f"gives {widths[1]}; expected the parts of one"
+            )
         check_tokenizer(Path(self.folder) / "tokenizer")
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
@@ -76,8 +82,10 @@ class StableDiffusion(DiffusersBackbone):
             return self.load_finetuned(self.folder, dtype)
         from diffusers import UNet2DConditionModel
 
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.folder, subfolder="unet"))
+        folder = Path(self.folder) / "unet"
+        with naming_part(folder), torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        check_fits(folder, unet)
         nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
         return unet.eval().requires_grad_(False)
 
@@ -85,7 +93,9 @@ class StableDiffusion(DiffusersBackbone):
         """The UNet that full fine-tuning left in `folder`/unet."""
         from diffusers import UNet2DConditionModel
 
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
+        with naming_part(Path(folder) / "unet"):
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
+        check_fits(Path(folder) / "unet", unet)
         return unet.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> CLIPTokenizer:
@@ -107,7 +117,7 @@ class StableDiffusion(DiffusersBackbone):
         from transformers import CLIPTextModel
 
         tokenizer = self.load_tokenizer()
-        with without_progress_bar():
+        with without_progress_bar(), naming_part(Path(self.folder) / "text_encoder"):
             text_encoder = CLIPTextModel.from_pretrained(
                 self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
             )
@@ -119,10 +129,15 @@ class StableDiffusion(DiffusersBackbone):
         """The VAE."""
         from diffusers import AutoencoderKL
 
+        folder = Path(self.folder) / "vae"
         if empty:
-            with torch.device("meta"):
-                return LatentDecoder(AutoencoderKL.from_config(self.component_config("vae")), chunk_size)
-        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+            with naming_part(folder), torch.device("meta"):
+                vae = AutoencoderKL.from_config(self.component_config("vae"))
+            check_fits(folder, vae)
+            return LatentDecoder(vae, chunk_size)
+        with naming_part(folder):
+            vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        check_fits(folder, vae)
         return LatentDecoder(vae, chunk_size).to(device)
 
     def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:

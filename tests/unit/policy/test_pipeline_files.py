@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
@@ -63,6 +64,14 @@ def _flow(base: Path) -> None:
             lambda base: (base / "text_encoder" / "model.safetensors").unlink(),
             "text_encoder holds no safetensors weights",
         ),
+        (
+            lambda base: (base / "tokenizer" / "vocab.json").write_text('{"a": 1'),
+            r"tokenizer/vocab\.json is not readable as JSON",
+        ),
+        (
+            lambda base: _edit(base / "unet" / "config.json", cross_attention_dim=999),
+            r"made of two models: its unet takes text of width 999, its text_encoder gives \d+; expected",
+        ),
         (_renamed, r"unet holds weights of the variant fp16 alone .*variant='fp16'"),
         (_flow, "scheduler of base model .* is a FlowMatchEulerDiscreteScheduler, which has no noise schedule"),
         (
@@ -86,6 +95,62 @@ def test_what_is_missing_or_damaged_is_named(
     damage(base)
     with pytest.raises(ModelError, match=message):
         load_backbone(str(base))
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 3}, r"unet.*up_blocks.0.resnets.1.conv1.weight"),
+        ({"in_channels": 8, "out_channels": 8}, r"unet.*conv_in.weight.* shape|unet cannot be loaded .*conv_in.weight"),
+        ({"norm_num_groups": 7}, r"unet cannot be loaded as its config.json says \(ValueError: num_channels"),
+        ({"down_block_types": ["NoSuchBlock"] * 2}, r"unet cannot be loaded as its config.json says \(ValueError"),
+    ],
+)
+def test_weights_of_another_model_than_the_configuration(
+    changes: dict[str, object], message: str, empty: bool, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
+    _edit(base / "unet" / "config.json", **changes)
+    with pytest.raises(ModelError, match=message):
+        load_backbone(str(base)).load_denoiser(empty=empty)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_tensor_that_is_missing(empty: bool, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """diffusers would draw it at random, with a warning."""
+    base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
+    file = base / "unet" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["conv_out.bias"]
+    save_file(tensors, file)
+    with pytest.raises(
+        ModelError, match=r"unet: its weights lack 1 of the \d+ tensors .* first 'conv_out.bias'; fetch"
+    ):
+        load_backbone(str(base)).load_denoiser(empty=empty)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_vae_of_another_configuration(empty: bool, tiny_pipeline: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
+    (base / "vae" / "config.json").write_text('{"block_out_channels": [64, 64]}')
+    with pytest.raises(ModelError, match=r"base/vae"):
+        load_backbone(str(base)).load_decoder(empty=empty)
+
+
+def test_a_vae_may_have_the_names_of_earlier_diffusers(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """As Stable Diffusion 1.5's: diffusers renames the attention's tensors when it loads them."""
+    base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
+    file = base / "vae" / WEIGHTS
+    earlier = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        parts = [new for new in earlier if f".{new}." in name and ".attentions." in name]
+        tensors[name.replace(parts[0], earlier[parts[0]]) if parts else name] = tensor
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, file)
+    load_backbone(str(base)).load_decoder(empty=True)
+    load_backbone(str(base)).load_decoder()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
