@@ -26,6 +26,11 @@ def resolve_base_model(base_model: str, revision: str | None = None) -> str:
             f"base model {base_model[:200]!r} cannot be looked at ({error}); give a diffusers folder or a hub id"
         ) from error
     if exists:
+        if folder.is_file():
+            raise ModelError(
+                f"base model {folder} is a file; expected a folder in diffusers' format: write one with "
+                f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+            )
         if not (folder / "model_index.json").is_file():
             raise ModelError(
                 f"base model folder {folder} holds no model_index.json; expected a folder written by "

@@ -171,6 +171,12 @@ def test_a_variant_beside_the_plain_files_is_passed_over(tiny_pipeline: Path, tm
     load_backbone(str(base))
 
 
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"model\.safetensors is a file; .*from_single_file\('.*'\)\.save_pretrained"):
+        load_backbone(str(tmp_path / "model.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["~nobody-has-this-name/base", "a" * 300, "a\0b"])
 def test_what_is_no_path_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=r"base model .*; (give a diffusers folder|check the name)"):
