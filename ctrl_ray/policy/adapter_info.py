@@ -128,7 +128,7 @@ def _no_adapter(folder: Path) -> str:
         return f"{folder} is a run's folder; give its adapter: {folder / 'adapter'}"
     if not folder.exists():
         hub = "" if folder.is_absolute() or len(folder.parts) != 2 else "; an adapter on a hub is to be fetched first"
-        return f"adapter folder {folder} does not exist: {folder / ADAPTER_FILE} does not exist; {expected}{hub}"
+        return f"adapter folder {folder} does not exist; {expected}{hub}"
     if (folder / _RUN_FILE).is_file():
         return (
             f"{folder / ADAPTER_FILE} does not exist: {folder} is the folder of a run that has exported no adapter; finish it "

@@ -104,7 +104,7 @@ def test_a_sweep_killed_in_the_middle_goes_on(ray_session: None, sweep_file: Pat
         output, _ = first.communicate()
         print(output)  # pytest shows it when the test fails
     rows = {line.split()[0]: line for line in output.splitlines() if line.startswith("0000")}
-    assert "failed: ModelError: /no/such/adapter/adapter.json does not exist" in rows["00001"]
+    assert "failed: ModelError: adapter folder /no/such/adapter does not exist; expected" in rows["00001"]
     assert rows["00000"].endswith("finished") and rows["00002"].endswith("stopped early")
     finished = (trials / "00000" / "result.json").stat().st_mtime_ns
     before = _updates(trials / "00003")

@@ -71,7 +71,7 @@ def test_command_judges_from_the_images_alone(tmp_path, capsys):
     assert (after["accuracy"], after["num_samples"], after["kl"]) == (0.75, 4, None)
     assert "0.750" in capsys.readouterr().out
     assert main(["--adapter", str(tmp_path), "--images", str(images)]) == 2
-    assert "adapter.json does not exist" in capsys.readouterr().err
+    assert "is a run's folder; give its adapter: " in capsys.readouterr().err
 
 
 def _adapter_json():
