@@ -36,7 +36,7 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> TrainConfig:
         ({"data": "missing.parquet"}, CtrlRayError, "missing.parquet"),
         ({"prompts_file": "missing.txt"}, ConfigError, r"missing\.txt does not exist"),
         ({"base_model": "/nowhere/model"}, ModelError, "does not exist"),
-        ({"init_adapter": "/nowhere/adapter"}, ModelError, r"adapter\.json does not exist"),
+        ({"init_adapter": "/nowhere/adapter"}, ModelError, r"adapter folder /nowhere/adapter does not exist"),
         ({"scaling": ScalingConfig(num_workers=2, cpus_per_worker=4000)}, ResourceError, r"needs 8001 CPUs.*has \d+"),
         (
             {"scaling": ScalingConfig(use_gpu=True, num_workers=64, cpus_per_worker=0.01), "global_batch_size": 256},

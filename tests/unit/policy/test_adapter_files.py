@@ -247,7 +247,7 @@ def test_another_folder_than_the_one_that_is_meant(adapters: dict[str, Path], tm
     with pytest.raises(ModelError, match="is a file; expected an adapter folder, such as RUN/adapter"):
         read_adapter_info(run / "adapter" / "adapter.json")
     with pytest.raises(
-        ModelError, match=r"someone/adapter does not exist: .*; an adapter on a hub is to be fetched first"
+        ModelError, match=r"someone/adapter does not exist; .*; an adapter on a hub is to be fetched first"
     ):
         read_adapter_info("someone/adapter")
     for odd in ("~nobody-has-this-name/adapter", "a" * 300):
