@@ -93,7 +93,7 @@ def _main(argv: Sequence[str]) -> None:
 
 def run(settings: ClassifyConfig) -> FitResult:
     """Fit, and print the metrics before and after scaling."""
-    from ctrl_ray.driver.classifier import check_fit, check_target, fit_classifier
+    from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.policy.control.labels import number_names_line
     from ctrl_ray.runs.outputs import check_output
 
@@ -108,8 +108,6 @@ def run(settings: ClassifyConfig) -> FitResult:
         if note:
             print(note, flush=True)
         sampler = PipelineSampler(config, prompts)
-    check_fit(config, settings.control, has_sampler=sampler is not None)
-    check_target(Path(output_dir), overwrite=settings.overwrite)
     if line := number_names_line(settings.control, config.controls[settings.control]):
         print(line, flush=True)
     result = fit_classifier(

@@ -93,7 +93,8 @@ def fit_classifier(
     """
     folder = Path(output_dir).expanduser().resolve()
     check_fit(config, control, has_sampler=sample_pipeline is not None)
-    check_target(folder, overwrite=overwrite)
+    if (folder / SETTINGS).exists() and not overwrite:
+        raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
     if storage_path is not None and config.classifier.num_workers > 1:
         raise ConfigError(
             f"classifier.num_workers is {config.classifier.num_workers}, but they would share decoded images in a local "
@@ -127,12 +128,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_target(folder: Path, *, overwrite: bool) -> None:
-    """RunFolderError where `folder` holds a classifier that may not be replaced."""
-    if (folder / SETTINGS).exists() and not overwrite:
-        raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
 
 
 def read_result(folder: str | Path) -> FitResult:

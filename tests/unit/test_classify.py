@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,27 +15,31 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ctrl_ray.classifiers.worker import FitJob
 from ctrl_ray.classify import main
-from ctrl_ray.cluster import connection
 from ctrl_ray.driver import classifier as driver
 from ctrl_ray.driver.classifier import FitResult
 
 
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline: Path) -> Iterator[list[dict[str, Any]]]:
-    """What each fit was asked for; a stand-in answers. The working directory holds `data.parquet` and `base`."""
+    """What each fit was asked for, once it is allowed; a stand-in answers in the place of the workers. The working directory
+    holds `data.parquet` and `base`."""
     asked: list[dict[str, Any]] = []
 
-    def fit(config: Any, control: str, **given: Any) -> FitResult:
-        asked.append({"config": config, "control": control, **given})
+    def run(job: FitJob, storage_path: str, folder: Path, quiet: bool) -> None:
+        asked.append({**vars_of(job), "output_dir": str(folder)})
+
+    def read_result(folder: Path) -> FitResult:
         metrics = {"accuracy": 0.5, "nll": 0.7}
         return FitResult(
-            folder=Path(given["output_dir"]), before=metrics, after=metrics, temperature=1.0, best_epoch=2,
+            folder=folder, before=metrics, after=metrics, temperature=1.0, best_epoch=2,
             num_rows={"judged": 30}, doubts=("it is no good",),
         )  # fmt: skip
 
-    monkeypatch.setattr(driver, "fit_classifier", fit)
-    monkeypatch.setattr(connection, "connected", nullcontext)
+    monkeypatch.setattr(driver, "_run", run)
+    monkeypatch.setattr(driver, "read_result", read_result)
+    monkeypatch.setattr(driver, "connected", nullcontext)
     monkeypatch.chdir(tmp_path)
     Path("base").symlink_to(tiny_pipeline)
     rows = []
@@ -44,6 +49,10 @@ def fitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline: Path)
         rows.append({"image": buffer.getvalue(), "stars": number % 3, "brightness": 40.0 * number})
     pq.write_table(pa.Table.from_pylist(rows), "data.parquet")
     yield asked
+
+
+def vars_of(job: FitJob) -> dict[str, Any]:
+    return {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
 
 
 OWN_DATA = ("--data", "data.parquet", "--base-model", "base", "--output-dir", "out")
