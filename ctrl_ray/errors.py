@@ -111,11 +111,15 @@ def own_error(error: BaseException) -> CtrlRayError | None:
     return next((found for found in _behind(error) if isinstance(found, CtrlRayError)), None)
 
 
+_FULL = ("No space left on device", "os error 28", "os error 122")
+"""What libraries that are written in other languages say of it, without a number."""
+
+
 def full_disk(error: BaseException) -> ResourceError | None:
     """What to tell of an error that comes of a full disk, or of a quota that is used up; None for any other."""
     for found in _behind(error):
         full = isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(found):
+        if full or any(text in str(found) for text in _FULL):
             return ResourceError(
                 f"a disk is full: {str(found).strip().splitlines()[-1]}; make room (df -h, or your quota), then give the same "
                 "command again (with --resume where its output folder is still there)"

@@ -17,7 +17,7 @@ from ctrl_ray.config import ControlConfig, SamplerConfig, TrainConfig
 from ctrl_ray.config.json import read_train_config
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
-from ctrl_ray.wording import duration
+from ctrl_ray.wording import duration, no_file
 
 _END_METRICS = ("accuracy", "joint_accuracy", "macro_f1", "prompt_fidelity", "kl", "gap", "diversity")
 
@@ -179,8 +179,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     default = preset(name)
     if file is not None:
         if not file.is_file():
-            found = "is a folder" if file.is_dir() else "does not exist"
-            raise ConfigError(f"--config {file} {found}; give a config.json that a run wrote")
+            raise ConfigError(f"--config {file} {no_file(file)}; give a config.json that a run wrote")
         default = read_train_config(file)
     if controls:
         default = dataclasses.replace(default, controls=dict(_parse_control(text) for text in controls))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+
+def no_file(path: Path) -> str:
+    """Why a path is no file: 'is a folder' or 'does not exist'."""
+    return "is a folder" if path.is_dir() else "does not exist"
 
 
 def duration(seconds: float) -> str:

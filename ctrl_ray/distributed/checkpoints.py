@@ -37,7 +37,7 @@ from torch import Tensor
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.engine import PolicyEngine, load_parameters
 from ctrl_ray.distributed.rows import EvaluationDone, MetricsRow, UpdateDone
-from ctrl_ray.errors import CheckpointError, ModelError
+from ctrl_ray.errors import CheckpointError, ModelError, full_disk
 from ctrl_ray.policy.adapter import AdapterInfo, save_adapter, save_adapter_shard, shard_file
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import TrainablePolicy
@@ -47,8 +47,8 @@ PROGRESS_FILE = "progress.json"
 ADAPTER_FOLDER = "adapter"
 ROWS_FILE = "rows.jsonl"
 _ROWS: Mapping[str, type[UpdateDone] | type[EvaluationDone]] = {"update": UpdateDone, "evaluation": EvaluationDone}
-_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What ends a write and does not pass by itself, as a network's trouble may."""
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Beside a full disk, what ends a write and does not pass by itself, as a network's trouble may."""
 
 
 def report_checkpoint(
@@ -229,8 +229,7 @@ def _cannot_write(
         f"the checkpoint {what} could not be written to {where}: {error}. {intact}; make room (df -h) or lower "
         "num_checkpoints_to_keep, then go on with the same command and --resume"
     )
-    lasting = getattr(error, "errno", None) in _LASTING or "os error 28" in str(error) or "os error 122" in str(error)
-    if lasting:
+    if full_disk(error) is not None or getattr(error, "errno", None) in _FORBIDDEN:
         on_lasting(found)
     return found
 

@@ -6,17 +6,19 @@ import csv
 import io
 import json
 import math
+import posixpath
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from ctrl_ray.config.control import same_text
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow
 from ctrl_ray.offline.text import UTF_8, lines_of, read_text
+from ctrl_ray.wording import no_file
 
 FILE = "file"
 """Column of a table that names the image, relative to the images folder."""
@@ -52,8 +54,7 @@ def read_table(path: str | Path, encoding: str = UTF_8) -> Table:
     """
     source = Path(path).expanduser()
     if not source.is_file():
-        found = "is a folder" if source.is_dir() else "does not exist"
-        raise DataError(f"{source} {found}; expected a .csv, .tsv or .jsonl file with a column {FILE!r}")
+        raise DataError(f"{source} {no_file(source)}; expected a .csv, .tsv or .jsonl file with a column {FILE!r}")
     rows: dict[str, tuple[int, dict[str, str]]] = {}
     columns: dict[str, None] = {}
     for number, row in enumerate(_read_rows(source, encoding)):
@@ -64,7 +65,7 @@ def read_table(path: str | Path, encoding: str = UTF_8) -> Table:
                 f"{BadRow(str(source), number, f'no {FILE!r} among {list(row)}')}; expected the name of an image, "
                 "relative to the images folder, in every row; add it"
             )
-        file = _composed(str(PurePosixPath(row.pop(FILE).replace("\\", "/"))))
+        file = same_text(str(PurePosixPath(row.pop(FILE).replace("\\", "/"))))
         if file in rows:
             raise DataError(
                 f"{BadRow(str(source), number, f'{file} was named in row {rows[file][0]} already')}; remove one"
@@ -74,11 +75,6 @@ def read_table(path: str | Path, encoding: str = UTF_8) -> Table:
     if not rows:
         raise DataError(f"{source} is an empty set: it holds no row; expected one for each image")
     return Table(str(source), tuple(columns), rows)
-
-
-def _composed(name: str) -> str:
-    """A Mac writes an accent beside its letter, most others write both as one sign: the same name either way."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _read_rows(source: Path, encoding: str) -> Iterator[dict[str, str]]:
@@ -183,7 +179,7 @@ def values_of(file: str, row: int, table: Table | None, kinds: dict[str, type]) 
     """The table's values for one image file; row: its number among the images, for the message."""
     if table is None:
         return {}
-    found = table.rows.get(_composed(file))
+    found = table.rows.get(same_text(file))
     if found is None:
         return BadRow(file, row, f"has no row in {table.source}; add one that names it in {FILE!r}, or {_FIX}")
     number, cells = found
@@ -208,7 +204,7 @@ def _no_number(table: Table, column: str, number: int, cell: str) -> BadRow:
 
 def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
     """The prompt that a table gives to one image file."""
-    found = table.rows.get(_composed(file))
+    found = table.rows.get(same_text(file))
     if found is None:
         return BadRow(file, row, f"has no prompt in {table.source}; add a row that names it in {FILE!r}, or {_FIX}")
     number, cells = found
@@ -220,17 +216,12 @@ def prompt_of(file: str, row: int, table: Table) -> str | BadRow:
 
 def unused_rows(table: Table, files: set[str]) -> list[BadRow]:
     """Rows of the table that name no image of the folder: most likely a misspelt name."""
-    composed = {_composed(file) for file in files}
+    composed = {same_text(file) for file in files}
     unused = [(name, number) for name, (number, _) in table.rows.items() if name not in composed]
-    loose: dict[str, str] = {}
-    if unused:
-        for file in sorted(composed):
-            for name in (PurePosixPath(file).name, file, str(PurePosixPath(file).with_suffix(""))):
-                loose[name.casefold()] = file
+    loose = {key: file for file in sorted(composed) for key in _loosely(file)} if unused else {}
     rows = []
     for name, number in unused:
-        near = loose.get(name.casefold()) or loose.get(PurePosixPath(name).name.casefold())
-        near = near or loose.get(str(PurePosixPath(name).with_suffix("")).casefold())
+        near = next((loose[key] for key in _loosely(name) if key in loose), None)
         meant = f" (did you mean {near!r}?)" if near else ""
         reason = (
             f"{FILE} is {name!r}, which is no image of the folder{meant}; correct the name, remove the row, or set bad rows "
@@ -238,6 +229,11 @@ def unused_rows(table: Table, files: set[str]) -> list[BadRow]:
         )
         rows.append(BadRow(table.source, number, reason))
     return rows
+
+
+def _loosely(name: str) -> tuple[str, ...]:
+    """What a file may be called instead: in other case, without its folder, without its ending."""
+    return tuple(part.casefold() for part in (name, posixpath.basename(name), posixpath.splitext(name)[0]))
 
 
 def _is_missing(cell: str | None) -> bool:

@@ -20,6 +20,7 @@ HIDDEN, REPEATED, NOWHERE = "hidden or of the system", "there already by another
 
 _SYSTEM = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"})
 """Files and folders that systems put beside pictures, in lower case; names that begin with a dot are left out anyway."""
+_COMMON = (".png", ".jpg", ".webp", ".tif")
 _MOST_SUFFIXES = 5
 
 
@@ -79,9 +80,6 @@ def find_images(path: str | Path, *, beside: Container[str] = ()) -> ImageFiles:
             f"folder {path} is an empty set: it holds no image{f' ({rest})' if rest else ''}; {expected}; check the path"
         )
     return found
-
-
-_COMMON = (".png", ".jpg", ".webp", ".tif")
 
 
 def _plugin(suffix: str) -> str:

@@ -91,13 +91,7 @@ def label(
     """
     check_on_bad_row(on_bad_row)
     oracles = _named_oracles(controls)
-    prompts_table = read_table(prompts_file, encoding) if prompts_file is not None else None
-    table = read_table(columns, encoding) if columns is not None else None
-    kinds = numeric_columns(table) if table is not None else {}
-    if table is not None and (texts := text_columns(table)):
-        print(f"{table.source}: {', '.join(texts)}: text, not labels; left out", flush=True)
-    if table is not None and PROMPT in table.columns and prompts_table is None:
-        prompts_table = table
+    prompts_table, table, kinds = _read_tables(prompts_file, columns, encoding)
     _check_settings(oracles, kinds, prompts, prompts_table, table, image_size)
     refuse_existing(output, overwrite)
     tables = (str(Path(table).expanduser().absolute()) for table in (columns, prompts_file) if table is not None)
@@ -141,6 +135,22 @@ def label(
         num_copies=written.num_copies,
         num_unscaled=written.num_unscaled,
     )
+
+
+def _read_tables(
+    prompts_file: str | Path | None, columns: str | Path | None, encoding: str
+) -> tuple[Table | None, Table | None, dict[str, type]]:
+    """The table of prompts, which may be that of labels; the table of labels; the type of each of its columns of numbers."""
+    prompts_table = read_table(prompts_file, encoding) if prompts_file is not None else None
+    if columns is None:
+        return prompts_table, None, {}
+    table = read_table(columns, encoding)
+    kinds = numeric_columns(table)
+    if texts := text_columns(table):
+        print(f"{table.source}: {', '.join(texts)}: text, not labels; left out", flush=True)
+    if prompts_table is None and PROMPT in table.columns:
+        prompts_table = table
+    return prompts_table, table, kinds
 
 
 @dataclass

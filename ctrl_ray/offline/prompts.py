@@ -10,14 +10,14 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.reading import has_prompts_column, read_prompts_column
 from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.offline.text import UTF_8, lines_of, read_text
+from ctrl_ray.wording import no_file
 
 
 def read_prompts(path: str | Path, encoding: str = UTF_8) -> tuple[str, ...]:
     """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`, one that is no text a `DataError`."""
     file = Path(path)
     if not file.is_file():
-        found = "is a folder" if file.is_dir() else "does not exist"
-        raise ConfigError(f"prompts file {file} {found}; expected a text file with one prompt a line")
+        raise ConfigError(f"prompts file {file} {no_file(file)}; expected a text file with one prompt a line")
     prompts = tuple(line.strip() for line in lines_of(read_text(file, encoding)) if line.strip())
     if not prompts:
         raise ConfigError(f"prompts file {file} holds no prompt; expected one a line")

@@ -7,9 +7,7 @@ kernel and torch's own autograd, while a dispatch mode follows which storages ar
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.pipeline_files import check_safetensors, weight_files
 from ctrl_ray.policy.protocol import Condition, Inputs, beside_reference
 
 
@@ -300,16 +299,11 @@ def _bytes(parameters: Iterable[Tensor]) -> int:
 
 
 def stored_elements(folder: Path) -> int:
-    """Elements of the float tensors in a folder's safetensors files, from their headers; 0 where there is none."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"].startswith(("F", "BF")):
-                elements = 1
-                for size in entry["shape"]:
-                    elements *= size
-                total += elements
-    return total
+    """Elements of the float tensors that a part is loaded from, by the headers of its safetensors files; 0 where there is
+    none."""
+    return sum(
+        math.prod(facts["shape"])
+        for file in weight_files(folder)
+        for facts in check_safetensors(file)[0].values()
+        if facts["dtype"].startswith(("F", "BF"))
+    )

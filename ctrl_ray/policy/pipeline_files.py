@@ -94,7 +94,7 @@ def _shards(index: Path) -> set[str]:
     return set(places.values())
 
 
-def check_fits(folder: Path, module: nn.Module) -> None:
+def check_stored(folder: Path, module: nn.Module) -> None:
     """ModelError where the tensors that a part is loaded from are not those of `module`, which its config.json made.
 
     Compares names and shapes from the headers. Attention layers of a VAE may have the names of earlier diffusers.

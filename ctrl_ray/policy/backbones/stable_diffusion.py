@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
 from ctrl_ray.policy.decoder import LatentDecoder
-from ctrl_ray.policy.pipeline_files import check_fits, check_tokenizer, naming_part
+from ctrl_ray.policy.pipeline_files import check_stored, check_tokenizer, naming_part
 from ctrl_ray.policy.protocol import Condition
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class StableDiffusion(DiffusersBackbone):
         folder = Path(self.folder) / "unet"
         with naming_part(folder), torch.device("meta"):
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        check_fits(folder, unet)
+        check_stored(folder, unet)
         nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
         return unet.eval().requires_grad_(False)
 
@@ -95,7 +95,7 @@ class StableDiffusion(DiffusersBackbone):
 
         with naming_part(Path(folder) / "unet"):
             unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
-        check_fits(Path(folder) / "unet", unet)
+        check_stored(Path(folder) / "unet", unet)
         return unet.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> CLIPTokenizer:
@@ -133,11 +133,11 @@ class StableDiffusion(DiffusersBackbone):
         if empty:
             with naming_part(folder), torch.device("meta"):
                 vae = AutoencoderKL.from_config(self.component_config("vae"))
-            check_fits(folder, vae)
+            check_stored(folder, vae)
             return LatentDecoder(vae, chunk_size)
         with naming_part(folder):
             vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        check_fits(folder, vae)
+        check_stored(folder, vae)
         return LatentDecoder(vae, chunk_size).to(device)
 
     def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import ControlConfig
+from ctrl_ray.config.control import same_text
 from ctrl_ray.errors import ConfigError
 
 ControlValue = int | str | None
@@ -26,8 +26,8 @@ def class_index(name: str, control: ControlConfig, value: ControlValue) -> int:
     if value is None:
         return control.num_classes
     if isinstance(value, str):
-        names = [unicodedata.normalize("NFC", class_name) for class_name in control.class_names]
-        text = unicodedata.normalize("NFC", value)
+        names = [same_text(class_name) for class_name in control.class_names]
+        text = same_text(value)
         if text in names:
             return names.index(text)
         index = int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else -1

@@ -124,6 +124,13 @@ def test_tables_of_other_tools(name: str, text: str, tmp_path: Path) -> None:
     assert read_table(_table(tmp_path, name, text)).rows == {"a.png": (0, {"stars": "3"})}
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "a/.."])
+def test_names_that_name_no_file(name: str, tmp_path: Path) -> None:
+    table = read_table(_table(tmp_path, "labels.csv", f"file,stars\n{name},1\n"))
+    (row,) = unused_rows(table, {"a.png"})
+    assert "is no image of the folder; correct" in row.reason
+
+
 @pytest.mark.parametrize("name", ["img_1.png", "IMG_1", "photos/IMG_1.JPG", "IMG_1.jpeg"])
 def test_the_file_that_is_meant(name: str, tmp_path: Path) -> None:
     table = read_table(_table(tmp_path, "labels.csv", f"file,stars\n{name},1\n"))
