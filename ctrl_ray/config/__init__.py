@@ -2,6 +2,7 @@
 
 from ctrl_ray.config.control import ClassifierConfig, ControlConfig
 from ctrl_ray.config.evaluation import EvaluationConfig
+from ctrl_ray.config.method import MethodConfig, MethodName
 from ctrl_ray.config.policy import AdapterConfig, AdapterKind, LoraConfig, NullBranch, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
 from ctrl_ray.config.run import TrainConfig
@@ -17,6 +18,8 @@ __all__ = [
     "EstimatorConfig",
     "EvaluationConfig",
     "LoraConfig",
+    "MethodConfig",
+    "MethodName",
     "NullBranch",
     "OptimizerConfig",
     "Precision",

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ctrl_ray.diffusion.steps import GaussianStep, ModelOutput
+from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput
 from ctrl_ray.errors import ConfigError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -94,17 +94,24 @@ class DDIMKernel:
     def step(self, step_index: int, latents: Tensor, output: ModelOutput) -> GaussianStep:
         """Law of the next latents; the mean in the latents' dtype, the std a scalar tensor (or like the latents when
         the model has a learned variance)."""
-        alpha_prod_t, alpha_prod_next = self.alpha_prod(step_index)
-        std = self._stds[step_index]
-        x_0, noise = predict_x_0_and_noise(
-            latents, output.prediction.to(latents.dtype), alpha_prod_t, self.prediction_type
-        )
-        direction = max(0.0, 1 - alpha_prod_next - std**2) ** 0.5
-        mean = alpha_prod_next**0.5 * x_0 + direction * noise
+        mean = self.mean_from(step_index, self.denoised(step_index, latents, output))
         std_tensor = self._table("std", self._stds, latents.dtype, latents.device)[step_index]
         if output.log_std_ratio is not None:
             std_tensor = std_tensor * output.log_std_ratio.to(latents.dtype).exp()
         return GaussianStep(mean, std_tensor)
+
+    def denoised(self, step_index: int, latents: Tensor, output: ModelOutput) -> Denoised:
+        """(x_0, ε) that the prediction at this step implies, like the latents."""
+        x_0, noise = predict_x_0_and_noise(
+            latents, output.prediction.to(latents.dtype), self._alphas[step_index], self.prediction_type
+        )
+        return Denoised(x_0, noise)
+
+    def mean_from(self, step_index: int, denoised: Denoised) -> Tensor:
+        """The step's mean √ᾱ' x_0 + √(1−ᾱ'−σ²) ε of any x_0 and ε."""
+        alpha_prod_next, std = self._next_alphas[step_index], self._stds[step_index]
+        direction = max(0.0, 1 - alpha_prod_next - std**2) ** 0.5
+        return alpha_prod_next**0.5 * denoised.x_0 + direction * denoised.noise
 
     def _table(
         self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str

@@ -31,6 +31,19 @@ class GaussianStep(NamedTuple):
     std: Tensor
     """Broadcastable to the mean; 0 = a deterministic step, which has no density."""
 
+    def select(self, rows: Tensor) -> GaussianStep:
+        """The laws of some of the samples, in the given order; a std that is a scalar is that of all."""
+        return GaussianStep(self.mean[rows], self.std if self.std.dim() == 0 else self.std[rows])
+
+
+class Denoised(NamedTuple):
+    """A prediction in the terms that guidance works on: x_t = √ᾱ x_0 + √(1−ᾱ) ε."""
+
+    x_0: Tensor
+    """The clean latents that are predicted (Tweedie's estimate), like the latents."""
+    noise: Tensor
+    """ε, like the latents; classifier-free guidance applied."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -82,6 +95,22 @@ class StepKernel(Protocol):
 
     def step(self, step_index: int, latents: Tensor, output: ModelOutput) -> GaussianStep:
         """The law of the next latents."""
+        ...
+
+
+class DenoisingKernel(StepKernel, Protocol):
+    """A reverse process whose predictions can be taken apart and put together again, as guidance at sampling time needs."""
+
+    def alpha_prod(self, step_index: int) -> tuple[float, float]:
+        """(alpha_prod_t, alpha_prod_next) of the step."""
+        ...
+
+    def denoised(self, step_index: int, latents: Tensor, output: ModelOutput) -> Denoised:
+        """(x_0, ε) that a prediction implies."""
+        ...
+
+    def mean_from(self, step_index: int, denoised: Denoised) -> Tensor:
+        """The mean of the next latents for any x_0 and ε; of those of `denoised` it is that of `step`."""
         ...
 
 

@@ -18,13 +18,13 @@ from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait
 from ctrl_ray.config import ControlConfig, Precision, SamplerConfig, ScalingConfig
 from ctrl_ray.diffusion.noise import draw_noise
-from ctrl_ray.diffusion.steps import Guidance, StepKernel
+from ctrl_ray.diffusion.steps import DenoisingKernel, Guidance
 from ctrl_ray.distributed.batches import Batch, evaluation_batch
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.errors import naming_memory
 from ctrl_ray.evaluation.certificate import exponents_of
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate
-from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout
+from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, keyed_noise, rollout, rows_per_image
 from ctrl_ray.gradients.variance_cost import LogTilt, variance_cost
 from ctrl_ray.policy.adapter import check_base_model, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
@@ -174,8 +174,9 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
     encoder = policy.backbone.load_encoder(device)
     guidance = Guidance.of(job.sampler)
     parts = []
-    for start in range(0, len(job.sample_ids), job.batch_size):
-        ids = job.sample_ids[start : start + job.batch_size]
+    size = max(1, job.batch_size // rows_per_image(job.draw))
+    for start in range(0, len(job.sample_ids), size):
+        ids = job.sample_ids[start : start + size]
         batch = evaluation_batch(ids, job.prompts, controls, tuple(job.controls))
         trajectory = job.draw(
             policy,
@@ -223,7 +224,7 @@ def _log_tilt(exponents: Mapping[str, float], batch: Batch, rewards: Any) -> Log
     return log_tilt
 
 
-def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], StepKernel]:
+def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], DenoisingKernel]:
     """(policy, its controls in column order, kernel): from the adapter, or untouched when there is none."""
     backbone = load_backbone(job.base_model, job.revision)
     controls = dict(job.controls)

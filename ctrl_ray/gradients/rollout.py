@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.diffusion.noise import draw_noise
-from ctrl_ray.diffusion.steps import GaussianStep, LatentReduction, StepKernel, gaussian_sample, step_kl, step_log_ratio
+from ctrl_ray.diffusion.steps import (
+    DenoisingKernel,
+    GaussianStep,
+    LatentReduction,
+    StepKernel,
+    gaussian_sample,
+    step_kl,
+    step_log_ratio,
+)
 from ctrl_ray.policy.protocol import Inputs, Policy, beside_reference
 from ctrl_ray.rewards.protocol import Rewards
 
@@ -57,7 +65,7 @@ class Sampler(Protocol):
     def __call__(
         self,
         policy: Policy,
-        kernel: StepKernel,
+        kernel: DenoisingKernel,
         inputs: Inputs,
         noise: NoiseSource,
         rewards: Rewards | None = None,
@@ -69,6 +77,11 @@ class Sampler(Protocol):
         """Sample B trajectories; `reference`: of the pre-trained model; `with_kl`: with the KL of each step; `on_step`: told
         each step's index and its next latents."""
         ...
+
+
+def rows_per_image(draw: Sampler) -> int:
+    """Latents that a sampler holds at a time for each image; 1 where it does not say."""
+    return int(getattr(draw, "rows_per_image", 1))
 
 
 def keyed_noise(

@@ -1,0 +1,117 @@
+"""Training-free guidance (Ye et al. 2024, TFG): a smoothed reward, guided in x and in x̂_0, with steps repeated.
+
+With f(x̂_0) = log (1/K) Σ_k exp ℓ(x̂_0 + σ_t ξ_k), ξ_k standard normal, the mean of a step is
+
+    m(x̂_0 + Δ, ε̃) + ρ_t ∇_x f(x̂_0(x)) / √(ᾱ/ᾱ'),   Δ: N_iter times  Δ ← Δ + μ_t ∇ f(x̂_0 + Δ),
+
+with ρ_t = ρ · r_t and μ_t = μ · r_t, r_t ∝ ᾱ/ᾱ' of mean 1 over the steps, and σ_t = σ √(1 − ᾱ). N_recur > 1 takes a step so
+often, noised again in between: its path then has no density that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ctrl_ray.baselines.guided import GuidedSampler
+from ctrl_ray.baselines.noise import ImageNoise
+from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.tilt import log_tilt_and_gradient
+from ctrl_ray.diffusion.steps import DenoisingKernel
+from ctrl_ray.policy.protocol import Inputs, Policy
+from ctrl_ray.rewards.protocol import Rewards
+
+_WAYS = ("forth", "back")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TFG(GuidedSampler):
+    """A step costs N_recur times a forward and a backward of the denoiser, and K · N_iter decodes with their gradient."""
+
+    scale: float = 1.0
+    """ρ: strength of the gradient through the denoiser; 0 leaves its backward out of the sum."""
+    mean_scale: float = 1.0
+    """μ: strength of the gradient in x̂_0."""
+    smoothing: float = 0.01
+    """σ of the noise on x̂_0."""
+    num_smoothed: int = 4
+    """K."""
+    num_iterations: int = 4
+    """N_iter."""
+    num_recurrences: int = 1
+    """N_recur."""
+    method: ClassVar[str] = "tfg"
+    through_denoiser: ClassVar[bool] = True
+
+    @property
+    def has_path_law(self) -> bool:
+        """Given the ξ, which are drawn apart from the path's noise; not with steps that are repeated."""
+        return self.num_recurrences == 1
+
+    def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
+        """See `GuidedSampler`."""
+        kernel, step_index = prediction.kernel, prediction.step_index
+        alpha_prod_t, alpha_prod_next = kernel.alpha_prod(step_index)
+        ratio = _relative_ratio(kernel, step_index)
+        smooth = self._smoothed(prediction, rewards, inputs, noise)
+        x_0 = prediction.denoised.x_0.detach()
+        gradient = smooth(x_0)
+        through = prediction.pull_back(gradient)
+        shift = torch.zeros_like(x_0)
+        for iteration in range(self.num_iterations):
+            if iteration > 0:
+                gradient = smooth(x_0 + shift)
+            shift = shift + self.mean_scale * ratio * gradient
+        mean = prediction.mean_of_shifted_x_0(shift)
+        return mean + self.scale * ratio * (alpha_prod_next / alpha_prod_t) ** 0.5 * through
+
+    def _smoothed(
+        self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise
+    ) -> Callable[[Tensor], Tensor]:
+        """x̂_0 to ∇ log (1/K) Σ_k exp ℓ(x̂_0 + σ_t ξ_k), with the same ξ at every call of a step."""
+        alpha_prod_t, _ = prediction.kernel.alpha_prod(prediction.step_index)
+        x_0, count = prediction.denoised.x_0, self.num_smoothed
+        shape = x_0.shape[1:]
+        xi = noise.normal(prediction.step_index, "smoothing", count, shape, x_0.detach())
+        moved = self.smoothing * (1 - alpha_prod_t) ** 0.5 * xi
+        repeated = inputs.select([row for row in range(len(inputs)) for _ in range(count)])
+
+        def gradient(x_0: Tensor) -> Tensor:
+            around = x_0.repeat_interleave(count, dim=0) + moved
+            tilts, gradients = log_tilt_and_gradient(rewards, around, repeated, self.exponents)
+            shares = tilts.view(-1, count).softmax(1).view(-1, *[1] * len(shape)).to(gradients.dtype)
+            return (shares * gradients).view(-1, count, *shape).sum(1)
+
+        return gradient
+
+    def _step(
+        self,
+        policy: Policy,
+        kernel: DenoisingKernel,
+        step_index: int,
+        latents: Tensor,
+        inputs: Inputs,
+        rewards: Rewards,
+        noise: ImageNoise,
+        z: Tensor | None,
+        guided: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        alpha_prod_t, alpha_prod_next = kernel.alpha_prod(step_index)
+        kept = alpha_prod_t / alpha_prod_next
+        for recurrence in range(1, self.num_recurrences if guided else 1):
+            forth, back = (
+                noise.normal(step_index, f"{way} {recurrence}", 1, latents.shape[1:], latents) for way in _WAYS
+            )
+            following, *_ = super()._step(policy, kernel, step_index, latents, inputs, rewards, noise, forth, guided)
+            latents = kept**0.5 * following + (1 - kept) ** 0.5 * back
+        return super()._step(policy, kernel, step_index, latents, inputs, rewards, noise, z, guided)
+
+
+def _relative_ratio(kernel: DenoisingKernel, step_index: int) -> float:
+    """ᾱ/ᾱ' of a step, over its mean over all steps."""
+    ratios = [alpha / following for alpha, following in map(kernel.alpha_prod, range(kernel.num_steps))]
+    return ratios[step_index] * len(ratios) / sum(ratios)

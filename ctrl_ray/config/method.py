@@ -1,0 +1,83 @@
+"""Which sampler draws the images: the plain one, or one that steers the pre-trained model and trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from ctrl_ray.config.fields import at_least, check_fields
+from ctrl_ray.config.values import require
+
+MethodName = Literal["plain", "best_of_n", "rejection", "dps", "mpgd", "tfg", "smc", "svdd", "tds", "fk_steering"]
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "best_of_n": ("num_particles",),
+    "rejection": ("max_tries",),
+    "dps": ("scale", "window"),
+    "mpgd": ("scale", "step_size", "window"),
+    "tfg": ("scale", "mean_scale", "smoothing", "num_smoothed", "num_iterations", "num_recurrences", "window"),
+    "smc": ("num_particles",),
+    "svdd": ("num_particles", "temperature"),
+    "tds": ("num_particles", "scale"),
+    "fk_steering": ("num_particles", "every", "potential"),
+}
+"""The options that each method has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """A method of `ctrl_ray.baselines`. An option that is None has the method's own default."""
+
+    name: MethodName = "plain"
+    """'plain': nothing steers. Whole samples that are kept or not: 'best_of_n', 'rejection' (exact). A push at each step:
+    'dps' (reconstruction guidance), 'mpgd', 'tfg'. Particles, weighed and resampled: 'smc', 'tds', 'fk_steering' (exact as
+    their number grows), 'svdd'."""
+    scale: Annotated[float | None, at_least(0)] = None
+    """dps, tds, tfg: strength of the gradient through the denoiser. mpgd: of that in x_0. Default 1, the nominal one."""
+    num_particles: Annotated[int | None, at_least(1)] = None
+    """Paths of each image at a time: samples (best_of_n: 4), particles (smc, tds, fk_steering: 4), candidates of a step (svdd:
+    8). The cost is so many times plain sampling's."""
+    max_tries: Annotated[int | None, at_least(1)] = None
+    """rejection: samples at most for an image. Default 256."""
+    window: tuple[float, float] | None = None
+    """dps, mpgd, tfg: shares of the steps, noise first, between which the sampler is guided. Default 0 1: all."""
+    step_size: Literal["plain", "guidance"] | None = None
+    """mpgd: 'guidance' measures the step by the classifier-free guidance of the prompt, whatever the gradient's size. Default
+    plain."""
+    mean_scale: Annotated[float | None, at_least(0)] = None
+    """tfg: strength of the gradient in x_0. Default 1."""
+    smoothing: Annotated[float | None, at_least(0)] = None
+    """tfg: noise on x_0 that the reward is averaged over. Default 0.01."""
+    num_smoothed: Annotated[int | None, at_least(1)] = None
+    """tfg: how many of these noises. Default 4."""
+    num_iterations: Annotated[int | None, at_least(1)] = None
+    """tfg: gradient steps in x_0 at each step. Default 4."""
+    num_recurrences: Annotated[int | None, at_least(1)] = None
+    """tfg: how often a step is taken, noised again in between. Default 1."""
+    temperature: Annotated[float | None, at_least(0)] = None
+    """svdd: α of the softmax over candidates. 0: the best one. Default 1."""
+    every: Annotated[int | None, at_least(1)] = None
+    """fk_steering: steps between two potentials. Default 5."""
+    potential: Literal["difference", "max", "add"] | None = None
+    """fk_steering: what particles are compared by on the way; the target is the same. Default difference."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        known = OPTIONS[self.name]
+        odd = [f.name for f in fields(self) if f.name not in ("name", *known) and getattr(self, f.name) is not None]
+        require(
+            not odd,
+            f"method {self.name} has no option {', '.join(odd)}; its options are {', '.join(known) or 'none'}",
+        )
+        if self.window is not None:
+            low, high = self.window
+            require(
+                0 <= low < high <= 1,
+                f"method.window is {low} {high}; expected two shares of the steps, the first below the second, in 0 … 1",
+            )
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The options that are not None."""
+        return {name: getattr(self, name) for name in OPTIONS[self.name] if getattr(self, name) is not None}
