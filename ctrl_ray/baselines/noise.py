@@ -45,20 +45,14 @@ class ParticleNoise:
     """The noise of N particles of each image, (B · N, ...) in the order of the images; particle 0 has the image's own."""
 
     def __init__(self, images: ImageNoise, num_particles: int) -> None:
-        self._images = images
-        self._generators = [
-            [torch.Generator().manual_seed(draw_key(key, 0, j, "particle")) for j in range(1, num_particles)]
-            for key in images.keys
-        ]
+        self._images, self._others = images, num_particles - 1
+        self._generators = [torch.Generator().manual_seed(draw_key(key, 0, 0, "particles")) for key in images.keys]
 
     def __call__(self, index: int) -> Tensor:
         """0: x_T; k + 1: of step k. Asked once for each, in this order."""
         own = self._images(index)
-        rows = []
-        for image, generators in enumerate(self._generators):
-            shape = own.shape[1:]
-            rows += [own[image], *(torch.randn(shape, generator=one).to(own) for one in generators)]
-        return torch.stack(rows)
+        others = [torch.randn(self._others, *own.shape[1:], generator=one) for one in self._generators]
+        return torch.cat([own[:, None], torch.stack(others).to(own)], dim=1).flatten(0, 1)
 
 
 def repeated_tries(images: ImageNoise, number: int, rows: Sequence[int], num_steps: int) -> NoiseSource:

@@ -89,12 +89,8 @@ class ParticleFilter:
         rewards = require_rewards(rewards, self.method, gradient=self.twist > 0)
         own = ImageNoise(noise)
         found = self.filter(policy, kernel, inputs, own, rewards, on_step=on_step)
-        shares = found.log_weights.softmax(1).cumsum(1).cpu()
-        drawn = [
-            min(int((row < own.uniform(image, kernel.num_steps, "choice")).sum()), self.num_particles - 1)
-            for image, row in enumerate(shares)
-        ]
-        return Trajectory(found.latents[:, range(len(inputs)), drawn], inputs)
+        chosen = drawn(found.log_weights, own, kernel.num_steps, "choice")
+        return Trajectory(found.latents[:, range(len(inputs)), chosen], inputs)
 
     def filter(
         self,
@@ -162,6 +158,13 @@ class ParticleFilter:
         if not self.asks(step_index):
             return ref, None, None
         return ref, None, log_tilt(rewards, prediction.detached().x_0, inputs, self.exponents)
+
+
+def drawn(log_weights: Tensor, noise: ImageNoise, step_index: int, purpose: str) -> list[int]:
+    """Of each image one number in proportion to its weights (B, N)."""
+    shares, last = log_weights.softmax(1).cumsum(1).cpu(), log_weights.shape[1] - 1
+    uniform = [noise.uniform(image, step_index, purpose) for image in range(len(shares))]
+    return [min(int((row <= u).sum()), last) for row, u in zip(shares, uniform, strict=True)]
 
 
 class _Resampling(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.baselines.noise import ImageNoise, ParticleNoise
+from ctrl_ray.baselines.particles import drawn
 from ctrl_ray.baselines.prediction import Prediction, predict, require_reference
 from ctrl_ray.baselines.tilt import log_tilt, require_rewards
 from ctrl_ray.diffusion.steps import DenoisingKernel, gaussian_sample
@@ -68,7 +69,8 @@ class SVDD:
                 candidates = gaussian_sample(step.select(parents), z)
                 following = None if last else predict(policy, kernel, step_index + 1, candidates, many)
                 tilts = log_tilt(rewards, _clean(candidates, following), many, self.exponents).view(-1, count)
-                rows = torch.tensor(self._chosen(tilts, own, step_index), device=latents.device)
+                rows = torch.arange(len(inputs), device=latents.device) * count
+                rows += torch.tensor(self._chosen(tilts, own, step_index), device=latents.device)
                 latents, step = candidates[rows], step if following is None else following.step.select(rows)
             else:
                 latents = step.mean
@@ -79,15 +81,11 @@ class SVDD:
         return Trajectory(torch.stack(kept), inputs)
 
     def _chosen(self, tilts: Tensor, noise: ImageNoise, step_index: int) -> list[int]:
-        """Row of each image's candidate among all."""
-        count = self.num_particles
+        """The number of each image's candidate; tilts: (B, M)."""
         if self.temperature == 0:
-            return [image * count + int(row.argmax()) for image, row in enumerate(tilts)]
-        shares = (tilts / self.temperature).softmax(1).cumsum(1).cpu()
-        uniform = [noise.uniform(image, step_index, "choice") for image in range(len(tilts))]
-        return [
-            image * count + min(int((row <= u).sum()), count - 1) for image, (row, u) in enumerate(zip(shares, uniform))
-        ]
+            chosen: list[int] = tilts.argmax(1).tolist()
+            return chosen
+        return drawn(tilts / self.temperature, noise, step_index, "candidate")
 
 
 def _clean(latents: Tensor, prediction: Prediction | None) -> Tensor:
