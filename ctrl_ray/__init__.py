@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctrl_ray.config import ControlConfig, TrainConfig
+    from ctrl_ray.config import ControlConfig, MethodConfig, TrainConfig
     from ctrl_ray.config.presets import preset
     from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.errors import CtrlRayError
@@ -28,6 +28,7 @@ _WHERE = {
     "ControlConfig": "ctrl_ray.config",
     "ControlledPipeline": "ctrl_ray.pipeline",
     "CtrlRayError": "ctrl_ray.errors",
+    "MethodConfig": "ctrl_ray.config",
     "Run": "ctrl_ray.train",
     "Space": "ctrl_ray.tuning.space",
     "SweepResult": "ctrl_ray.tune",
@@ -42,6 +43,7 @@ __all__ = [
     "ControlConfig",
     "ControlledPipeline",
     "CtrlRayError",
+    "MethodConfig",
     "Run",
     "Space",
     "SweepResult",

@@ -60,6 +60,17 @@ def named_values(option: str, arguments: Sequence[str], example: str) -> dict[st
     return values
 
 
+def exponents(arguments: Sequence[str]) -> dict[str, float]:
+    """Numbers by control of the flag --exponent; ConfigError for what is none."""
+    found = {}
+    for name, text in named_values("--exponent", arguments, "jpeg_size=4").items():
+        try:
+            found[name] = float(text)
+        except ValueError as error:
+            raise ConfigError(f"--exponent {name}={text} is not a number; example: jpeg_size=4") from error
+    return found
+
+
 def run(body: Body, argv: Sequence[str] | None = None) -> int:
     """Call a command's body and return the exit status; the module's docstring has the table.
 

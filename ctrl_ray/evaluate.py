@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ctrl_ray import command
-from ctrl_ray.config import ControlConfig, EvaluationConfig, Precision, ScalingConfig
+from ctrl_ray.config import ControlConfig, EvaluationConfig, MethodConfig, Precision, SamplerConfig
+from ctrl_ray.config.call import CallConfig
 from ctrl_ray.config.fields import at_least, check_fields
-from ctrl_ray.errors import ConfigError, ModelError, own_error
+from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ctrl_ray.driver.before_after import Subject
     from ctrl_ray.evaluation.samples import EvaluationSamples
-    from ctrl_ray.policy.adapter_info import AdapterInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,17 @@ class EvaluateOptions:
     runs: tuple[str, ...] = ()
     """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a
     picture."""
+    base_model: str | None = None
+    """Judge a method that steers this base model instead (--method.name, --classifier): 'shapes', a folder in the diffusers
+    format, or a hub id."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """With --base-model: how it is steered to its classes, with no adapter."""
+    exponent: tuple[str, ...] = ()
+    """With --base-model: NAME=NUMBER for each control: the target is p_pre(x|c) p(y|x,c)^NUMBER. 1 where it is not named."""
+    num_steps: Annotated[int | None, at_least(1)] = None
+    """With --base-model: denoising steps. None: 50."""
+    guidance_scale: Annotated[float | None, at_least(1)] = None
+    """With --base-model: classifier-free guidance of the prompt (1 switches it off). None: 1."""
     images: str | None = None
     """Judge the PNGs of this folder instead of sampling. ctrl_ray.sample writes such a folder, with manifest.jsonl."""
     before_images: str | None = None
@@ -48,7 +59,7 @@ class EvaluateOptions:
     batch_size: Annotated[int | None, at_least(1)] = None
     """Samples drawn at a time. None: as many as in the evaluations of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
-    """NAME=FOLDER for each control: the classifier whose belief is compared with the truth. Empty:
+    """NAME=FOLDER for each control: the classifier whose belief is compared with the truth, and which steers a method. Empty:
     RUN/classifier/NAME."""
     clip_model: str | None = None
     """Judge prompts by this CLIP model (folder or hub id). None: by the shapes recogniser, if the prompts are of its
@@ -56,12 +67,26 @@ class EvaluateOptions:
     precision: Precision | None = None
     """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
     output_dir: str | None = None
-    """Folder of the report. None: 'report' in the image folder, or 'evaluation' beside the adapter."""
+    """Folder of the report. None: 'report' in the image folder, 'evaluation' beside the adapter, or runs/METHOD."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if (self.adapter is None) == (not self.runs):
-            raise ConfigError("give either --adapter RUN/adapter, to judge it, or --runs RUN RUN …, to compare them")
+        if sum((self.adapter is not None, bool(self.runs), self.base_model is not None)) != 1:
+            raise ConfigError(
+                "give one of --adapter RUN/adapter, to judge it, --runs RUN RUN …, to compare them, and --base-model MODEL "
+                "--method.name dps --classifier NAME=FOLDER, to judge a method that needs no adapter"
+            )
+        of_methods = [name for name in ("exponent", "num_steps", "guidance_scale") if getattr(self, name)]
+        if self.method.name != "plain":
+            of_methods.insert(0, "method.name")
+        if of_methods and self.base_model is None:
+            flag = "--" + of_methods[0].replace("_", "-")
+            raise ConfigError(f"{flag} belongs to a method on a base model; give --base-model MODEL, or leave it out")
+        if self.base_model is not None and (self.method.name == "plain" or self.images is not None):
+            got = "--images" if self.images is not None else "method.name plain"
+            raise ConfigError(
+                f"--base-model judges a method that steers it, but got {got}; expected --method.name dps or another"
+            )
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
 
@@ -79,12 +104,13 @@ def evaluate_images(
 
     DataError when a folder is not one that `ctrl_ray.sample` wrote.
     """
+    from ctrl_ray.driver.before_after import check_pictures
     from ctrl_ray.evaluation.sample_folder import read_sample_folder
 
     after = read_sample_folder(images, controls)
     before = None if before_images is None else read_sample_folder(before_images, controls)
-    _check_pictures(after, f"--images {images}")
-    _check_pictures(before, f"--before-images {before_images}")
+    check_pictures(after, f"--images {images}")
+    check_pictures(before, f"--before-images {before_images}")
     return report_on(after, controls, output_dir, before=before, clip_model=clip_model, adapter=adapter)
 
 
@@ -106,146 +132,70 @@ def evaluate_adapter(
     to the target, and write the report; returns the page's path. ModelError when the adapter or its base model cannot be
     loaded.
 
-    precision: None, as for `sample_before_and_after`. The KL's noise floor of the run is told where it is the run's.
+    precision: None, on a GPU the adapter's own. The KL's noise floor of the run is told where it is the run's.
     """
-    from ctrl_ray.evaluation.certificate import certify_evaluation
-    from ctrl_ray.evaluation.fidelity import choose_fidelity
+    from ctrl_ray.driver.before_after import Subject
     from ctrl_ray.policy.adapter_info import read_adapter_info
 
-    info = read_adapter_info(adapter)
-    precision = precision or _precision(info)
-    if clip_model is not None:
-        choose_fidelity((), (0, 0), clip_model)  # what cannot be loaded is known before the sampling
-    before, after, scored = sample_before_and_after(
-        adapter,
-        num_samples=num_samples,
-        log_z_samples=log_z_samples,
-        max_log_z_samples=max_log_z_samples,
-        prompts=prompts,
-        seed=seed,
-        batch_size=batch_size,
-        classifiers=classifiers,
-        precision=precision,
+    counts = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
+    _check_judge(clip_model)
+    training = read_adapter_info(adapter).training
+    subject = Subject.of_adapter(
+        adapter, prompts=prompts, batch_size=batch_size, classifiers=classifiers, precision=precision
     )
-    certificate = {}
-    if scored is not None:
-        certificate = certify_evaluation(scored, after, info.controls, info.training["kl_coef"])
-    floor = info.training.get("kl_noise_floor") if precision == info.training.get("precision") else None
-    return report_on(
-        after,
-        info.controls,
+    floor = training.get("kl_noise_floor") if subject.precision == training.get("precision") else None
+    return evaluate_subject(
+        subject,
         output_dir,
-        before=before,
+        num_samples=num_samples,
+        counts=counts,
+        seed=seed,
         clip_model=clip_model,
-        adapter=str(adapter),
         kl_noise_floor=floor,
+    )
+
+
+def evaluate_subject(
+    subject: Subject,
+    output_dir: str | Path,
+    *,
+    num_samples: int = 512,
+    counts: EvaluationConfig | None = None,
+    seed: int = 1_000_003,
+    clip_model: str | None = None,
+    kl_noise_floor: float | None = None,
+) -> Path:
+    """`evaluate_adapter` of an adapter or of a method of `ctrl_ray.baselines`. counts: how many samples log Z has.
+
+    The report has a certificate where the density of the paths is known: of adapters, and of methods that push each step.
+    """
+    from ctrl_ray.driver.before_after import sample_before_and_after
+    from ctrl_ray.evaluation.certificate import certify_evaluation
+
+    drawn = sample_before_and_after(subject, num_samples=num_samples, counts=counts or EvaluationConfig(), seed=seed)
+    certificate = {}
+    if drawn.scored is not None:
+        assert subject.kl_coef is not None
+        certificate = certify_evaluation(drawn.scored, drawn.after, subject.controls, subject.kl_coef)
+    return report_on(
+        drawn.after,
+        subject.controls,
+        output_dir,
+        before=drawn.before,
+        clip_model=clip_model,
+        adapter=subject.adapter or "",
+        source=subject.source,
+        kl_noise_floor=kl_noise_floor,
         certificate=certificate,
     )
 
 
-class BeforeAndAfter(NamedTuple):
-    """What `sample_before_and_after` drew."""
+def _check_judge(clip_model: str | None) -> None:
+    """ModelError for a CLIP model that cannot be loaded: before the sampling."""
+    from ctrl_ray.evaluation.fidelity import choose_fidelity
 
-    before: EvaluationSamples
-    after: EvaluationSamples
-    scored: EvaluationSamples | None
-    """Of the pre-trained model, without images: as many as log Z needs. None where the adapter's run has no target."""
-
-
-def sample_before_and_after(
-    adapter: str | Path,
-    *,
-    num_samples: int,
-    log_z_samples: int = 512,
-    max_log_z_samples: int = 4096,
-    prompts: Sequence[str] | None = None,
-    seed: int = 1_000_003,
-    batch_size: int | None = None,
-    classifiers: Mapping[str, str] | None = None,
-    precision: Precision | None = None,
-) -> BeforeAndAfter:
-    """Samples of the pre-trained model and of the adapter: the same prompts, labels and noise, row by row.
-
-    Prompts and classifiers (whose belief is compared with the truth) default to those of the run around the adapter, the
-    batch size to that of its evaluations, and on a GPU the precision to its own. Runs on the connected Ray, else on a local
-    one, with a GPU where there is one.
-    """
-    import os
-
-    import torch
-
-    from ctrl_ray.cluster.connection import connected
-    from ctrl_ray.distributed.log_z import draw_for_log_z
-    from ctrl_ray.distributed.sampling import SamplingJob, evaluation_ids, sample_policy
-    from ctrl_ray.policy.adapter_info import read_adapter_info
-    from ctrl_ray.policy.build import check_adapter
-    from ctrl_ray.rewards.model import RewardModelSpec
-    from ctrl_ray.runs.finished import run_classifiers, run_prompts
-
-    settings = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
-    info = read_adapter_info(adapter)
-    if (warning := check_adapter(adapter, info)) is not None:
-        print(f"warning: {warning}", flush=True)
-    job = SamplingJob(
-        adapter=str(Path(adapter).resolve()),
-        base_model=info.base_model,
-        revision=info.base_revision,
-        controls=info.controls,
-        sampler=info.sampler,
-        prompts=tuple(prompts) if prompts else run_prompts(adapter, info.base_model),
-        sample_ids=tuple(evaluation_ids(num_samples)),
-        seed=seed,
-        batch_size=batch_size or info.training.get("evaluation_batch_size", 128),
-        reference=True,
-        precision=precision or _precision(info),
-    )
-    rewards = RewardModelSpec(
-        base_model=info.base_model,
-        revision=info.base_revision,
-        precision=job.precision,
-        classifiers=run_classifiers(adapter, list(info.controls), classifiers or {}),
-        decode_chunk_size=info.training.get("decode_chunk_size", 32),
-    )
-    scaling = ScalingConfig(use_gpu=torch.cuda.is_available(), threads_per_worker=os.cpu_count() or 1)
-    try:
-        with connected():
-            print(f"drawing {num_samples} samples of the pre-trained model and as many of the adapter", flush=True)
-            before = sample_policy(job, rewards, scaling)
-            _check_pictures(before, "the pre-trained model's samples")
-            after = sample_policy(dataclasses.replace(job, reference=False), rewards, scaling)
-            _check_pictures(after, "the adapter's samples")
-            scored, kl_coef = None, info.training.get("kl_coef", 0.0)
-            if kl_coef > 0 and info.training.get("latent_reduction", "sum") == "sum":
-                first = before.without_images()
-                scored = draw_for_log_z(first, job, rewards, scaling, info.controls, kl_coef, settings)
-    except Exception as error:
-        own = own_error(error)
-        if own is None:
-            raise
-        raise own from error
-    return BeforeAndAfter(before, after, scored)
-
-
-def _check_pictures(samples: EvaluationSamples | None, what: str) -> None:
-    """ModelError where all pictures are black: there is nothing to judge; a line that counts them where some are."""
-    from ctrl_ray.policy.outputs import black_rows, black_text
-
-    black = [] if samples is None else black_rows(samples.images)
-    if samples is None or not black:
-        return
-    text = f"{what}: {black_text([f'sample {row}' for row in black], len(samples))}"
-    if len(black) == len(samples):
-        raise ModelError(text)
-    print(f"warning: {text}", flush=True)
-
-
-def _precision(info: AdapterInfo) -> Precision:
-    """The one that an adapter is evaluated in here, where none is asked for."""
-    import torch
-
-    from ctrl_ray.policy.precision import sampling_precision
-
-    return sampling_precision(None, info.training, "cuda" if torch.cuda.is_available() else "cpu")
+    if clip_model is not None:
+        choose_fidelity((), (0, 0), clip_model)
 
 
 def report_on(
@@ -286,6 +236,8 @@ def run(options: EvaluateOptions) -> Path:
     from ctrl_ray.policy.adapter_info import adapter_folder, read_adapter_info
     from ctrl_ray.runs.outputs import check_output
 
+    if options.base_model is not None:
+        return _evaluate_method(options)
     assert options.adapter is not None
     adapter = adapter_folder(options.adapter)
     controls = read_adapter_info(adapter).controls
@@ -312,6 +264,35 @@ def run(options: EvaluateOptions) -> Path:
         clip_model=options.clip_model,
         classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
         precision=options.precision,
+    )
+
+
+def _evaluate_method(options: EvaluateOptions) -> Path:
+    from ctrl_ray.driver.before_after import Subject
+    from ctrl_ray.offline.prompts import read_prompts
+    from ctrl_ray.runs.outputs import check_output
+
+    output_dir = check_output(options.output_dir or f"runs/{options.method.name}")
+    counts = EvaluationConfig(log_z_samples=options.log_z_samples, max_log_z_samples=options.max_log_z_samples)
+    _check_judge(options.clip_model)
+    call = CallConfig(num_inference_steps=options.num_steps, guidance_scale=options.guidance_scale)
+    subject = Subject.of_method(
+        options.method,
+        options.base_model or "",
+        command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
+        exponents=command.exponents(options.exponent),
+        sampler=call.sampler(SamplerConfig()),
+        prompts=None if options.prompts_file is None else read_prompts(options.prompts_file, options.encoding),
+        batch_size=options.batch_size,
+        precision=options.precision,
+    )
+    return evaluate_subject(
+        subject,
+        output_dir,
+        num_samples=options.num_samples,
+        counts=counts,
+        seed=options.seed,
+        clip_model=options.clip_model,
     )
 
 

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ctrl_ray.candidates.sampling import CandidatePlan, check_density, sample_candidates
+from ctrl_ray.baselines.methods import make_sampler
+from ctrl_ray.baselines.prediction import require_reference
+from ctrl_ray.candidates.sampling import CandidatePlan, ChosenPaths, check_density, sample_candidates
 from ctrl_ray.candidates.scoring import CandidateScoring
 from ctrl_ray.classifiers.classifier import read_control
-from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.config import ControlConfig, MethodConfig, Precision, SamplerConfig
 from ctrl_ray.config.call import CallConfig
+from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noise, image_seeds
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.gradients.rollout import Sampler, Trajectory, rollout
+from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import adapter_backbone, check_base_model
 from ctrl_ray.policy.adapter_info import AdapterInfo, adapter_folder, read_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
@@ -219,6 +222,7 @@ class ControlledPipeline:
         output_type: OutputType = "pil",
         on_step: Callable[[int, Tensor], None] | None = None,
         draw: Sampler = rollout,
+        method: MethodConfig | None = None,
         num_candidates: int = 1,
         candidate_batch_size: int | None = None,
     ) -> SampledImages:
@@ -237,6 +241,9 @@ class ControlledPipeline:
             output_type: 'pil', 'np', 'pt' or 'latent'; see `SampledImages`.
             on_step: Told each step's index and its next latents.
             draw: How trajectories are drawn; `rollout` is the plain sampler.
+            method: A sampler of `ctrl_ray.baselines` that steers the pre-trained model to `controls` by its classifiers, such
+                as MethodConfig(name="dps", scale=5.0); only where there is no adapter. The trajectory has the KL and log-ratio
+                to the pre-trained model where the path's density is known.
             num_candidates: K above 1 draws K paths for each image, some of them the pre-trained model's, and keeps one by
                 its weight for the target (`ctrl_ray.candidates`): about 2 K times the cost, and the exact target as K grows.
                 The noise of candidate j depends on j and one number drawn from the image's generator alone.
@@ -275,41 +282,84 @@ class ControlledPipeline:
         self.policy.scale_adapter(call.adapter_scale)
         inputs = Inputs(condition.select(rows), labels[rows].to(self._device), Guidance.of(sampler))
         shape = self._latent_shape(call.height, call.width)
-        if num_candidates == 1:
+        prompts_known = prompt is not None
+        if num_candidates > 1:
+            self._check_alone(draw, method, num_candidates)
+            check_noise(len(rows), shape, generator, latents)
+            share = None if self.info is None or adapter_scale == 0 else self._scoring.share
+            size = len(rows) if candidate_batch_size is None else candidate_batch_size
+            plan = CandidatePlan(len(rows), num_candidates, share, size)
+            seeds = image_seeds(len(rows), generator)
+            path = self._candidates(kernel, inputs, plan, seeds, shape, latents, on_step, prompts_known)
+            return SampledImages(self._images(path.trajectory, output_type, generator), path.trajectory, path.ess)
+        noise = generator_noise(len(rows), shape, generator, latents, self._device)
+        if method is not None and method.name != "plain":
+            trajectory = self._steered(method, kernel, inputs, noise, on_step, prompts_known)
+        else:
             if self.info is None and self.controls and self._scoring.asked(labels):
                 raise ConfigError(
-                    "the pre-trained model alone follows no control unless num_candidates (--candidates) is above 1; got 1"
+                    "the pre-trained model alone follows no control unless num_candidates (--candidates) is above 1, or a "
+                    "method (--method.name) steers it; got 1 and none"
                 )
-            noise = generator_noise(len(rows), shape, generator, latents, self._device)
             with self._bar(kernel.num_steps, on_step) as told:
                 trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
-            return SampledImages(self._images(trajectory, output_type, generator), trajectory)
-        if draw is not rollout:
+        return SampledImages(self._images(trajectory, output_type, generator), trajectory)
+
+    @staticmethod
+    def _check_alone(draw: Sampler, method: MethodConfig | None, num_candidates: int) -> None:
+        """ConfigError where candidates are asked for and another way to draw them."""
+        if draw is not rollout or (method is not None and method.name != "plain"):
             raise ConfigError(
                 f"num_candidates is {num_candidates}, but `draw` is not the plain sampler: the density of its paths is not "
-                "known, so they have no weights; leave draw out"
+                "known, so they have no weights; leave draw and method (--method.name) out"
             )
-        check_noise(len(rows), shape, generator, latents)
-        share = None if self.info is None or adapter_scale == 0 else self._scoring.share
-        plan = CandidatePlan(
-            len(rows), num_candidates, share, len(rows) if candidate_batch_size is None else candidate_batch_size
-        )
+
+    def _candidates(
+        self,
+        kernel: DDIMKernel,
+        inputs: Inputs,
+        plan: CandidatePlan,
+        seeds: Sequence[int],
+        shape: tuple[int, ...],
+        latents: Tensor | None,
+        on_step: Callable[[int, Tensor], None] | None,
+        prompts_known: bool,
+    ) -> ChosenPaths:
         check_density(kernel, plan)
-        exponents = self._scoring.exponents(labels)
-        rewards = self._scoring.rewards(labels, self._vae(), self._device, prompts_known=prompt is not None)
-        seeds = image_seeds(len(rows), generator)
+        exponents = self._scoring.exponents(inputs.labels)
+        rewards = self._scoring.rewards(inputs.labels, self._vae(), self._device, prompts_known=prompts_known)
         with self._bar(len(plan.chunks()) * kernel.num_steps, on_step) as told:
-            path = sample_candidates(
+            return sample_candidates(
                 *(self.policy, kernel, inputs, rewards, exponents, seeds, shape, plan),
                 initial_noise=latents,
                 on_step=told,
                 precision=self._precision,
             )
-        return SampledImages(self._images(path.trajectory, output_type, generator), path.trajectory, path.ess)
+
+    def _steered(
+        self,
+        method: MethodConfig,
+        kernel: DDIMKernel,
+        inputs: Inputs,
+        noise: NoiseSource,
+        on_step: Callable[[int, Tensor], None] | None,
+        prompts_known: bool,
+    ) -> Trajectory:
+        """Trajectories of the pre-trained model, steered by the classifiers."""
+        require_reference(kernel, method.name, reference=self.info is None)
+        why = f"method {method.name} steers by classifiers"
+        exponents = self._scoring.exponents(inputs.labels, why)
+        rewards = self._scoring.rewards(
+            inputs.labels, self._vae(), self._device, prompts_known=prompts_known, every_column=True, why=why
+        )
+        draw = make_sampler(method, list(exponents.values()))
+        known = method.name not in ("rejection", "best_of_n")  # they take all steps once for each try
+        with self._bar(kernel.num_steps if known else None, on_step) as told:
+            return draw(self.policy, kernel, inputs, noise, rewards, reference=True, with_kl=True, on_step=told)
 
     @contextmanager
     def _bar(
-        self, num_steps: int, on_step: Callable[[int, Tensor], None] | None
+        self, num_steps: int | None, on_step: Callable[[int, Tensor], None] | None
     ) -> Iterator[Callable[[int, Tensor], None]]:
         with tqdm(total=num_steps, **self._progress) as bar:
 

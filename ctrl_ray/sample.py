@@ -6,12 +6,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ctrl_ray import command, embedded
-from ctrl_ray.config import ControlConfig, Precision, SamplerConfig
+from ctrl_ray.config import ControlConfig, MethodConfig, Precision, SamplerConfig
 from ctrl_ray.config.call import CallConfig
 from ctrl_ray.config.fields import at_least, check_fields, share
 from ctrl_ray.errors import ConfigError, InterruptedRunError, naming_memory
@@ -50,7 +50,7 @@ class SampleConfig:
     controls."""
     base_model: str | None = None
     """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with no adapter:
-    with --base, or with --candidates and --classifier. 'shapes' ships with the package."""
+    with --base, or with --classifier and --candidates or --method.name. 'shapes' ships with the package."""
     num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps. None: as the adapter was trained."""
     eta: Annotated[float | None, share()] = None
@@ -63,11 +63,14 @@ class SampleConfig:
     """Draw so many candidates for each image and keep one, by its exact weight for the target: slower by about twice this
     number, and exact in the limit. Needs --control and a classifier. Works with an adapter, and with --base-model alone
     (no training)."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """Steer the pre-trained model of --base-model to --control by the classifiers, with no adapter and no training."""
     classifier: tuple[str, ...] = ()
-    """NAME=FOLDER for each control that weighs candidates. Empty: the classifier that travels with the adapter."""
+    """NAME=FOLDER for each control that weighs candidates or steers a method. Empty: the classifier that travels with the
+    adapter."""
     exponent: tuple[str, ...] = ()
-    """NAME=NUMBER for each control: candidates are drawn for p_pre(x|c) p(y|x,c)^NUMBER. Empty: guidance_strength / kl_coef
-    of the adapter, 1 without an adapter."""
+    """NAME=NUMBER for each control: candidates and methods draw for p_pre(x|c) p(y|x,c)^NUMBER. Empty: guidance_strength /
+    kl_coef of the adapter, 1 without an adapter."""
     device: str | None = None
     """torch device. None: a GPU if there is one."""
     precision: Precision | None = None
@@ -81,14 +84,24 @@ class SampleConfig:
             raise ConfigError(
                 "expected either --prompt or --prompts-file; got " + ("both" if self.prompt else "neither")
             )
-        if self.adapter is None and not (self.base_model and (self.base or self.candidates > 1)):
+        steered = self.candidates > 1 or self.method.name != "plain"
+        if self.adapter is None and not (self.base_model and (self.base or steered)):
             raise ConfigError(
                 "no adapter is given; expected --adapter RUN/adapter, or --base --base-model MODEL for the pre-trained model, "
-                "or --base-model MODEL --classifier NAME=FOLDER --control NAME=CLASS --candidates 16 to choose among its images"
+                "or --base-model MODEL --classifier NAME=FOLDER --control NAME=CLASS with --candidates 16 to choose among its "
+                "images or --method.name dps to steer it"
             )
-        if self.candidates == 1 and (self.classifier or self.exponent):
+        if not steered and (self.classifier or self.exponent):
             option = "--classifier" if self.classifier else "--exponent"
-            raise ConfigError(f"{option} weighs candidates, but candidates is 1; give --candidates 8, or leave it out")
+            raise ConfigError(
+                f"{option} weighs candidates or steers a method, but candidates is 1 and method.name plain; give --candidates "
+                "8 or --method.name dps, or leave it out"
+            )
+        if self.method.name != "plain" and (self.adapter is not None or self.base or self.candidates > 1):
+            other = "--adapter" if self.adapter is not None else "--base" if self.base else "--candidates"
+            raise ConfigError(
+                f"method {self.method.name} steers the pre-trained model by itself, but {other} is given too; leave one out"
+            )
         if self.candidates > 1 and self.base and self.adapter is not None:
             raise ConfigError(
                 f"--base asks for no control, so nothing chooses among {self.candidates} candidates; leave --candidates out, "
@@ -110,7 +123,8 @@ def sample(config: SampleConfig) -> Path:
     """Write `num_images` PNGs and `manifest.jsonl` into `output_dir`; returns the manifest's path.
 
     A manifest row is {"file", "prompt", "control": {name: label}, "seed"}, with candidates also {"candidates": K, "ess": the
-    effective sample size of the image's group}; with `base` nothing was asked, so its control is empty.
+    effective sample size of the image's group}, with a method {"method": {"name", its options that were given}}; with `base`
+    nothing was asked, so its control is empty.
 
     Everything that was given is checked before a model is loaded, and nothing is written before the first images are there:
     ConfigError, DataError, ModelError, or RunFolderError when the folder holds images already. Later: NonFiniteError;
@@ -118,6 +132,7 @@ def sample(config: SampleConfig) -> Path:
     """
     from tqdm.auto import tqdm
 
+    from ctrl_ray.baselines.methods import latents_per_image
     from ctrl_ray.evaluation.sample_writer import SampleWriter
     from ctrl_ray.policy.adapter_info import read_adapter_info
     from ctrl_ray.policy.control.labels import parse_labels
@@ -133,8 +148,9 @@ def sample(config: SampleConfig) -> Path:
     generate = _generator(config, info, controls, prompts)
     try:
         with tqdm(total=config.num_images, unit="image") as progress:
-            for start in range(0, config.num_images, config.batch_size):
-                indices = range(start, min(start + config.batch_size, config.num_images))
+            size = max(1, config.batch_size // latents_per_image(config.method))
+            for start in range(0, config.num_images, size):
+                indices = range(start, min(start + size, config.num_images))
                 batch = [prompts[index % len(prompts)] for index in indices]
                 seeds = [image_seed(config.seed, index) for index in indices]
                 sampled = generate(batch, seeds)
@@ -145,6 +161,9 @@ def sample(config: SampleConfig) -> Path:
                 if sampled.ess is not None:
                     for row, ess in zip(rows, sampled.ess, strict=True):
                         row |= {"candidates": config.candidates, "ess": round(float(ess), 4)}
+                if config.method.name != "plain":
+                    for row in rows:
+                        row |= {"method": {"name": config.method.name, **config.method.given}}
                 writer.add(sampled.images, rows)
                 progress.update(len(indices))
     except KeyboardInterrupt:
@@ -178,23 +197,13 @@ def _controls(config: SampleConfig, info: AdapterInfo | None) -> Mapping[str, Co
     if config.control and not config.classifier:
         raise ConfigError(
             f"the pre-trained model has no control {config.control[0]!r}; leave --control out, or choose among its images "
-            "with --classifier NAME=FOLDER --candidates 16"
+            "with --classifier NAME=FOLDER --candidates 16, or steer it with --method.name dps"
         )
     return {name: read_control(folder, name) for name, folder in _classifiers(config).items()}
 
 
 def _classifiers(config: SampleConfig) -> dict[str, str]:
     return command.named_values("--classifier", config.classifier, command.CLASSIFIER_EXAMPLE)
-
-
-def _exponents(config: SampleConfig) -> dict[str, float]:
-    exponents = {}
-    for name, text in command.named_values("--exponent", config.exponent, "jpeg_size=4").items():
-        try:
-            exponents[name] = float(text)
-        except ValueError as error:
-            raise ConfigError(f"--exponent {name}={text} is not a number; example: jpeg_size=4") from error
-    return exponents
 
 
 def _generator(
@@ -213,8 +222,8 @@ def _generator(
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
         warnings.warn(line, UserWarning, stacklevel=2)
-    if config.candidates > 1:
-        _check_candidates(config, info, controls)
+    if config.candidates > 1 or config.method.name != "plain":
+        _check_scoring(config, info, controls)
     without_adapter = config.base or info is None
     if without_adapter:
         pipeline = _base_pipeline(config, info, backbone, (base, revision), device)
@@ -230,6 +239,7 @@ def _generator(
                 controls=dict(controls),
                 adapter_scale=1.0 if without_adapter else config.adapter_scale,
                 generator=_generators(seeds),
+                method=config.method,
                 num_candidates=config.candidates,
                 candidate_batch_size=config.batch_size,
                 num_inference_steps=sampler.num_steps,
@@ -240,15 +250,17 @@ def _generator(
     return generate
 
 
-def _check_candidates(config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int]) -> None:
-    from ctrl_ray.candidates.scoring import CandidateScoring
+def _check_scoring(config: SampleConfig, info: AdapterInfo | None, controls: Mapping[str, int]) -> None:
+    from ctrl_ray.candidates.scoring import CANDIDATES, CandidateScoring
     from ctrl_ray.policy.control.labels import label_rows
     from ctrl_ray.runs.finished import find_classifiers
 
     known = _controls(config, info)
     found = {} if config.adapter is None else find_classifiers(config.adapter, list(known), {})
-    scoring = CandidateScoring(known, {**found, **_classifiers(config)}, _exponents(config), info)
-    scoring.check(label_rows(controls, known, 1))
+    scoring = CandidateScoring(known, {**found, **_classifiers(config)}, command.exponents(config.exponent), info)
+    steered = config.method.name != "plain"
+    why = f"method {config.method.name} steers by classifiers" if steered else CANDIDATES
+    scoring.check(label_rows(controls, known, 1), why)
 
 
 def _call(config: SampleConfig) -> CallConfig:
@@ -264,7 +276,7 @@ def _adapter_pipeline(config: SampleConfig, device: str) -> ControlledPipeline:
         device=device,
         precision=config.precision,
         classifiers=_classifiers(config),
-        exponents=_exponents(config),
+        exponents=command.exponents(config.exponent),
     )
 
 
@@ -283,7 +295,7 @@ def _base_pipeline(
         device=device,
         precision=sampling_precision(config.precision, {} if info is None else info.training, device),
         classifiers=_classifiers(config),
-        exponents=_exponents(config),
+        exponents=command.exponents(config.exponent),
     )
 
 

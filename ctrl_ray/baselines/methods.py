@@ -12,7 +12,7 @@ from ctrl_ray.baselines.svdd import SVDD
 from ctrl_ray.baselines.tfg import TFG
 from ctrl_ray.baselines.tries import BestOfN, Rejection
 from ctrl_ray.config.method import MethodConfig
-from ctrl_ray.gradients.rollout import Sampler, rollout
+from ctrl_ray.gradients.rollout import Sampler, rollout, rows_per_image
 
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "best_of_n": BestOfN,
@@ -33,3 +33,8 @@ def make_sampler(method: MethodConfig, exponents: Sequence[float]) -> Sampler:
         return rollout
     sampler: Sampler = SAMPLERS[method.name](exponents=tuple(exponents), **method.given)
     return sampler
+
+
+def latents_per_image(method: MethodConfig) -> int:
+    """How many latents a method holds at a time for each image."""
+    return rows_per_image(make_sampler(method, ()))

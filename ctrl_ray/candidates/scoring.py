@@ -1,4 +1,4 @@
-"""What candidates are weighed by: the classifier and the exponent of each control."""
+"""What candidates are weighed by and methods of `ctrl_ray.baselines` steer by: each control's classifier and exponent."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.rewards.local import LocalRewards
 from ctrl_ray.rewards.model import RewardModel
+
+CANDIDATES = "num_candidates is above 1"
+"""Why a classifier is needed, where nothing else is said."""
 
 
 class CandidateScoring:
@@ -53,28 +56,36 @@ class CandidateScoring:
         stored = {} if self._info is None else self._info.training
         return float(stored.get("candidate_share", DEFAULT_SHARE))
 
-    def exponents(self, labels: Tensor) -> dict[str, float]:
+    def exponents(self, labels: Tensor, why: str = CANDIDATES) -> dict[str, float]:
         """Of every control, in column order; 0 where nobody asks for it.
 
-        labels: (B, C). ConfigError where all of them are null, or where an asked control's exponent is not known.
+        labels: (B, C). why: classifiers are needed, for the messages. ConfigError where all labels are null, or where an asked
+        control's exponent is not known.
         """
         asked = self.asked(labels)
         if not asked:
             raise ConfigError(
-                f"num_candidates is above 1, but no control is asked for, so there is nothing to choose by; give controls="
+                f"{why}, but no control is asked for, so there is nothing to choose by; give controls="
                 f"{{NAME: CLASS}} (--control NAME=CLASS) of {list(self.controls)}"
             )
         return {name: self._exponent(name) if name in asked else 0.0 for name in self.controls}
 
     def rewards(
-        self, labels: Tensor, decoder: LatentDecoder, device: torch.device, *, prompts_known: bool = True
+        self,
+        labels: Tensor,
+        decoder: LatentDecoder,
+        device: torch.device,
+        *,
+        prompts_known: bool = True,
+        every_column: bool = False,
+        why: str = CANDIDATES,
     ) -> LocalRewards:
-        """The asked controls' classifiers behind `decoder`; ConfigError where one has none, or depends on prompts that are
-        not known as text."""
-        asked = self.asked(labels)
+        """The asked controls' classifiers behind `decoder` (every_column: those of all controls, as `Rewards.submit` takes
+        labels); ConfigError where one has none, or depends on prompts that are not known as text."""
+        asked = list(self.controls) if every_column else self.asked(labels)
         for name in asked:
             if name not in self._loaded:
-                self._loaded[name] = ImageClassifier.from_pretrained(self._checked_folder(name))
+                self._loaded[name] = ImageClassifier.from_pretrained(self._checked_folder(name, why))
             if self._loaded[name].prompt_conditional and not prompts_known:
                 raise ConfigError(
                     f"the classifier of {name!r} depends on the prompt, and prompt_embeds do not tell its text; give prompt"
@@ -86,17 +97,17 @@ class CandidateScoring:
         controls = enumerate(self.controls.items())
         return [name for column, (name, control) in controls if bool((labels[:, column] != control.num_classes).any())]
 
-    def check(self, labels: Tensor) -> None:
+    def check(self, labels: Tensor, why: str = CANDIDATES) -> None:
         """What can be known before anything is loaded: ConfigError as of `exponents` and `rewards`, ModelError for a
         classifier of other classes."""
-        self.exponents(labels)
+        self.exponents(labels, why)
         for name in self.asked(labels):
-            self._checked_folder(name)
+            self._checked_folder(name, why)
 
-    def _checked_folder(self, name: str) -> str | Path:
+    def _checked_folder(self, name: str, why: str) -> str | Path:
         if name not in self._folders:
             raise ConfigError(
-                f"num_candidates is above 1, but there is no classifier of control {name!r}, which weighs candidates; "
+                f"{why}, but there is no classifier of control {name!r}, which weighs images; "
                 f"give classifiers={{{name!r}: FOLDER}} (--classifier {name}=FOLDER), such as RUN/classifier/"
                 f"{name} of the run that made the adapter"
             )

@@ -123,17 +123,17 @@ def not_learned(
     return found
 
 
-def findings_text(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def findings_text(found: Sequence[Mapping[str, Any]], method: str | None = None) -> list[str]:
     """The answer of `not_learned` in sentences, with what to try: one for a control of which all classes together are not
-    above, else one for its classes that are not."""
+    above, else one for its classes that are not. method: of `ctrl_ray.baselines`, where nothing was trained."""
     whole = {entry["control"]: entry for entry in found if entry["class"] is None}
-    sentences = [_sentence([entry]) for entry in whole.values()]
+    sentences = [_sentence([entry], method) for entry in whole.values()]
     for name in dict.fromkeys(entry["control"] for entry in found if entry["control"] not in whole):
-        sentences.append(_sentence([entry for entry in found if entry["control"] == name]))
+        sentences.append(_sentence([entry for entry in found if entry["control"] == name], method))
     return sentences
 
 
-def _sentence(entries: Sequence[Mapping[str, Any]]) -> str:
+def _sentence(entries: Sequence[Mapping[str, Any]], method: str | None) -> str:
     """Of entries of one control."""
     name = entries[0]["control"]
     parts = [
@@ -143,7 +143,7 @@ def _sentence(entries: Sequence[Mapping[str, Any]]) -> str:
     more = len(entries) - len(parts)
     head = f"{name}: " if entries[0]["class"] is None else f"{name}, "
     rest = f"; and {more} more classes" if more else ""
-    return f"{head}{'; '.join(parts)}{rest}: not above the pre-trained model. Try: {_advice(name, entries)}."
+    return f"{head}{'; '.join(parts)}{rest}: not above the pre-trained model. Try: {_advice(name, entries, method)}."
 
 
 def _numbers(entry: Mapping[str, Any]) -> str:
@@ -156,13 +156,15 @@ def _numbers(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _advice(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
+def _advice(name: str, entries: Sequence[Mapping[str, Any]], method: str | None) -> str:
     """By what is above and what is not."""
     both = [(entry["accuracy"], entry["log_prob"]) for entry in entries]
     if all(truth is not None and truth["before"] >= _NOTHING_TO_GAIN for truth, _ in both):
         return "nothing, unless it has to be better still; the pre-trained model draws it without being asked"
     look = f"look at the accuracy and calibration of the classifier of {name} on held-out images"
     push = f"a larger guidance_strength of {name}, more updates (num_updates), a smaller kl_coef (for every control)"
+    if method is not None:
+        push = f"other options of method {method}, or another method"
     if any(truth and belief and belief["above"] and not truth["above"] for truth, belief in both):
         words = [f"{look}, for it believes in what the oracle does not find", push]
     elif any(truth and belief and truth["above"] and not belief["above"] for truth, belief in both):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
@@ -21,7 +22,7 @@ def render_page(
     *,
     controls: Mapping[str, ControlConfig],
     prompt: str,
-    adapter: str,
+    source: Source,
     facts: Mapping[str, str],
     config_json: str | None,
     sampler: SamplerConfig | None = None,
@@ -38,7 +39,7 @@ def render_page(
         "<h2>Pictures</h2>",
         *(picture(figure) for figure in figures),
         "<h2>Sample from it</h2>",
-        sampling_commands(controls, prompt, adapter),
+        sampling_commands(controls, prompt, source),
         "<h2>What the numbers mean</h2>",
         _definitions(),
         "<h2>Made with</h2>",
@@ -56,15 +57,20 @@ def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig])
     else:
         sentence = f"Of {after['num_samples']} samples, {_accuracies(summary)}."
         if after["kl"] is not None:
-            sentence += (
-                f" The policy is {after['kl']:.2f} nats from the pre-trained model{_floor(summary, ' (floor {})')}."
-            )
+            floor = _floor(summary, " (floor {})")
+            sentence += f" {_who(summary)} is {after['kl']:.2f} nats from the pre-trained model{floor}."
     if after.get("gap") is not None:
         sentence += f" It is {gap_text(after)}."
-    found = "".join(f"<li>{text(words)}</li>" for words in findings_text(after.get("not_learned", ())))
+    found = "".join(
+        f"<li>{text(words)}</li>" for words in findings_text(after.get("not_learned", ()), summary.get("method"))
+    )
     return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>" + (
         f"<ul class='findings'>{found}</ul>" if found else ""
     )
+
+
+def _who(summary: Mapping[str, Any]) -> str:
+    return f"Method {summary['method']}" if "method" in summary else "The policy"
 
 
 def _accuracies(summary: Mapping[str, Any]) -> str:
@@ -83,7 +89,8 @@ def _accuracies(summary: Mapping[str, Any]) -> str:
 def _share(summary: Mapping[str, Any], name: str, control: str | None, words: str = "") -> str:
     was, now = (number_of(summary[side], name, control) if side in summary else None for side in ("before", "after"))
     assert now is not None
-    earlier = "" if was is None else f"({was:.1%} before training)"
+    when = "before training" if "method" not in summary else "of the pre-trained model's"
+    earlier = "" if was is None else f"({was:.1%} {when})"
     return " ".join(part for part in (f"{now:.1%}", words, earlier) if part)
 
 
@@ -192,18 +199,35 @@ def _notes(summary: Mapping[str, Any]) -> str:
     return "<ul class='note'>" + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
-def sampling_commands(controls: Mapping[str, ControlConfig], prompt: str, adapter: str) -> str:
-    """How to sample from an adapter, from the shell and in Python."""
+@dataclass(frozen=True)
+class Source:
+    """How more samples are made, for the commands on the page."""
+
+    flags: tuple[str, ...]
+    """Of `python -m ctrl_ray.sample`, beside prompt and controls."""
+    loading: str
+    """Python that makes the pipeline."""
+    options: str = ""
+    """Python: further arguments of its call, beginning with a comma."""
+    method: str | None = None
+    """Of `ctrl_ray.baselines`, where nothing was trained."""
+
+    @classmethod
+    def of_adapter(cls, adapter: str) -> Source:
+        """An adapter's folder."""
+        return cls(("--adapter", adapter), f"ctrl_ray.ControlledPipeline.from_pretrained({adapter!r})")
+
+
+def sampling_commands(controls: Mapping[str, ControlConfig], prompt: str, source: Source) -> str:
+    """How to sample more, from the shell and in Python."""
     asked = {name: control.num_classes - 1 for name, control in controls.items()}
-    flags = " ".join(f"--control {shlex.quote(f'{name}={index}')}" for name, index in asked.items())
-    command = (
-        f"python -m ctrl_ray.sample --adapter {shlex.quote(adapter)} --prompt {shlex.quote(prompt)} {flags} "
-        "--num-images 16 --seed 7 --output-dir samples"
-    )
+    flags = [*source.flags, "--prompt", prompt]
+    flags += [part for name, index in asked.items() for part in ("--control", f"{name}={index}")]
+    command = f"python -m ctrl_ray.sample {shlex.join(flags)} --num-images 16 --seed 7 --output-dir samples"
     code = (
         "import ctrl_ray\n\n"
-        f"pipeline = ctrl_ray.ControlledPipeline.from_pretrained({adapter!r})\n"
-        f"images = pipeline({prompt!r}, controls={asked!r}).images"
+        f"pipeline = {source.loading}\n"
+        f"images = pipeline({prompt!r}, controls={asked!r}{source.options}).images"
     )
     classes = "; ".join(
         f"{name}: " + ", ".join(f"{index} = {label}" for index, label in enumerate(control.class_names))

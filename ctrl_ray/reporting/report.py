@@ -15,7 +15,7 @@ from ctrl_ray.reporting import curves, figures
 from ctrl_ray.reporting.distance import distance_rows, plot_distance
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure
-from ctrl_ray.reporting.page import render_page
+from ctrl_ray.reporting.page import Source, render_page
 from ctrl_ray.reporting.sample_grid import GridLine, plot_sample_grid
 from ctrl_ray.reporting.summary import Evaluation, make_summary
 
@@ -39,6 +39,7 @@ def write_report(
     images_per_class: int = _COLUMNS,
     kl_noise_floor: float | None = None,
     certificate: Mapping[str, Any] | None = None,
+    source: Source | None = None,
 ) -> Path:
     """Write `summary.json`, the PNGs and `report.html` into `folder`, and return the page's path.
 
@@ -55,10 +56,12 @@ def write_report(
         images_per_class: Samples shown of each class.
         kl_noise_floor: Below which a KL cannot be told from rounding, in nats; shown beside the KL.
         certificate: `certify_evaluation` of the two; becomes part of the summary's `after`.
+        source: How more samples are made, where no adapter makes them.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    summary = make_summary(before, after, kl_noise_floor, certificate)
+    source = source or Source.of_adapter(adapter)
+    summary = make_summary(before, after, kl_noise_floor, certificate, source.method)
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class, summary["after"])
     pictures += [
@@ -70,7 +73,7 @@ def write_report(
         pictures,
         controls=controls,
         prompt=after.samples.prompts[0] if len(after.samples) else "PROMPT",
-        adapter=adapter,
+        source=source,
         facts={**_run_facts(metrics_rows), **(facts or {}), **environment_facts()},
         config_json=None if config is None else to_json(config),
         sampler=None if config is None else config.sampler,

@@ -27,9 +27,10 @@ def make_summary(
     after: Evaluation,
     kl_noise_floor: float | None = None,
     certificate: Mapping[str, Any] | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
-    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ...} of finite numbers
-    or null; the first, the third and the last where they are known.
+    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ..., "method": ...} of
+    finite numbers or null; all but "after" where they are known. method: of `ctrl_ray.baselines`, where nothing was trained.
 
     `changes` holds, for the same samples before and after, the paired difference of accuracy (the mean over controls, and
     `accuracy/CONTROL`) and prompt_fidelity ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
@@ -42,6 +43,8 @@ def make_summary(
         summary["after"]["not_learned"] = not_learned_of(before, after)
     if kl_noise_floor is not None:
         summary["kl_noise_floor"] = kl_noise_floor
+    if method is not None:
+        summary["method"] = method
     return _finite(summary)
 
 

@@ -53,8 +53,10 @@ def format_summary(summary: Mapping[str, Any], names: Sequence[str] = TABLE_METR
 def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     """What is said beneath the table: how far the policy is from its target, and what it has not learned."""
     after = summary["after"]
-    lines = [f"The policy is {gap_text(after)}."] if after.get("gap") is not None else []
-    return [*lines, *findings_text(after.get("not_learned", ()))]
+    method = summary.get("method")
+    who = "The policy" if method is None else f"Method {method}"
+    lines = [f"{who} is {gap_text(after)}."] if after.get("gap") is not None else []
+    return [*lines, *findings_text(after.get("not_learned", ()), method)]
 
 
 def _beside(name: str, summary: Mapping[str, Any]) -> str:

@@ -23,8 +23,13 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
         config = read_train_config(file)
         own = config.evaluation.prompts_file
         return read_prompts(own, config.encoding) if own else training_prompts(config)
+    return prompts_of_base(base_model, f"{file} does not exist")
+
+
+def prompts_of_base(base_model: str, why: str = "no run says what it was evaluated on") -> tuple[str, ...]:
+    """Those of the shapes, where the base model is theirs; else ConfigError."""
     if not is_embedded(base_model):
-        raise ConfigError(f"{file} does not exist, so the prompts to evaluate on are unknown; give --prompts-file")
+        raise ConfigError(f"{why}, so the prompts to evaluate on are unknown; give --prompts-file")
     return PROMPTS
 
 

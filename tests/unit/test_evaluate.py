@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ctrl_ray import evaluate
-from ctrl_ray.cluster import connection
 from ctrl_ray.config import (
     ControlConfig,
     EvaluationConfig,
@@ -21,10 +20,12 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
-from ctrl_ray.distributed import sampling, worker
+from ctrl_ray.distributed import worker
 from ctrl_ray.distributed.worker import TrainJob
+from ctrl_ray.driver import before_after
+from ctrl_ray.driver.before_after import BeforeAndAfter, Subject, check_pictures, sample_before_and_after
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.evaluate import evaluate_adapter, sample_before_and_after
+from ctrl_ray.evaluate import evaluate_adapter
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.planning.preflight import _adapter_info
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
@@ -72,12 +73,13 @@ def test_precision_and_sizes_are_those_of_the_run(
         assert rewards.precision == job.precision
         asked.append((job.precision, job.batch_size, rewards.decode_chunk_size))
 
-    monkeypatch.setattr(connection, "connected", nullcontext)
+    monkeypatch.setattr(before_after, "connected", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sampling, "sample_policy", sample_policy)
-    sample_before_and_after(
-        tmp_path, num_samples=4, prompts=["a cross"], batch_size=batch_size, classifiers={"jpeg_size": str(tmp_path)}
+    monkeypatch.setattr(before_after, "sample_policy", sample_policy)
+    subject = Subject.of_adapter(
+        tmp_path, prompts=["a cross"], batch_size=batch_size, classifiers={"jpeg_size": str(tmp_path)}
     )
+    sample_before_and_after(subject, num_samples=4, counts=EvaluationConfig())
     assert asked == [expected] * 2
 
 
@@ -104,9 +106,10 @@ def test_the_runs_floor_is_told_in_the_runs_precision_alone(
 ) -> None:
     _write_adapter(tmp_path, tiny_pipeline, {"precision": "bf16", "kl_noise_floor": 0.25})
     told: list[float | None] = []
-    monkeypatch.setattr(evaluate, "sample_before_and_after", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr(before_after, "sample_before_and_after", lambda *_, **__: BeforeAndAfter(*[None] * 3))  # type: ignore
     monkeypatch.setattr(evaluate, "report_on", lambda *_, kl_noise_floor, **__: told.append(kl_noise_floor))
-    evaluate_adapter(tmp_path, tmp_path, precision=precision)
+    asked: dict[str, Any] = {"prompts": ["a cross"], "classifiers": {"jpeg_size": str(tmp_path)}}
+    evaluate_adapter(tmp_path, tmp_path, precision=precision, **asked)
     assert told == [floor]
 
 
@@ -123,14 +126,14 @@ def _samples(images: np.ndarray) -> EvaluationSamples:
 
 def test_black_pictures_are_not_judged_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     images = np.full((3, 4, 4, 3), 9, np.uint8)
-    evaluate._check_pictures(_samples(images), "samples")
+    check_pictures(_samples(images), "samples")
     assert capsys.readouterr().out == ""
     images[1] = 0
-    evaluate._check_pictures(_samples(images), "samples")
+    check_pictures(_samples(images), "samples")
     assert capsys.readouterr().out.startswith("warning: samples: 1 of 3 images are black, every pixel is 0: sample 1. ")
     images[:] = 0
     with pytest.raises(ModelError, match=r"samples: 3 of 3 images are black, .* 0: sample 0, sample 1, sample 2"):
-        evaluate._check_pictures(_samples(images), "samples")
+        check_pictures(_samples(images), "samples")
 
 
 def test_what_is_wrong_is_known_before_anything_is_drawn(
@@ -141,7 +144,7 @@ def test_what_is_wrong_is_known_before_anything_is_drawn(
     def connected() -> None:
         raise AssertionError("Ray was asked")
 
-    monkeypatch.setattr(connection, "connected", connected)
+    monkeypatch.setattr(before_after, "connected", connected)
     adapter = tmp_path / "adapter"
     _write_adapter(adapter, tiny_pipeline, {"kl_coef": 1.0})
     with pytest.raises(ConfigError, match="max_log_z_samples is 4096; expected at least log_z_samples, 5000"):

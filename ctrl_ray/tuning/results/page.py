@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
-from ctrl_ray.reporting.page import sampling_commands
+from ctrl_ray.reporting.page import Source, sampling_commands
 from ctrl_ray.tuning.results.findings import SweepFindings
 from ctrl_ray.tuning.results.trials import (
     SweepTrial,
@@ -33,7 +33,7 @@ def sweep_page(findings: SweepFindings, figures: Sequence[ReportFigure]) -> str:
     if findings.adapter:
         sections += [
             "<h2>Sample from the best</h2>",
-            sampling_commands(findings.controls, prompt, findings.adapter),
+            sampling_commands(findings.controls, prompt, Source.of_adapter(findings.adapter)),
             "<p>A weaker pull without training again: add <code>--adapter-scale 0.6</code>.</p>",
         ]
     facts = {**findings.facts, **environment_facts()}

@@ -121,5 +121,5 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compare_runs([good, _run(tmp_path / "blind", 1.0, None, 1.0)], tmp_path)
     with pytest.raises(DataError, match="at least two"):
         compare_runs([good], tmp_path)
-    with pytest.raises(ConfigError, match="either --adapter"):
+    with pytest.raises(ConfigError, match="give one of --adapter"):
         EvaluateOptions()

@@ -12,7 +12,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.metric_names import definition
 from ctrl_ray.reporting.curves import plot_curves, plot_kl_against_accuracy
-from ctrl_ray.reporting.page import render_page
+from ctrl_ray.reporting.page import Source, render_page
 from ctrl_ray.reporting.report import write_report
 from ctrl_ray.reporting.sample_grid import thumbnail
 from ctrl_ray.reporting.summary import Evaluation, make_summary
@@ -219,7 +219,7 @@ def of_two_controls():
         evaluations.append(Evaluation(judge(samples, controls, oracles=oracles, by=by), samples))
     summary = make_summary(*evaluations)
     return summary, render_page(
-        summary, [], controls=controls, prompt="a circle", adapter="a", facts={}, config_json=None
+        summary, [], controls=controls, prompt="a circle", source=Source.of_adapter("a"), facts={}, config_json=None
     )
 
 
