@@ -12,6 +12,8 @@ from torch import Tensor
 from ctrl_ray.config import NullBranch, SamplerConfig
 
 LatentReduction = Literal["sum", "mean"]
+Branch = Literal["null", "prompt", "control"]
+"""Rows of a guided batch: without prompt (and, as `null_branch` says, labels), with the prompt alone, with prompt and labels."""
 
 
 class ModelOutput(NamedTuple):
@@ -62,11 +64,16 @@ class Guidance:
         return cls(sampler.guidance_scale, sampler.control_scale, sampler.null_branch)
 
     @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The denoiser's rows for a sample, in the order of `combine_guidance`: those whose factor is not 0."""
+        if self.control_scale is None or self.control_scale == self.scale:
+            return ("control",) if self.scale == 1.0 else ("null", "control")
+        return ("prompt", "control") if self.scale == 1.0 else ("null", "prompt", "control")
+
+    @property
     def num_branches(self) -> int:
-        """Denoiser rows per sample: 1 without guidance, 2 with, 3 with a separate control scale."""
-        if self.control_scale is not None:
-            return 3
-        return 1 if self.scale == 1.0 else 2
+        """Denoiser rows per sample: 1 without guidance, 2 with one scale, 3 where prompt and label have scales of their own."""
+        return len(self.branches)
 
 
 NO_GUIDANCE = Guidance()
@@ -115,15 +122,16 @@ class DenoisingKernel(StepKernel, Protocol):
 
 
 def combine_guidance(branches: tuple[Tensor, ...], guidance: Guidance) -> Tensor:
-    """Classifier-free guidance of predictions ordered (unconditional, [prompt only,] prompt and labels).
+    """Classifier-free guidance of predictions ordered as `Guidance.branches`.
 
     `Ho & Salimans 2022`, eq. 6, in the convention where scale 1 is the conditional model.
     """
     if len(branches) == 1:
         return branches[0]
     if len(branches) == 2:
-        noise_pred_uncond, noise_pred_cond = branches
-        return noise_pred_uncond + guidance.scale * (noise_pred_cond - noise_pred_uncond)
+        without, noise_pred_cond = branches
+        scale = guidance.scale if guidance.branches[0] == "null" else guidance.control_scale
+        return without + scale * (noise_pred_cond - without)
     noise_pred_uncond, noise_pred_prompt, noise_pred_control = branches
     assert guidance.control_scale is not None
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -26,12 +26,6 @@ from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 
 LORA_NAME = "default"
 """peft's name of our LoRA in a denoiser, which may hold others beside it."""
-_BRANCHES: dict[int, tuple[tuple[Literal["null", "prompt"], bool], ...]] = {
-    1: (("prompt", True),),
-    2: (("null", False), ("prompt", True)),
-    3: (("null", False), ("prompt", False), ("prompt", True)),
-}
-"""Rows of a guided batch, in the order of `combine_guidance`: (whose condition, whether the labels count)."""
 
 
 class ControlledPolicy(TrainablePolicy):
@@ -100,17 +94,16 @@ class ControlledPolicy(TrainablePolicy):
         return self.get_submodule(self.backbone.denoiser)
 
     def forward(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
-        """Guided prediction, float32 like the latents (B, C, H, W)."""
+        """Guided prediction, float32 like the latents (B, C, H, W); time: a scalar, or without guidance (B,)."""
         condition, guidance = inputs.condition, inputs.guidance
-        branches = _BRANCHES[guidance.num_branches]
+        branches = guidance.branches
         null = self.controls.null(len(latents), inputs.labels.device)
         dropped = inputs.labels if guidance.null_branch == "class" else null
-        labels = _stack(
-            [inputs.labels if labelled else dropped if kind == "null" else null for kind, labelled in branches]
-        )
+        of_branch = {"null": dropped, "prompt": null, "control": inputs.labels}
+        labels = _stack([of_branch[branch] for branch in branches])
         sources = []
-        for kind, _ in branches:
-            tensors = condition.tensors if kind == "prompt" else condition.null_tensors
+        for branch in branches:
+            tensors = condition.null_tensors if branch == "null" else condition.tensors
             if tensors is None:
                 raise ConfigError(
                     f"guidance_scale is {guidance.scale}, but this base model has no unconditional branch; use 1"

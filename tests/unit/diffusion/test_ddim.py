@@ -96,12 +96,21 @@ def test_kl_equals_torch_distributions() -> None:
 
 
 def test_guidance_by_hand() -> None:
-    """Two and three branches."""
-    u, p, c = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0)
-    assert combine_guidance((c,), Guidance()) == 5
-    assert combine_guidance((u, c), Guidance(3.0)) == 1 + 3 * 4
-    assert combine_guidance((u, p, c), Guidance(3.0, 0.5)) == 1 + 3 * 1 + 0.5 * 3
-    assert [g.num_branches for g in (Guidance(), Guidance(2.0), Guidance(1.0, 1.0))] == [1, 2, 3]
+    """ε_u + w (ε_p − ε_u) + s (ε_c − ε_p), by the predictions whose factor in it is not 0; without s, it is w."""
+    known = {"null": torch.tensor(1.0), "prompt": torch.tensor(2.0), "control": torch.tensor(5.0)}
+    for w, s, branches in (
+        (1.0, None, ("control",)),
+        (1.0, 1.0, ("control",)),
+        (3.0, None, ("null", "control")),
+        (3.0, 3.0, ("null", "control")),
+        (1.0, 0.5, ("prompt", "control")),
+        (3.0, 0.5, ("null", "prompt", "control")),
+        (3.0, 1.0, ("null", "prompt", "control")),
+    ):
+        guidance = Guidance(w, s)
+        assert guidance.branches == branches and guidance.num_branches == len(branches)
+        found = combine_guidance(tuple(known[branch] for branch in branches), guidance)
+        assert found == 1 + w * 1 + (w if s is None else s) * 3, (w, s)
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_neighbours() -> None:

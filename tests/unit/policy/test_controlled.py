@@ -71,7 +71,8 @@ def test_policy_equals_reference_bit_for_bit_at_initialisation(tiny_pipeline: st
 
 
 def test_labels_act_only_through_their_tables(tiny_pipeline: str) -> None:
-    """A null label equals no label; a label moves its own sample only; guidance drops it in the other branch."""
+    """A null label equals no label; a label moves its own sample only; guidance drops it in the other branch, and with a scale
+    of the label alone that branch keeps the prompt."""
     policy = _policy(tiny_pipeline)
     latents, time, condition, labels = _inputs(tiny_pipeline)
     policy.controls.tables["size"].weight.data[0] = 0.3
@@ -80,11 +81,25 @@ def test_labels_act_only_through_their_tables(tiny_pipeline: str) -> None:
         base = _predict(policy, (latents, time, condition, null), reference=False)
         labelled = _predict(policy, (latents, time, condition, labels), reference=False)
         guided = _predict(policy, (latents, time, condition, labels), Guidance(2.0), reference=False)
+        of_label = _predict(policy, (latents, time, condition, labels), Guidance(1.0, 3.0), reference=False)
         uncond = load_backbone(tiny_pipeline).load_encoder().encode(["", ""])
         null_prediction = _predict(policy, (latents, time, uncond, null), reference=True)
     assert (labelled[0] - base[0]).abs().max() > 1e-3
     torch.testing.assert_close(labelled[1], base[1])
     torch.testing.assert_close(guided, null_prediction + 2.0 * (labelled - null_prediction), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_label, base + 3.0 * (labelled - base), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_may_have_times_of_their_own(tiny_pipeline: str) -> None:
+    """(B,) timesteps: each sample is predicted as if its own were the only one."""
+    policy = _policy(tiny_pipeline)
+    _perturb(policy)
+    latents, _, condition, labels = _inputs(tiny_pipeline)
+    with torch.no_grad():
+        both = _predict(policy, (latents, torch.tensor([700, 30]), condition, labels), reference=False)
+        for row, time in enumerate((700, 30)):
+            one = _predict(policy, (latents, torch.tensor(time), condition, labels), reference=False)
+            torch.testing.assert_close(both[row], one[row], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_backbone_keeps_trainables_in_float32(tiny_pipeline: str) -> None:
