@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.batches import Batch, num_rounds, rank_share, training_batch
+from ctrl_ray.distributed.clock import PhaseClock
 from ctrl_ray.distributed.engine import all_reduce_sum
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.errors import NonFiniteError
@@ -49,7 +46,7 @@ class CTRL:
         is shared as evenly as it can be. Raises NonFiniteError where a reward, a loss or a cotangent is not finite.
         """
         config, rank = learner.config, learner.rank
-        clock = _Clock(rank.device)
+        clock = PhaseClock(rank.device)
         batch = training_batch(
             config.seed,
             update,
@@ -82,7 +79,7 @@ class CTRL:
             gradient_norm = learner.engine.step(update)
         return _update_metrics(learner, totals, gradient_norm, clock)
 
-    def _go_back(self, learner: Learner, scored: _Scored, update: int, clock: _Clock) -> Tensor:
+    def _go_back(self, learner: Learner, scored: _Scored, update: int, clock: PhaseClock) -> Tensor:
         """The adjoint pass of one micro-batch; returns its part of the update's sums (see `_sums`)."""
         config, rank = learner.config, learner.rank
         where = f"update {update}, micro-batch {scored.index} on rank {rank.index}"
@@ -180,7 +177,7 @@ def _sums(learner: Learner, batch: Batch, answer: RewardAnswer, plan: AdjointPla
     )
 
 
-def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, clock: _Clock) -> dict[str, float]:
+def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, clock: PhaseClock) -> dict[str, float]:
     config, columns, seconds = learner.config, learner.num_rewarded, clock.seconds()
     total = config.global_batch_size
     reward_sum, labelled, kl_labelled, kl_null, bounded = totals[:_NUM_SUMS].tolist()
@@ -202,37 +199,3 @@ def _update_metrics(learner: Learner, totals: Tensor, gradient_norm: float, cloc
         if count:
             metrics[f"log_prob/{name}"] = value / count
     return metrics
-
-
-class _Clock:
-    """Seconds by phase of an update. On a GPU they are told by events in its stream: the host runs ahead of it, and would
-    see launches, not work; nothing waits for the GPU before the update has ended."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._mark: Callable[[], Any] = time.perf_counter
-        if device.type == "cuda":
-            self._mark = lambda: torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
-        self._start = self._mark()
-        self._phases: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._mark()
-        yield
-        self._phases.append((phase, start, self._mark()))
-
-    def seconds(self) -> dict[str, float]:
-        """Of each phase, and 'update_s' until now."""
-        end = self._mark()
-        found = {"update_s": _seconds(self._start, end), "rollout_s": 0.0, "reward_wait_s": 0.0, "backward_s": 0.0}
-        for phase, start, stop in self._phases:
-            found[phase] += _seconds(start, stop)
-        return found
-
-
-def _seconds(start: Any, end: Any) -> float:
-    """Between two marks: of the host's clock, or events of a GPU."""
-    if isinstance(start, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ctrl_ray.config import EstimatorConfig, ScalingConfig, TrainConfig
 from ctrl_ray.distributed import engine
-from ctrl_ray.distributed import update as update_module
 from ctrl_ray.distributed import worker as worker_module
 from ctrl_ray.distributed.batches import evaluation_batch
+from ctrl_ray.distributed.clock import PhaseClock
 from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.gradients.rollout import keyed_noise, rollout
@@ -146,12 +146,12 @@ def test_seconds_on_a_gpu_are_those_of_its_stream(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=lambda event: event))
-    clock = update_module._Clock(torch.device("cuda"))
+    clock = PhaseClock(torch.device("cuda"))
     for phase in ("rollout_s", "backward_s"):
         with clock(phase):
             pass
     found = clock.seconds()
-    assert found == pytest.approx({"update_s": 0.1, "rollout_s": 0.02, "reward_wait_s": 0.0, "backward_s": 0.005})
+    assert found == pytest.approx({"update_s": 0.1, "rollout_s": 0.02, "backward_s": 0.005})
 
 
 def test_a_workers_process_is_set_to_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
