@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import DataError
 from ctrl_ray.offline.images import cover_and_crop
@@ -46,6 +46,14 @@ class Example(NamedTuple):
     label: int | None
 
 
+class Row(NamedTuple):
+    """One row of several controls, as `Example` is of one."""
+
+    image: np.ndarray
+    prompt: str
+    labels: tuple[int | None, ...]
+
+
 def read_examples(
     config: TrainConfig,
     control: str,
@@ -54,28 +62,64 @@ def read_examples(
     on_bad_row: OnBadRow = "error",
     bad_rows_file: str | None = None,
 ) -> Iterator[Example]:
-    """The rows of `config.data` at image_size x image_size, in the order of the file; 'shapes' draws them.
+    """`read_rows` of one control."""
+    for row in read_rows(config, [control], image_size, on_bad_row=on_bad_row, bad_rows_file=bad_rows_file):
+        yield Example(row.image, row.prompt, row.labels[0])
 
-    The control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
+
+def read_rows(
+    config: TrainConfig,
+    controls: Sequence[str],
+    image_size: int,
+    *,
+    on_bad_row: OnBadRow = "error",
+    bad_rows_file: str | None = None,
+) -> Iterator[Row]:
+    """The rows of `config.data` at image_size x image_size, in the order of the file; 'shapes' draws them. At most
+    `config.classifier.max_images`.
+
+    A control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
     """
     if is_embedded(config.data):
-        rows: Iterator[Example] = (
-            Example(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, None)
+        rows: Iterator[Row] = (
+            Row(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, (None,) * len(controls))
             for image, prompt in draw_dataset(config.num_drawn_images, config.seed)
         )
     else:
-        rows = _parquet_rows(config, control, image_size, on_bad_row, bad_rows_file)
+        rows = _parquet_rows(config, controls, image_size, on_bad_row, bad_rows_file)
     return islice(rows, config.classifier.max_images)
 
 
 def _parquet_rows(
-    config: TrainConfig, control: str, image_size: int, on_bad_row: OnBadRow, bad_rows_file: str | None
-) -> Iterator[Example]:
-    spec = config.controls[control]
-    columns = {} if spec.oracle else {control: spec}
+    config: TrainConfig, controls: Sequence[str], image_size: int, on_bad_row: OnBadRow, bad_rows_file: str | None
+) -> Iterator[Row]:
+    columns = {name: config.controls[name] for name in controls if not config.controls[name].oracle}
     size = (image_size, image_size)
     for row in iter_rows(config.data or "", columns, on_bad_row, image_size=size, bad_rows_file=bad_rows_file):
-        yield Example(row["image"], row["prompt"], row.get(control))
+        yield Row(row["image"], row["prompt"], tuple(row.get(name) for name in controls))
+
+
+def label_images(
+    config: TrainConfig, control: str, images: np.ndarray, stored: Sequence[int | None]
+) -> tuple[list[int], list[float]]:
+    """(labels, measured numbers) of images uint8 (N, H, W, 3): the control's oracle measures both, else the labels are those
+    stored, and there are no numbers. DataError where there is neither."""
+    spec = config.controls[control]
+    if spec.oracle:
+        values = measure(load_oracle(spec.oracle), images).tolist()
+        return [spec.classify(value) for value in values], values
+    labels = [label for label in stored if label is not None]
+    if len(labels) < len(stored):
+        raise DataError(
+            f"control {control!r} has no oracle, and the images of {config.data!r} have no labels; name "
+            "an oracle, or give a Parquet file with its column"
+        )
+    return labels, []
+
+
+def image_digest(image: np.ndarray) -> str:
+    """What two images share only where they are equal."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
 
 
 def firsts(digests: Sequence[str]) -> np.ndarray:
@@ -95,13 +139,16 @@ def split_of(num_rows: int, shares: Sequence[float], seed: int, *, salt: int = 0
     return np.searchsorted(np.cumsum(shares)[:2], uniform, side="right").astype(np.int8)
 
 
+def encode_images(decoder: LatentDecoder, images: np.ndarray, device: torch.device | str) -> Tensor:
+    """Latents (N, C, h, w) of images uint8 (N, H, W, 3)."""
+    return decoder.encode(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
+
+
 class BlockWriter:
     """Decodes and labels rows, and writes the blocks that one worker is responsible for."""
 
     def __init__(self, config: TrainConfig, control: str, folder: Path, device: torch.device) -> None:
         self.config, self.control, self.folder = config, control, folder
-        self.spec: ControlConfig = config.controls[control]
-        self.oracle = load_oracle(self.spec.oracle) if self.spec.oracle else None
         self.device = device
         self.decoder: LatentDecoder | None = None
         if config.classifier.decode:
@@ -146,26 +193,17 @@ class BlockWriter:
         labels: list[int | None],
         decode: bool = True,
     ) -> None:
-        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in images]
+        digests = [image_digest(image) for image in images]
         if self.decoder is not None and decode:
             images = self._decoded(images)
-        values: list[float] = []
-        if self.oracle is not None:
-            values = measure(self.oracle, images).tolist()
-            labels = [self.spec.classify(value) for value in values]
-        if any(label is None for label in labels):
-            raise DataError(
-                f"control {self.control!r} has no oracle, and the images of {self.config.data!r} have no labels; name "
-                "an oracle, or give a Parquet file with its column"
-            )
-        rows = {"prompts": prompts, "labels": labels, "values": values, "digests": digests}
+        known, values = label_images(self.config, self.control, images, labels)
+        rows = {"prompts": prompts, "labels": known, "values": values, "digests": digests}
         _save(self.folder, kind, block, images, rows)
 
     def _decoded(self, images: np.ndarray) -> np.ndarray:
         assert self.decoder is not None
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            return to_uint8(self.decoder.decode(self.decoder.encode(pixels))).cpu().numpy()
+            return to_uint8(self.decoder.decode(encode_images(self.decoder, images, self.device))).cpu().numpy()
 
 
 class Examples:
