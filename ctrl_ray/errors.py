@@ -66,6 +66,7 @@ HOPELESS = (ConfigError, DataError, ModelError, NonFiniteError, GpuMemoryError)
 _PHASES = {
     ("ctrl_ray.gradients.rollout", "rollout"): "in a rollout",
     ("ctrl_ray.gradients.adjoint", "adjoint_pass"): "in the adjoint pass",
+    ("ctrl_ray.baselines.cfg_finetuning", "denoising_loss"): "in the forward of the denoising loss",
     ("ctrl_ray.distributed.engine", "step"): "in the optimizer step",
     ("ctrl_ray.rewards.model", "evaluate"): "while samples were scored",
     ("ctrl_ray.policy.decoder", "decode"): "while images were decoded",

@@ -6,7 +6,7 @@ from ctrl_ray.config.method import MethodConfig, MethodName
 from ctrl_ray.config.policy import AdapterConfig, AdapterKind, LoraConfig, NullBranch, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
 from ctrl_ray.config.run import TrainConfig
-from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig
+from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig, TrainingMethod
 from ctrl_ray.config.values import Auto, Precision
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "SamplerConfig",
     "ScalingConfig",
     "TrainConfig",
+    "TrainingMethod",
 ]

@@ -11,7 +11,7 @@ from ctrl_ray.config.evaluation import EvaluationConfig
 from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.config.policy import AdapterConfig, LoraConfig, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
-from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig
+from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig, TrainingMethod
 from ctrl_ray.config.values import Auto, fixed, require
 
 
@@ -39,10 +39,15 @@ class TrainConfig:
     """Encoding of the files of prompts, such as cp1252. A byte order mark says it better."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of every random draw, together with (update, sample id, purpose)."""
+    training_method: TrainingMethod = "ctrl"
+    """'ctrl': the paper's method. 'cfg', which it is compared with: the denoiser is fitted to the images and labels of `data`,
+    for classifier-free guidance of the label (sampler.control_scale). An update draws no trajectory and asks no classifier:
+    estimator and label_draws play no part. It needs prompts beside the labels."""
     num_updates: Annotated[int, at_least(1)] = 60
     """Optimizer updates."""
     global_batch_size: Annotated[int, at_least(1)] = 64
-    """Trajectories per update, over all workers. Where it does not divide, some workers have one group more."""
+    """Trajectories per update (training_method cfg: images), over all workers. Where it does not divide, some workers have one
+    group more."""
     micro_batch_size_per_worker: Annotated[int | Auto, at_least(1)] = 32
     """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled. 'auto': the
     largest that fits its memory, made even over the micro-batches of an update."""
@@ -127,6 +132,7 @@ class TrainConfig:
             "the estimator reinforce compares samples that share prompt and label, but group_size is 1; set it to 4 or "
             "more",
         )
+        self._check_training_method()
         require(
             self.estimator.keep_graphs is not True
             or (self.can_keep_graphs and self.scaling.gradient_checkpointing is False),
@@ -146,15 +152,36 @@ class TrainConfig:
             "not exist; set sampler.eta to 1.0",
         )
 
+    def _check_training_method(self) -> None:
+        if self.draws_trajectories:
+            return
+        require(
+            self.data is not None,
+            "training_method cfg is trained on labelled images, but there is no data; give --data FILE.parquet with images, "
+            "prompts and labels",
+        )
+        require(
+            self.estimator.name == "full" and self.estimator.keep_graphs is not True and self.group_size == 1,
+            "training_method cfg draws no trajectories: it has no estimator, no graphs to keep and no groups; got "
+            f"estimator.name {self.estimator.name}, estimator.keep_graphs {self.estimator.keep_graphs} and group_size "
+            f"{self.group_size}: leave them at full, auto and 1, or take training_method ctrl",
+        )
+
     @property
     def fixed_micro_batch_size(self) -> int:
         """micro_batch_size_per_worker as a number; ConfigError while it is still to be decided."""
         return fixed(self.micro_batch_size_per_worker, "micro_batch_size_per_worker")
 
     @property
+    def draws_trajectories(self) -> bool:
+        """Whether an update samples under the policy and asks the classifiers."""
+        return self.training_method == "ctrl"
+
+    @property
     def can_keep_graphs(self) -> bool:
-        """Whether estimator, sharding and precision go with estimator.keep_graphs; gradient checkpointing does not, either."""
-        return self.estimator.name == "full" and self.scaling.zero_stage < 3 and self.scaling.precision != "fp16"
+        """Whether method, estimator, sharding and precision go with estimator.keep_graphs; gradient checkpointing does not."""
+        full = self.draws_trajectories and self.estimator.name == "full"
+        return full and self.scaling.zero_stage < 3 and self.scaling.precision != "fp16"
 
     @property
     def fixed_control_dropout(self) -> float:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from ctrl_ray.config.fields import at_least, check_fields, share
 from ctrl_ray.config.values import Auto, fixed, require
 
+TrainingMethod = Literal["ctrl", "cfg"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimatorConfig:

@@ -13,7 +13,7 @@ from ctrl_ray.config import NullBranch, SamplerConfig
 
 LatentReduction = Literal["sum", "mean"]
 Branch = Literal["null", "prompt", "control"]
-"""Rows of a guided batch: without prompt (and, as `null_branch` says, labels), with the prompt alone, with prompt and labels."""
+"""Rows of a guided batch: without prompt (and labels, unless `null_branch` keeps them), with the prompt alone, with both."""
 
 
 class ModelOutput(NamedTuple):

@@ -1,10 +1,12 @@
-"""What a training method is to the worker: one update at a time. CTRL's is `ctrl_ray.distributed.update`."""
+"""What a training method is to the worker: one update at a time. CTRL's is `ctrl_ray.distributed.update`, that of the baseline
+CFG fine-tuning `ctrl_ray.distributed.cfg_finetuning`."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.distributed.cfg_finetuning import CFGFineTuning
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.update import CTRL
 
@@ -29,4 +31,4 @@ class Method(Protocol):
 
 def make_method(config: TrainConfig) -> Method:
     """The method that a config asks for."""
-    return CTRL.of(config)
+    return CTRL.of(config) if config.draws_trajectories else CFGFineTuning()

@@ -29,9 +29,12 @@ class RunProgress:
         )
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
-        """`done` updates are finished; shows reward, KL, samples/s and the time left."""
-        kl = kl_text(metrics["kl"], self._kl_noise_floor)
-        facts = f"reward {metrics['reward']:.3f} · {kl} · {metrics['samples_per_s']:.1f} samples/s"
+        """`done` updates are finished; shows reward and KL (or the denoising loss), samples/s and the time left."""
+        if "denoising_loss" in metrics:
+            reached = f"denoising loss {metrics['denoising_loss']:.4f}"
+        else:
+            reached = f"reward {metrics['reward']:.3f} · {kl_text(metrics['kl'], self._kl_noise_floor)}"
+        facts = f"{reached} · {metrics['samples_per_s']:.1f} samples/s"
         if self._bar is not None:
             self._bar.update(done - self._done)
             self._bar.set_postfix_str(facts)

@@ -33,6 +33,12 @@ METRICS: dict[str, MetricDefinition] = {
         "mean over the samples with a label of log p(y|x,c) of this control, by the reward classifier", "nats", True
     ),
     "loss": MetricDefinition("-Σ guidance_strength · log p(y|x,c) + kl_coef · KL, mean over samples", "nats", False),
+    "denoising_loss": MetricDefinition(
+        "squared error of what the denoiser predicts of noised images of the data set, with their prompts and labels, mean "
+        "over images and latent dimensions (training_method cfg)",
+        "1",
+        False,
+    ),
     "bounded": MetricDefinition(
         "share of the denoising steps that were gone back through whose cotangent was shortened (estimator.max_drift)",
         "1",
@@ -46,11 +52,17 @@ METRICS: dict[str, MetricDefinition] = {
         False,
     ),
     "classifier_confidence": MetricDefinition("mean p(y|x,c) of the class asked for, by the reward classifier", "1"),
-    "samples_per_s": MetricDefinition("trajectories per second of wall-clock time, over all workers", "1/s", True),
+    "samples_per_s": MetricDefinition(
+        "trajectories (training_method cfg: images) per second of wall-clock time, over all workers", "1/s", True
+    ),
     "update_s": MetricDefinition("wall-clock time of one update", "s", False),
     "rollout_s": MetricDefinition("time in sampling trajectories, per update", "s", False),
     "reward_wait_s": MetricDefinition("time waiting for the reward's answer, per update", "s", False),
-    "backward_s": MetricDefinition("time in the adjoint pass and the optimizer step, per update", "s", False),
+    "backward_s": MetricDefinition(
+        "time in the adjoint pass (training_method cfg: the loss and its gradient) and the optimizer step, per update",
+        "s",
+        False,
+    ),
     # Updates and evaluations.
     "kl": MetricDefinition(
         "KL divergence of the policy from the pre-trained model along the trajectory, summed over steps and latent "

@@ -48,7 +48,7 @@ def sampling_prompts(config: TrainConfig) -> tuple[tuple[str, ...], str | None]:
     of its own prompts, is part of that.
     """
     data = data_or_embedded(config.data, config.base_model)
-    if config.prompts_file or is_embedded(data) or (data and any(_prompts_of(data))):
+    if config.prompts_file or has_prompts(data):
         return training_prompts(config), None
     number = config.classifier.num_pipeline_samples
     return ("",), (
@@ -57,5 +57,8 @@ def sampling_prompts(config: TrainConfig) -> tuple[tuple[str, ...], str | None]:
     )
 
 
-def _prompts_of(data: str) -> tuple[str, ...]:
-    return read_prompts_column(data) if has_prompts_column(data) else ()
+def has_prompts(data: str | None) -> bool:
+    """Whether any image of the data set has a prompt of its own; those of the drawn example have."""
+    if data is None or is_embedded(data):
+        return data is not None
+    return has_prompts_column(data) and any(read_prompts_column(data))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import Precision, TrainConfig
+from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.planning.counts import StepFlops
 from ctrl_ray.planning.decoder_counts import DecoderCounts
 from ctrl_ray.planning.fits import USABLE, card_uses
 from ctrl_ray.planning.machines import CARDS
 from ctrl_ray.planning.placement import cards_needed, shares_cards
-from ctrl_ray.planning.plan import RunPlan
+from ctrl_ray.planning.plan import RunPlan, num_branches
 from ctrl_ray.wording import duration
 
 PRICES_OF = "us-west-2 on demand, remembered from 2025 and looked up nowhere"
@@ -93,7 +94,9 @@ def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops, decoder: Decod
     filled = share / (config.num_micro_batches * size)
     update = filled * (plan.calls.forwards * flops.forward + plan.calls.backwards * flops.backward)
     scored = 0.0
-    if config.scaling.use_gpu and config.rewards.num_actors == 0:
+    if not config.draws_trajectories:
+        pass
+    elif config.scaling.use_gpu and config.rewards.num_actors == 0:
         scored = share
     elif shares_cards(config):
         scored = config.global_batch_size / config.rewards.num_actors
@@ -101,7 +104,8 @@ def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops, decoder: Decod
     during = (1 + config.num_updates // every) * beside.num_samples if every else 0
     pairs = beside.num_pairs * (1.25 if config.sampler.reference_steps else 1)
     samples = during + beside.fewest_pre_trained + beside.final_num_samples + pairs
-    per_sample = config.sampler.num_steps * flops.forward / size
+    rows = Guidance.of(config.sampler).num_branches / num_branches(config)
+    per_sample = config.sampler.num_steps * rows * flops.forward / size
     return Work(
         update_flops=update,
         evaluation_flops=samples * per_sample / config.scaling.fixed_num_workers,

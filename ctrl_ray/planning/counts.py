@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import GaussianStep, Guidance, StepKernel, step_kl
-from ctrl_ray.gradients.adjoint import Estimator, MicroBatch, TerminalReward
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, GaussianStep, Guidance, StepKernel, step_kl
+from ctrl_ray.gradients.adjoint import Calls, Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step, step_graph
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
@@ -146,7 +146,8 @@ class PolicyCounter:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
             with self._fake, self._watch() as live:
-                counted, *operations = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+                count = _count_step if self._config.draws_trajectories else _count_denoising
+                counted, *operations = count(self._policy, self._kernel, self._config, batch_size, live)
             self._steps[batch_size] = counted
             self._operations = (operations[0] / batch_size, operations[1] / batch_size)
         return self._steps[batch_size]
@@ -178,8 +179,11 @@ class PolicyCounter:
             self.step(batch_size)
         assert self._operations is not None
         forward, adjoint = (operations * batch_size for operations in self._operations)
-        estimator = make_estimator(self._config.estimator, self._kernel.num_steps)
-        calls = estimator.step_calls(controlled=True, weighted=True)
+        if self._config.draws_trajectories:
+            estimator = make_estimator(self._config.estimator, self._kernel.num_steps)
+            calls = estimator.step_calls(controlled=True, weighted=True)
+        else:
+            calls = Calls(1, 1, 1)
         return StepFlops(forward=forward, backward=(adjoint - calls.forwards * forward) / calls.backwards)
 
 
@@ -224,7 +228,7 @@ def _count_step(
     step_index, weight = _trained_step(estimator, kernel, config.seed)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
-    latents, inputs = _inputs(policy, config, batch_size)
+    latents, inputs = _inputs(policy, batch_size, Guidance.of(config.sampler))
     trajectory = Trajectory(latents.expand(kernel.num_steps + 1, *latents.shape), inputs)
     batch = _WatchedMicroBatch(
         *(live, policy, kernel, trajectory),
@@ -259,12 +263,34 @@ def _count_step(
     return counted, forward, adjoint
 
 
+def _count_denoising(
+    policy: ControlledPolicy,
+    kernel: DDIMKernel,
+    config: TrainConfig,
+    batch_size: int,
+    live: LiveBytes,
+) -> tuple[StepBytes, float, float]:
+    """The loss of labelled images and its backward, on fake tensors, with the operations of a forward and of both."""
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    latents, inputs = _inputs(policy, batch_size, NO_GUIDANCE)
+    timesteps, noise = torch.zeros(batch_size, dtype=torch.long), torch.zeros_like(latents)
+    start, live.operations = live.restart_peak(), 0.0
+    loss = (policy(latents, timesteps, inputs, reference=False).prediction - noise).square().mean()
+    kept, forward = live.bytes - start, live.operations
+    loss.backward()
+    counted = StepBytes(policy_kept=kept, reference_kept=0, backward_peak=live.peak - start, rollout_peak=0)
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = None
+    return counted, forward, live.operations
+
+
 def _count_evaluation(
     policy: ControlledPolicy, kernel: DDIMKernel, config: TrainConfig, batch_size: int, live: LiveBytes
 ) -> int:
     """One step of a rollout with its KL, on fake tensors."""
     step_index, _ = _trained_step(make_estimator(config.estimator, kernel.num_steps), kernel, config.seed)
-    latents, inputs = _inputs(policy, config, batch_size)
+    latents, inputs = _inputs(policy, batch_size, Guidance.of(config.sampler))
     start = live.restart_peak()
     with torch.no_grad():
         step, ref = (
@@ -274,14 +300,14 @@ def _count_evaluation(
     return live.peak - start
 
 
-def _inputs(policy: ControlledPolicy, config: TrainConfig, batch_size: int) -> tuple[Tensor, Inputs]:
+def _inputs(policy: ControlledPolicy, batch_size: int, guidance: Guidance) -> tuple[Tensor, Inputs]:
     """Latents and inputs of a batch, without values."""
     latents = torch.zeros(batch_size, *policy.latent_shape)
     shapes = policy.backbone.condition_shapes(batch_size)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     null = {name: torch.zeros(shape[1:]).expand(shape) for name, shape in shapes.items()}
     labels = torch.zeros(batch_size, len(policy.controls.names), dtype=torch.long)
-    return latents, Inputs(Condition(("",) * batch_size, tensors, null), labels, Guidance.of(config.sampler))
+    return latents, Inputs(Condition(("",) * batch_size, tensors, null), labels, guidance)
 
 
 def _trained_step(estimator: Estimator, kernel: StepKernel, seed: int) -> tuple[int, float]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.diffusion.steps import Guidance, StepKernel
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance, StepKernel
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.planning.counts import PolicyCounts, StepBytes
@@ -34,6 +34,8 @@ MAX_LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters where the configuration sets none."""
 PERSISTENCE_THRESHOLD = 100_000
 """DeepSpeed's stage3_param_persistence_threshold where the configuration sets none."""
+NUM_DENOISED = 3
+"""Tensors like the latents that a method without trajectories holds: clean, their noise, and noised."""
 _PLANS_AVERAGED = 64
 
 
@@ -65,17 +67,19 @@ class MemoryPlan:
     reference_kept: int
     """Of the activations: what the reference's forward keeps."""
     latents: int
-    """(T + 1) latents of the micro-batch, twice where one more is in flight while the pool scores."""
+    """(T + 1) latents of the micro-batch, twice where one more is in flight while the pool scores; without trajectories
+    NUM_DENOISED."""
     requests: int
-    """Reward cotangents and encoded prompts of the micro-batches under way."""
+    """Reward cotangents (none without trajectories) and encoded prompts of the micro-batches under way."""
     rollout_peak: int
-    """All of the worker's tensors while a trajectory is rolled out."""
+    """All of the worker's tensors while a trajectory is rolled out; 0 for a method that draws none."""
     update_peak: int
     """All of the worker's tensors during the optimizer step."""
     evaluation_peak: int
     """All of the worker's tensors during an evaluation."""
     scoring_peak: int = 0
-    """All of the worker's tensors while it scores a micro-batch itself (local rewards); the classifiers are not counted."""
+    """All of the worker's tensors while it scores a micro-batch itself (local rewards; a method without trajectories scores in
+    evaluations only); the classifiers are not counted."""
     offloaded: int = 0
     """Master copies, gradients and moments in host memory (optimizer offload); not part of the rows above."""
 
@@ -177,8 +181,9 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
         master = moments = 0
     batch = config.fixed_micro_batch_size
     latents = FLOAT * batch * counts.latent_elements
-    trajectory = (config.sampler.num_steps + 1) * latents
-    in_flight = min(2, config.num_micro_batches)
+    draws = config.draws_trajectories
+    trajectory = (config.sampler.num_steps + 1 if draws else NUM_DENOISED) * latents
+    in_flight = min(2, config.num_micro_batches) if draws else 1
     prompts = batch * counts.prompt_bytes
     encoder = counts.encoder_bytes + counts.prompt_bytes
     local = config.rewards.num_actors == 0
@@ -206,11 +211,11 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
         policy_kept=step.policy_kept,
         reference_kept=step.reference_kept,
         latents=in_flight * trajectory,
-        requests=in_flight * prompts + 2 * latents,
-        rollout_peak=always + waiting + rollout,
+        requests=in_flight * prompts + (2 * latents if draws else 0),
+        rollout_peak=always + waiting + rollout if draws else 0,
         update_peak=resident + gradients + _update_extra(config, counts, shard, bucket),
         evaluation_peak=max(evaluated, _evaluation_process(config, counts, evaluation)),
-        scoring_peak=always + waiting + scoring if local else 0,
+        scoring_peak=always + waiting + scoring if local and draws else 0,
         offloaded=offloaded,
     )
 
@@ -282,7 +287,10 @@ def call_plan(config: TrainConfig, kernel: StepKernel) -> CallPlan:
 
 
 def mean_calls(config: TrainConfig, kernel: StepKernel) -> Calls:
-    """Denoiser calls of a micro-batch's trajectory and its adjoint pass, by the estimator; the mean over its plans."""
+    """Denoiser calls of a micro-batch's trajectory and its adjoint pass, by the estimator; the mean over its plans. Those of a
+    method without trajectories are one forward and one backward."""
+    if not config.draws_trajectories:
+        return Calls(1, 1, 1)
     num_steps = kernel.num_steps
     estimator = make_estimator(config.estimator, num_steps)
     plans = [estimator.plan(num_steps, config.seed, update, 0) for update in range(_PLANS_AVERAGED)]
@@ -302,7 +310,8 @@ def traffic_plan(config: TrainConfig, counts: PolicyCounts, calls: CallPlan) -> 
         sharded -= counts.reference_bytes
     gathered = sharded if stage == 3 else counts.trainable_bytes
     columns = len(config.controls)
-    samples = 0 if config.rewards.num_actors == 0 else math.ceil(config.global_batch_size / workers)
+    asks_pool = config.draws_trajectories and config.rewards.num_actors > 0
+    samples = math.ceil(config.global_batch_size / workers) if asks_pool else 0
     return TrafficPlan(
         reduction=round(reductions * per_reduction) if workers > 1 else 0,
         gather=round(gather * ring * gathered),
@@ -317,5 +326,10 @@ _PROMPT_BYTES = 32
 
 
 def num_branches(config: TrainConfig) -> int:
-    """Denoiser rows per sample."""
-    return Guidance.of(config.sampler).num_branches
+    """Denoiser rows per sample of an update; a method without trajectories trains without guidance."""
+    return training_guidance(config).num_branches
+
+
+def training_guidance(config: TrainConfig) -> Guidance:
+    """The guidance of an update's denoiser calls."""
+    return Guidance.of(config.sampler) if config.draws_trajectories else NO_GUIDANCE

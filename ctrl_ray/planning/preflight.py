@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.config.paths import absolute_paths
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
@@ -30,6 +30,7 @@ from ctrl_ray.oracles import load_oracle
 from ctrl_ray.planning.choose import decide
 from ctrl_ray.planning.cost import Work, estimate_lines, work_of
 from ctrl_ray.planning.counts import PolicyCounts
+from ctrl_ray.planning.data import check_labelled_images, data_lines
 from ctrl_ray.planning.fits import memory_fit, remedies
 from ctrl_ray.planning.machines import describe
 from ctrl_ray.planning.placement import cards_needed, shares_cards
@@ -99,6 +100,8 @@ def preflight(
         _check_control(name, control, config)
         if control.classifier is None and stated is None:  # else the data may be elsewhere too
             check_fit(config, name, has_sampler=True)
+    if not config.draws_trajectories and stated is None:
+        check_labelled_images(config)
     _check_evaluation(config)
     controls = policy_controls(config)
     prompts = training_prompts(config)
@@ -120,7 +123,11 @@ def preflight(
     fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
     lines = plan_lines(plan, config, facts, fit, fixes)
     too_long = cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS))  # the example's own fit
-    lines = [*_unread_data(config), *(f"prompts    {line}" for line in too_long), *lines]
+    lines = [
+        *data_lines(config, math.prod(backbone.latent_shape)),
+        *(f"prompts    {line}" for line in too_long),
+        *lines,
+    ]
     if warning is not None:
         lines = [f"adapter    warning: {warning}", *lines]
     if stated is not None:
@@ -144,19 +151,6 @@ def preflight(
     )
 
 
-def _unread_data(config: TrainConfig) -> list[str]:
-    """A line that says what of the data set is not read, where a person may think that it is."""
-    fitted = {name: control.classifier for name, control in config.controls.items() if control.classifier is not None}
-    if config.data is None or is_embedded(config.data) or len(fitted) < len(config.controls):
-        return []
-    read = "nothing of it is read" if config.prompts_file else "only its prompts are read"
-    classifiers = ", ".join(f"{name} ({folder})" for name, folder in fitted.items())
-    return [
-        f"data       {config.data}: {read}, no image and no label: there are classifiers already, of {classifiers}; to fit "
-        "them on the data: --refit-classifier"
-    ]
-
-
 def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> AdapterInfo:
     """The facts of the run's adapter, as far as they are known before it."""
     return make_adapter_info(
@@ -167,6 +161,7 @@ def _adapter_info(config: TrainConfig, controls: Mapping[str, ControlConfig]) ->
         lora=None if config.full_finetune else config.lora,
         kind=config.adapter.kind,
         training={
+            "method": config.training_method,
             "kl_coef": config.kl_coef,
             "latent_reduction": config.latent_reduction,
             "seed": config.seed,
@@ -255,6 +250,10 @@ def _shares(config: TrainConfig) -> str:
     return text + (f" ({idle:.0%} of their time is waiting for those with {most})" if idle else "")
 
 
+def _samples_word(config: TrainConfig) -> str:
+    return "trajectories" if config.draws_trajectories else "labelled images"
+
+
 def _summary(
     config: TrainConfig,
     controls: dict[str, ControlConfig],
@@ -273,7 +272,7 @@ def _summary(
     lines = [
         to_json(config),
         "",
-        f"batch      {config.global_batch_size} trajectories per update = {_shares(config)}; {len(prompts)} prompts",
+        f"batch      {config.global_batch_size} {_samples_word(config)} per update = {_shares(config)}; {len(prompts)} prompts",
         *(f"{'decided' if i == 0 else '':<11}{line}" for i, line in enumerate(why)),
         "controls   "
         + ", ".join(

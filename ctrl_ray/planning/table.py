@@ -22,11 +22,12 @@ def plan_lines(plan: RunPlan, config: TrainConfig, facts: ClusterFacts, fit: Mem
         f"{', gradient checkpointing' if scaling.gradient_checkpointing else ''}, micro-batch "
         f"{config.fixed_micro_batch_size}), tensors",
         *(f"{_INDENT}{name:<34}{size_text(size):>11}{note}" for name, size, note in _rows(memory, config) if size),
-        f"{_INDENT}{'peak of the adjoint pass (sum)':<34}{size_text(memory.backward_peak):>11}   rollout "
-        f"{size_text(memory.rollout_peak)}, optimizer step {size_text(memory.update_peak)}",
+        f"{_INDENT}{_backward_name(config):<34}{size_text(memory.backward_peak):>11}   "
+        + (f"rollout {size_text(memory.rollout_peak)}, " if memory.rollout_peak else "")
+        + f"optimizer step {size_text(memory.update_peak)}",
         f"{_INDENT}{'peak of an evaluation':<34}{size_text(memory.evaluation_peak):>11}   "
         f"{config.evaluation.fixed_batch_size} samples at a time",
-        _scoring(plan, config, facts),
+        *_scoring(plan, config, facts),
     ]
     if memory.offloaded:
         lines.append(f"{_INDENT}{'in host memory (offload)':<34}{size_text(memory.offloaded):>11}")
@@ -58,14 +59,20 @@ def decided_flags(asked: TrainConfig, config: TrainConfig) -> list[str]:
     return [f"flags      to start it before these machines are up (an autoscaler's): {' '.join(flags)}"]
 
 
-def _scoring(plan: RunPlan, config: TrainConfig, facts: ClusterFacts) -> str:
+def _backward_name(config: TrainConfig) -> str:
+    return f"peak of the {'adjoint pass' if config.draws_trajectories else 'backward'} (sum)"
+
+
+def _scoring(plan: RunPlan, config: TrainConfig, facts: ClusterFacts) -> list[str]:
+    if config.rewards.num_actors == 0 and not config.draws_trajectories:
+        return []  # a worker scores in evaluations only, which have their row
     images = min(config.rewards.fixed_decode_chunk_size, config.fixed_micro_batch_size)
     local = config.rewards.num_actors == 0
     name, size = ("peak of scoring", plan.memory.scoring_peak) if local else ("a reward actor", plan.actor_bytes)
     text = f"{_INDENT}{name:<34}{size_text(size):>11}   {images} images decoded at a time; classifiers not counted"
     if shares_cards(config):
         text += f"; at most {actors_on_a_card(config, facts.nodes)} on a worker's card"
-    return text
+    return [text]
 
 
 def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]:
@@ -76,6 +83,7 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
     )
     steps, batches = config.sampler.num_steps + 1, min(2, config.num_micro_batches)
     stage = config.scaling.zero_stage
+    kept_latents = f"{batches} micro-batches × {steps} latents" if config.draws_trajectories else "clean, noise, noised"
     return [
         ("weights, frozen", memory.frozen_weights, ""),
         ("weights, frozen reference copy", memory.reference_weights, ""),
@@ -95,6 +103,6 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
             memory.activations,
             kept,
         ),
-        ("latents kept", memory.latents, f"   {batches} micro-batches × {steps} latents"),
-        ("cotangents and conditions", memory.requests, ""),
+        ("latents kept", memory.latents, f"   {kept_latents}"),
+        ("cotangents and conditions" if config.draws_trajectories else "conditions", memory.requests, ""),
     ]

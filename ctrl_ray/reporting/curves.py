@@ -13,12 +13,13 @@ from ctrl_ray.canvas import AFTER, INK, new_figure
 
 
 def plot_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Reward, KL, accuracy and gap over updates, from the rows of `metrics.jsonl`; None when no row holds any of them.
+    """Reward or denoising loss, KL, accuracy and gap over updates, from the rows of `metrics.jsonl`; None where no row has any.
 
     Bars on the gap are two standard errors.
     """
     panels = {
         "reward": "reward / nats",
+        "denoising_loss": "denoising loss",
         "kl": "KL to the\npre-trained model / nats",
         "accuracy": "accuracy (true class)",
         "gap": "gap to the\ntarget / nats",

@@ -101,6 +101,28 @@ CLASSES = [
         (TrainConfig, {"kl_coef": math.nan}, "kl_coef is nan; expected a finite number, at least 0"),
         (TrainConfig, {"control_dropout": 1.0}, "control_dropout is 1.0; expected a number in [0, 1), or auto"),
         (TrainConfig, {"checkpoint_every_updates": 0}, "checkpoint_every_updates is 0; expected at least 1"),
+        (
+            TrainConfig,
+            {"training_method": "cfg"},
+            "training_method cfg is trained on labelled images, but there is no data",
+        ),
+        (
+            TrainConfig,
+            {"training_method": "cfg", "data": "shapes", "group_size": 2},
+            "training_method cfg draws no trajectories: it has no estimator, no graphs to keep and no groups; got "
+            "estimator.name full, estimator.keep_graphs False and group_size 2",
+        ),
+        (
+            TrainConfig,
+            {"training_method": "cfg", "data": "shapes", "estimator": EstimatorConfig(name="last_k")},
+            "got estimator.name last_k",
+        ),
+        (
+            TrainConfig,
+            {"training_method": "cfg", "data": "shapes", "estimator": EstimatorConfig(keep_graphs=True)},
+            "got estimator.name full, estimator.keep_graphs True",
+        ),
+        (TrainConfig, {"training_method": "ddpo"}, "training_method is 'ddpo' (str); expected 'ctrl' or 'cfg'"),
         (TrainConfig, {"sampler": SamplerConfig(eta=0.0)}, "eta is 0.0: a deterministic step has no density"),
     ],
 )

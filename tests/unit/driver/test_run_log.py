@@ -53,6 +53,18 @@ def _rows(folder: Path) -> list[tuple[str, int]]:
     return [(row["kind"], row["update"]) for row in read_metrics(folder)]
 
 
+def test_a_denoising_loss_is_shown_in_the_place_of_reward_and_kl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = _log(tmp_path)
+    log(Started(0))
+    for update in range(1, 5):
+        log(UpdateDone(update, {"denoising_loss": 0.25, "samples_per_s": 8.0}))
+    log.close()
+    assert "update 4/4 · denoising loss 0.2500 · 8.0 samples/s · " in capsys.readouterr().out
+    assert read_metrics(tmp_path)[-1]["denoising_loss"] == 0.25
+
+
 def test_rows_become_metrics_and_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shown: list[tuple[Any, ...]]
 ) -> None:

@@ -23,15 +23,25 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.config.json import to_json, train_config_from_json
-from ctrl_ray.diffusion.steps import step_kl
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance, step_kl
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import policy_step, rollout
-from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, _inputs, stored_elements
+from ctrl_ray.planning.cost import work_of
+from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops, _inputs, stored_elements
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, remedies
 from ctrl_ray.planning.live_bytes import LiveBytes
-from ctrl_ray.planning.plan import CallPlan, RunPlan, call_plan, make_plan, memory_plan, traffic_plan, zero_options
+from ctrl_ray.planning.plan import (
+    CallPlan,
+    RunPlan,
+    call_plan,
+    make_plan,
+    memory_plan,
+    num_branches,
+    traffic_plan,
+    zero_options,
+)
 from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
@@ -129,7 +139,7 @@ def test_a_kept_graph_is_counted_as_it_is(tiny_pipeline: Path) -> None:
     counted = PolicyCounter(config, CONTROLS).step(4)
     policy = build_policy(config, CONTROLS)
     with LiveBytes() as live:
-        latents, inputs = _inputs(policy, config, 4)
+        latents, inputs = _inputs(policy, 4, Guidance.of(config.sampler))
         for parameter in policy.parameters():
             live.add(parameter)
         noise = torch.zeros(4, *policy.latent_shape)
@@ -144,6 +154,50 @@ def test_a_kept_graph_is_counted_as_it_is(tiny_pipeline: Path) -> None:
     )
     assert flops.forward == computed_again.forward
     assert flops.backward == pytest.approx(computed_again.backward, rel=0.2)  # null rows have LoRA too
+
+
+def test_labelled_images_have_no_trajectory_and_ask_nobody() -> None:
+    """CFG fine-tuning: a forward and a backward without guidance for each micro-batch, three latents of it, no requests."""
+    config = dataclasses.replace(
+        _config(training_method="cfg", data="shapes"), sampler=SamplerConfig(num_steps=10, control_scale=2.0)
+    )
+    calls = call_plan(config, load_backbone("shapes").make_kernel(config.sampler))
+    assert calls == CallPlan(forwards=8, backwards=8, parameter_backwards=8) and num_branches(config) == 1
+    traffic = traffic_plan(config, COUNTS, calls)
+    assert (traffic.reward_requests, traffic.reward_answers) == (0, 0)
+    plan = memory_plan(config, COUNTS, STEP, EVALUATION)
+    assert (plan.latents, plan.requests, plan.activations) == (3 * 2 * 16 * 4, 2 * 100, 120_000)
+    assert (plan.rollout_peak, plan.scoring_peak) == (0, 0)
+    alone = dataclasses.replace(config, rewards=RewardPoolConfig(num_actors=0))
+    assert memory_plan(alone, COUNTS, STEP, EVALUATION).scoring_peak == 0
+    flops = StepFlops(forward=100.0, backward=150.0)
+    work = work_of(config, make_plan(config, COUNTS, STEP, EVALUATION, load_backbone("shapes").make_kernel(config.sampler)),
+                   flops, COUNTS.decoder)  # fmt: skip
+    assert (work.update_flops, work.scoring_flops) == (8 * 250, 0)
+    one_scale = dataclasses.replace(config, sampler=SamplerConfig(num_steps=10))
+    plain = work_of(one_scale, make_plan(config, COUNTS, STEP, EVALUATION, load_backbone("shapes").make_kernel(config.sampler)),
+                    flops, COUNTS.decoder)  # fmt: skip
+    assert work.evaluation_flops == 2 * plain.evaluation_flops, "evaluations have the branch without the label too"
+
+
+def test_a_denoising_loss_is_counted_as_it_is(tiny_pipeline: Path) -> None:
+    """What its forward leaves alive, against a real one; its operations are those of CTRL's forward, and of a backward."""
+    config = dataclasses.replace(_tiny_config(tiny_pipeline), training_method="cfg")
+    counter = PolicyCounter(config, config.controls)
+    counted, flops = counter.step(4), counter.flops(4)
+    policy = build_policy(config)
+    with LiveBytes() as live:
+        for parameter in policy.parameters():
+            live.add(parameter)
+        latents, inputs = _inputs(policy, 4, NO_GUIDANCE)
+        start = live.restart_peak()
+        output = policy(latents, torch.zeros(4, dtype=torch.long), inputs, reference=False)
+        assert counted.policy_kept == pytest.approx(live.bytes - start, rel=0.03)
+    assert output.prediction.shape == latents.shape
+    assert counted.backward_peak > counted.policy_kept and counted.rollout_peak == counted.graph_kept == 0
+    of_ctrl = PolicyCounter(_tiny_config(tiny_pipeline), config.controls).flops(4)
+    assert flops.forward == of_ctrl.forward
+    assert flops.backward == pytest.approx(of_ctrl.backward, rel=0.4)  # the reference has no LoRA, latents no gradient
 
 
 def test_an_evaluation_is_counted_at_its_own_batch() -> None:
@@ -172,7 +226,7 @@ def test_a_step_of_an_evaluation_is_counted_as_it_is(tiny_pipeline: Path) -> Non
     counted = PolicyCounter(config, CONTROLS).evaluation(4)
     policy = build_policy(config, CONTROLS)
     with torch.no_grad(), LiveBytes() as live:
-        latents, inputs = _inputs(policy, config, 4)
+        latents, inputs = _inputs(policy, 4, Guidance.of(config.sampler))
         for parameter in policy.parameters():
             live.add(parameter)
         start = live.restart_peak()

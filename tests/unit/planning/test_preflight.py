@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.planning.preflight import _unread_data
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
+from ctrl_ray.offline.images import to_png
+from ctrl_ray.planning.data import data_lines
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.prompt_lengths import cut_prompts
 
@@ -13,14 +19,36 @@ from ctrl_ray.policy.prompt_lengths import cut_prompts
 def test_data_that_are_not_read_are_told() -> None:
     fitted, to_fit = ControlConfig(classifier="/c/jpeg"), ControlConfig(thresholds=(1.0,))
     config = TrainConfig(controls={"jpeg_size": fitted}, data="/d/mine.parquet")
-    (line,) = _unread_data(config)
+    (line,) = data_lines(config, 16)
     assert line == (
         "data       /d/mine.parquet: only its prompts are read, no image and no label: there are classifiers already, of "
         "jpeg_size (/c/jpeg); to fit them on the data: --refit-classifier"
     )
-    assert "nothing of it is read" in _unread_data(replace(config, prompts_file="p.txt"))[0]
-    assert _unread_data(replace(config, controls={"jpeg_size": fitted, "own": to_fit})) == []
-    assert _unread_data(replace(config, data="shapes")) == _unread_data(replace(config, data=None)) == []
+    assert "nothing of it is read" in data_lines(replace(config, prompts_file="p.txt"), 16)[0]
+    assert data_lines(replace(config, controls={"jpeg_size": fitted, "own": to_fit}), 16) == []
+    assert data_lines(replace(config, data="shapes"), 16) == data_lines(replace(config, data=None), 16) == []
+
+
+def test_labelled_images_take_memory_and_need_prompts(tmp_path: Path) -> None:
+    """CFG fine-tuning keeps the latents of the label budget, and warns of images without prompts."""
+    config = TrainConfig(training_method="cfg", data="shapes", num_drawn_images=3000)
+    (line,) = data_lines(config, 256)
+    assert line == (
+        "data       3,000 labelled images, encoded at the first update: every worker keeps 2.9 MiB of latents in host memory"
+    )
+    few = replace(config, classifier=ClassifierConfig(max_images=1024))
+    assert "1,024 labelled images" in data_lines(few, 256)[0] and "1.0 MiB" in data_lines(few, 256)[0]
+    image = to_png(Image.new("RGB", (8, 8)))
+    for name, columns in {"without": {}, "empty": {"prompt": ["", ""]}, "with": {"prompt": ["", "a cat"]}}.items():
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": [image, image], "size": [1.0, 2.0], **columns}), file)
+        memory, *warning = data_lines(replace(config, data=str(file)), 256)
+        assert memory.startswith("data       2 labelled images") and len(warning) == (name != "with")
+        assert not warning or (
+            warning[0].startswith(
+                f"data       warning: {file} has no prompts: training_method cfg trains with the empty prompt"
+            )
+        )
 
 
 def test_prompts_beyond_the_text_encoder_are_told() -> None:

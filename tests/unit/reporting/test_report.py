@@ -268,6 +268,14 @@ def test_several_controls_have_a_curve_each(tmp_path, figures):
     assert line(axis, "other").tolist() == [[0, 0.5], [3, 0.5]]
 
 
+def test_a_denoising_loss_has_a_curve_where_there_is_no_reward(tmp_path, figures):
+    rows = [{"kind": "update", "update": u, "denoising_loss": 0.5 - 0.1 * u} for u in (1, 2)]
+    plot_curves(tmp_path / "curves.png", [*rows, {"kind": "evaluation", "update": 2, "accuracy": 0.5}])
+    loss, accuracy = figures["curves.png"].axes
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("denoising loss", "accuracy (true class)")
+    np.testing.assert_allclose(line(loss, "training batch"), [[1, 0.4], [2, 0.3]])
+
+
 def test_without_a_before_there_is_only_an_after():
     summary = make_summary(None, _evaluation([10, 100, 200, 12, 110, 210, 60, 120], "label"))
     assert list(summary) == ["after"]
