@@ -314,6 +314,33 @@ def test_an_image_pipeline_trains_with_every_estimator(base_config: TrainConfig,
         assert float(gradient[-1].norm()) == 0
 
 
+@pytest.mark.full
+def test_cfg_finetuning_is_a_whole_run(base_config: TrainConfig, tmp_path: Path) -> None:
+    """Two workers, the scale of the label, evaluations with their certificate: on the data set's images, by one flag."""
+    config = dataclasses.replace(
+        base_config,
+        training_method="cfg",
+        num_updates=2,
+        sampler=dataclasses.replace(base_config.sampler, control_scale=2.0),
+        scaling=dataclasses.replace(base_config.scaling, num_workers=2),
+        evaluation=dataclasses.replace(base_config.evaluation, every_updates=0),
+        rewards=dataclasses.replace(base_config.rewards, num_actors=0),
+        output_dir=str(tmp_path / "run"),
+    )
+    run = ctrl_ray.fit(config)
+    rows = read_metrics(run.folder)
+    losses = [row["denoising_loss"] for row in rows if row["kind"] == "update"]
+    assert len(losses) == 2 and all(0.1 < loss < 10 for loss in losses)
+    assert not any("reward" in row for row in rows)
+    after = run.summary["after"]
+    assert after["gap"] == pytest.approx(after["log_z"] - after["objective"]) and after["kl"] > 0
+    assert run.adapter is not None
+    described = json.loads((run.adapter / "adapter.json").read_text())
+    assert described["control_scale"] == 2.0 and described["training"]["method"] == "cfg"
+    table = _adapter(run)["jpeg_size"]
+    assert table[:-1].abs().max() > 0 and table[-1].abs().max() == 0
+
+
 def test_init_adapter_adds_a_second_control(one_update: ctrl_ray.Run, base_config: TrainConfig, tmp_path: Path) -> None:
     """The first control's table is where the adapter left it; the new control's rows have moved."""
     short = _one_update(base_config)
