@@ -130,7 +130,7 @@ def combine_guidance(branches: tuple[Tensor, ...], guidance: Guidance) -> Tensor
         return branches[0]
     if len(branches) == 2:
         without, noise_pred_cond = branches
-        scale = guidance.scale if guidance.branches[0] == "null" else guidance.control_scale
+        scale = guidance.control_scale if guidance.control_scale is not None else guidance.scale
         return without + scale * (noise_pred_cond - without)
     noise_pred_uncond, noise_pred_prompt, noise_pred_control = branches
     assert guidance.control_scale is not None

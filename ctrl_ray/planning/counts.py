@@ -146,8 +146,10 @@ class PolicyCounter:
         """Live bytes of one step of a micro-batch, counted once for each size."""
         if batch_size not in self._steps:
             with self._fake, self._watch() as live:
-                count = _count_step if self._config.draws_trajectories else _count_denoising
-                counted, *operations = count(self._policy, self._kernel, self._config, batch_size, live)
+                if self._config.draws_trajectories:
+                    counted, *operations = _count_step(self._policy, self._kernel, self._config, batch_size, live)
+                else:
+                    counted, *operations = _count_denoising(self._policy, batch_size, live)
             self._steps[batch_size] = counted
             self._operations = (operations[0] / batch_size, operations[1] / batch_size)
         return self._steps[batch_size]
@@ -263,13 +265,7 @@ def _count_step(
     return counted, forward, adjoint
 
 
-def _count_denoising(
-    policy: ControlledPolicy,
-    kernel: DDIMKernel,
-    config: TrainConfig,
-    batch_size: int,
-    live: LiveBytes,
-) -> tuple[StepBytes, float, float]:
+def _count_denoising(policy: ControlledPolicy, batch_size: int, live: LiveBytes) -> tuple[StepBytes, float, float]:
     """The loss of labelled images and its backward, on fake tensors, with the operations of a forward and of both."""
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
