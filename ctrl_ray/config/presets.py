@@ -118,6 +118,28 @@ def shapes_exact() -> TrainConfig:
     )
 
 
+def shapes_cfg() -> TrainConfig:
+    """`shapes` by the baseline CFG fine-tuning: same images, LoRA's places and rank, and a label embedding. The strength of the
+    label, --sampler.control-scale, is to be chosen on a validation set."""
+    base = shapes()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/shapes-cfg",
+        training_method="cfg",
+        num_updates=400,
+        global_batch_size=64,
+        micro_batch_size_per_worker=64,
+        label_draws="independent",
+        adapter=AdapterConfig(kind="embedding"),
+        estimator=EstimatorConfig(name="full"),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, embedding_learning_rate=2e-2, warmup_updates=4, final_learning_rate_fraction=0.0
+        ),
+        evaluation=dataclasses.replace(base.evaluation, every_updates=200),
+        checkpoint_every_updates=100,
+    )
+
+
 def stable_diffusion() -> TrainConfig:
     """Stable Diffusion 1.5 on GPUs, with the paper's sampler (50 steps, eta 1, CFG 7.5); add --control and --data."""
     return TrainConfig(
@@ -148,6 +170,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "shapes": shapes,
     "shapes-two-controls": shapes_two_controls,
     "shapes-exact": shapes_exact,
+    "shapes-cfg": shapes_cfg,
     "stable-diffusion": stable_diffusion,
 }
 

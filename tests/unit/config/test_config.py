@@ -29,6 +29,7 @@ from ctrl_ray.config import (
     TrainConfig,
 )
 from ctrl_ray.config.json import to_json, train_config_from_json
+from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.offline.prompts import read_prompts
 
@@ -324,6 +325,15 @@ def test_read_prompts_refuses_missing_and_empty_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"empty\.txt holds no prompt"):
         read_prompts(tmp_path / "empty.txt")
+
+
+def test_cfg_finetuning_is_compared_on_equal_terms() -> None:
+    """Its preset has the base model, images, control, sampler and places of LoRA that CTRL's has; labels are dropped."""
+    ours, other = preset("shapes"), preset("shapes-cfg")
+    assert not other.draws_trajectories and other.fixed_control_dropout == 0.1
+    assert (other.adapter.kind, other.lora) == ("embedding", ours.lora)
+    for name in ("base_model", "data", "num_drawn_images", "controls", "sampler", "kl_coef", "classifier", "seed"):
+        assert getattr(other, name) == getattr(ours, name), name
 
 
 def test_importing_the_configuration_loads_neither_torch_nor_ray() -> None:
