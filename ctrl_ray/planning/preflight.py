@@ -280,7 +280,8 @@ def _summary(
             for name, c in controls.items()
         ),
         f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
-        f"{config.sampler.guidance_scale:g}",
+        f"{config.sampler.guidance_scale:g}"
+        + (f", control_scale {config.sampler.control_scale:g}" if config.sampler.control_scale is not None else ""),
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}"
         + (f", control embeddings {tables:,}" if tables else ""),
         f"denoiser   per sample and update {forwards:g} forwards and {backwards:g} backwards; "

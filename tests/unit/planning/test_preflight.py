@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
+from ctrl_ray.config.presets import preset
 from ctrl_ray.offline.images import to_png
 from ctrl_ray.planning.data import data_lines
+from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.prompt_lengths import cut_prompts
 
@@ -49,6 +51,26 @@ def test_labelled_images_take_memory_and_need_prompts(tmp_path: Path) -> None:
                 f"data       warning: {file} has no prompts: training_method cfg trains with the empty prompt"
             )
         )
+
+
+def test_a_plan_of_labelled_images_speaks_of_no_trajectory() -> None:
+    """CFG fine-tuning: what an update computes, holds and sends, and the sampler with a scale of the label."""
+    config = preset("shapes-cfg")
+    local = replace(config.rewards, num_actors=0)
+    config = replace(config, sampler=replace(config.sampler, control_scale=2.0), rewards=local)
+    text = preflight(config).summary
+    for line in (
+        "batch      64 labelled images per update = 1 workers × 1 micro-batches × 64; 24 prompts",
+        "sampler    DDIM, 10 steps, eta 1, guidance_scale 1, control_scale 2",
+        "denoiser   per sample and update 1 forwards and 1 backwards; 64 and 64 an update",
+        "data       6,000 labelled images, encoded at the first update: every worker keeps 5.9 MiB of latents in host memory",
+        "calls      per worker and update: 1 denoiser forwards and 1 backwards of a micro-batch",
+        "reward requests 0.0 KiB (answers 0.0 KiB)",
+    ):
+        assert line in text, line
+    assert "clean, noise, noised" in text and "peak of the backward (sum)" in text
+    for word in ("trajectories", "rollout", "adjoint", "cotangents", "peak of scoring", "a reward actor  "):
+        assert word not in text.split("\n\nbatch")[1], word
 
 
 def test_prompts_beyond_the_text_encoder_are_told() -> None:
