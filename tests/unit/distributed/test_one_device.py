@@ -26,6 +26,7 @@ from ctrl_ray.gradients.rollout import keyed_noise, rollout
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.rewards.model import RewardModel
 from ctrl_ray.rewards.protocol import RewardAnswer
+from tests.configs import tiny_run
 from tests.learners import learner_on, small_config
 from tests.pretend_device import pretend_device, waits
 
@@ -78,6 +79,23 @@ def test_nothing_mixes_devices_and_the_numbers_are_those_of_the_cpu(
     estimators: dict[str, Any] = {"estimator": EstimatorConfig(name=estimator), "group_size": 3}  # type: ignore[arg-type]
     config = dataclasses.replace(config, **estimators)
     for there, here in zip(_on(config, pool=pool, pretend=True), _on(config, pool=pool, pretend=False), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_labelled_images_are_encoded_and_noised_on_the_device(config: TrainConfig, tiny_pipeline: Path) -> None:
+    """CFG fine-tuning: the VAE, the loss and its sum over ranks, then an evaluation with a scale of the label."""
+    control = dataclasses.replace(
+        config.controls["jpeg_size"], thresholds=tiny_run(tiny_pipeline).controls["jpeg_size"].thresholds
+    )
+    config = dataclasses.replace(
+        config,
+        training_method="cfg",
+        data="shapes",
+        num_drawn_images=40,
+        controls={"jpeg_size": control},
+        sampler=dataclasses.replace(config.sampler, control_scale=3.0),
+    )
+    for there, here in zip(_on(config, pool=True, pretend=True), _on(config, pool=True, pretend=False), strict=True):
         assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
 
 
