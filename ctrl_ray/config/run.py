@@ -144,7 +144,7 @@ class TrainConfig:
         require(
             self.kl_coef > 0 or self.estimator.max_drift == 0,
             f"estimator.max_drift is {self.estimator.max_drift} and kl_coef 0, but without a KL no drift is too long; set "
-            "max_drift to 0",
+            "max_drift and final_max_drift to 0",
         )
         require(
             self.sampler.eta > 0,

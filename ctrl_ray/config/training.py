@@ -47,7 +47,8 @@ class EstimatorConfig:
         )
         require(
             self.max_drift > 0 or self.final_max_drift == 0,
-            f"estimator.final_max_drift is {self.final_max_drift}, but max_drift, from which it grows, is 0; set both",
+            f"estimator.final_max_drift is {self.final_max_drift}, but max_drift, from which it grows, is 0; set "
+            "both, or both to 0",
         )
         require(
             self.max_drift == 0 or self.name != "reinforce",

@@ -10,6 +10,7 @@ import pytest
 
 from ctrl_ray.config import ControlConfig, EvaluationConfig, RewardPoolConfig, SamplerConfig, ScalingConfig, TrainConfig
 from ctrl_ray.config.json import to_json
+from ctrl_ray.driver.pre_trained import has_target
 from ctrl_ray.errors import ConfigError, CtrlRayError, ModelError, ResourceError
 from ctrl_ray.planning.preflight import _check_evaluation, preflight
 from ctrl_ray.train import main, parse
@@ -134,3 +135,13 @@ def test_pool_and_evaluation_settings_are_checked(build: Callable[[], object], m
     """Values that could never work."""
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_draft_k_is_a_few_flags() -> None:
+    """DRaFT-K of the baselines: the last K steps, no KL; the preset's bound on drifts has to go, and that is said."""
+    flags = ["--estimator.name", "last_k", "--estimator.steps", "3", "--kl-coef", "0"]
+    with pytest.raises(ConfigError, match="without a KL no drift is too long; set max_drift and final_max_drift to 0"):
+        parse(flags)
+    config = parse([*flags, "--estimator.max-drift", "0", "--estimator.final-max-drift", "0"]).config
+    assert (config.estimator.name, config.estimator.steps, config.kl_coef) == ("last_k", 3, 0.0)
+    assert not has_target(config), "no certificate, for there is no law that it tends to"
