@@ -20,6 +20,7 @@ COMMANDS = {
     "classify": ("ctrl_ray.classify", "fit the classifier of one control on a data set"),
     "evaluate": ("ctrl_ray.evaluate", "judge an adapter or a folder of its images, or compare finished runs"),
     "tune": ("ctrl_ray.tune", "train many times with other settings and find the best"),
+    "compare": ("ctrl_ray.compare", "compare the method with every baseline on one task, knob by knob"),
     "verify": ("ctrl_ray.verify", "check the method where the answer is known, or an adapter against exact samples"),
 }
 """Name to module, whose `main` takes the arguments, and one line for the list. A new command is added here."""

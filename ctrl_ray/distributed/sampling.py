@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,19 +88,12 @@ def sample_policy(
     Sample i depends on (seed, i) alone: not on the number of workers or on the batch size. Says what it waits for while none
     of the actors has room, and raises ResourceError after `scaling.placement_timeout_s`.
     """
-    count, worker = min(scaling.fixed_num_workers, len(job.sample_ids)), scaling.worker_resources
+    count = min(scaling.fixed_num_workers, len(job.sample_ids))
     if job.adapter is not None:
         job = dataclasses.replace(job, copies=copies_of([job.adapter]))
     if isinstance(rewards, RewardModelSpec):
         rewards = dataclasses.replace(rewards, copies=copies_of(list(rewards.classifiers.values())))
-    remote = ray.remote(_started_then_sampled).options(
-        num_returns="streaming",
-        num_cpus=worker["CPU"],
-        num_gpus=worker.get("GPU", 0.0),
-        max_retries=scaling.max_failures,
-        scheduling_strategy="DEFAULT",  # not the placement group of a Tune trial, which holds its driver alone
-        runtime_env={"env_vars": worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads)},
-    )
+    remote = sampling_task(_started_then_sampled, scaling, num_returns="streaming")
     streams = [
         remote.remote(
             dataclasses.replace(job, sample_ids=job.sample_ids[rank::count]),
@@ -109,11 +102,24 @@ def sample_policy(
         )
         for rank in range(count)
     ]
-    asked = {kind: count * amount for kind, amount in worker.items()}
+    asked = {kind: count * amount for kind, amount in scaling.worker_resources.items()}
     limit = scaling.placement_timeout_s + _IMPORT_S
     wait = ClusterWait(asked, limit, _say, waits=lambda: True, patience_s=_IMPORT_S)
     samples = concatenate(_collected(streams, wait))
     return samples.select(np.argsort(samples.sample_ids, kind="stable"))
+
+
+def sampling_task(function: Callable[..., Any], scaling: ScalingConfig, **options: Any) -> Any:
+    """`function` as a Ray task with the resources and the environment of one of the workers that sample."""
+    worker = scaling.worker_resources
+    return ray.remote(function).options(
+        num_cpus=worker["CPU"],
+        num_gpus=worker.get("GPU", 0.0),
+        max_retries=scaling.max_failures,
+        scheduling_strategy="DEFAULT",  # not the placement group of a Tune trial, which holds its driver alone
+        runtime_env={"env_vars": worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads)},
+        **options,
+    )
 
 
 def _collected(streams: list[Any], wait: ClusterWait) -> list[EvaluationSamples]:
@@ -151,7 +157,8 @@ def _started_then_sampled(
     yield _sample_part(job, rewards, device)
 
 
-def _noise(job: SamplingJob, ids: Sequence[int], shape: Sequence[int], num_steps: int, device: str) -> NoiseSource:
+def job_noise(job: SamplingJob, ids: Sequence[int], shape: Sequence[int], num_steps: int, device: str) -> NoiseSource:
+    """The noise of some samples of a job."""
     shared = keyed_noise(job.seed, 0, ids, shape, num_steps, device)
     if job.fork_at is None:
         return shared
@@ -161,12 +168,7 @@ def _noise(job: SamplingJob, ids: Sequence[int], shape: Sequence[int], num_steps
 
 @naming_memory("sampling for an evaluation")
 def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> EvaluationSamples:
-    set_float32_precision(job.precision)
-    if isinstance(rewards, RewardModelSpec):
-        scorer: Any = LocalRewards(load_reward_model(dataclasses.replace(rewards, device=device)))
-    else:
-        scorer = rewards
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    scorer = prepare_process(job, rewards, device)
     policy, controls, kernel = load_policy(job)
     if job.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -182,7 +184,7 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             policy,
             kernel,
             Inputs(encoder.encode(batch.prompts), batch.labels.to(device), guidance),
-            _noise(job, ids, policy.latent_shape, kernel.num_steps, device),
+            job_noise(job, ids, policy.latent_shape, kernel.num_steps, device),
             scorer,
             reference=job.reference,
             with_kl=job.with_kl,
@@ -195,6 +197,15 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
             samples = dataclasses.replace(samples, variance_cost=cost.cpu().numpy())
         parts.append(samples)
     return concatenate(parts)
+
+
+def prepare_process(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, device: str) -> Any:
+    """Set this process's precision and threads for a job; returns the rewards, loaded where only their spec is given."""
+    set_float32_precision(job.precision)
+    if isinstance(rewards, RewardModelSpec):
+        rewards = LocalRewards(load_reward_model(dataclasses.replace(rewards, device=device)))  # type: ignore[assignment]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    return rewards
 
 
 def _judged(job: SamplingJob, batch: Batch, trajectory: Trajectory, scorer: Any) -> EvaluationSamples:

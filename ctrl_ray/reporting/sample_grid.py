@@ -16,6 +16,8 @@ _CELL, _GAP, _CAPTION, _HEADER, _MARGIN = 128, 6, 36, 34, 76
 _PIXELS_PER_INCH = 130  # that of the saved file: one pixel of the canvas is one of the PNG
 
 _PROMPT_LENGTH = 22
+_LETTER = 8.5
+"""Pixels of a title's letter: long ones widen the margin."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +42,8 @@ def plot_sample_grid(path: Path, rows: Sequence[tuple[str, Sequence[GridLine]]])
     columns = max((len(line.images) for line in lines), default=0)
     if columns == 0:
         return None
-    width = _MARGIN + columns * (_CELL + _GAP)
+    margin = max(_MARGIN, round(2 * _GAP + _LETTER * max(len(line.title) for line in lines)))
+    width = margin + columns * (_CELL + _GAP)
     height = len(rows) * _HEADER + len(lines) * (_CELL + _CAPTION) + _GAP
     canvas = np.full((height, width, 3), 255, dtype=np.uint8)
     with new_figure(path, width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH, layout=None) as figure:
@@ -52,7 +55,7 @@ def plot_sample_grid(path: Path, rows: Sequence[tuple[str, Sequence[GridLine]]])
             for line in group:
                 axis.text(_GAP, top + _CELL / 2, line.title, fontsize=8.5, va="center")
                 for column, image in enumerate(line.images):
-                    left = _MARGIN + column * (_CELL + _GAP)
+                    left = margin + column * (_CELL + _GAP)
                     canvas[top : top + _CELL, left : left + _CELL] = thumbnail(image, _CELL)
                     mark = {True: " ✓", False: " ✗", None: ""}[line.right[column]]
                     colour = {True: RIGHT, False: WRONG, None: INK}[line.right[column]]

@@ -64,7 +64,7 @@ class Drawer:
             "job": {
                 f.name: repr(getattr(self.job, f.name)) for f in dataclasses.fields(self.job) if f.name not in _NOT_SEEN
             },
-            "files": [_files(folder) for folder in (self.job.adapter, *self.rewards.classifiers.values())],
+            "files": [files_below(folder) for folder in (self.job.adapter, *self.rewards.classifiers.values())],
             "first_id": self.first_id,
         }
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -75,7 +75,7 @@ _NOT_SEEN = ("sample_ids", "batch_size", "copies", "draw")
 """Fields of a job that leave sample i as it is."""
 
 
-def _files(folder: str | None) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change of every file below a folder."""
+def files_below(folder: str | None) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change of every file below a folder: two that agree in it hold the same."""
     found = sorted(path for path in Path(folder or "").rglob("*") if path.is_file()) if folder else []
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]

@@ -50,14 +50,19 @@ class Measured:
 
     def first(self, count: int) -> Measured:
         """The first `count` samples."""
+        return self.select(np.arange(len(self))[:count])
+
+    def select(self, rows: np.ndarray) -> Measured:
+        """The samples at `rows`, an index or boolean array."""
+        index = np.arange(len(self))[rows]
         return Measured(
-            prompts=self.prompts[:count],
-            sample_ids=self.sample_ids[:count],
-            labels=self.labels[:count],
-            class_log_probs={name: each[:count] for name, each in self.class_log_probs.items()},
-            values={name: each[:count] for name, each in self.values.items()},
-            features=self.features[:count],
-            log_ratio=None if self.log_ratio is None else self.log_ratio[:count],
+            prompts=tuple(self.prompts[row] for row in index),
+            sample_ids=self.sample_ids[index],
+            labels=self.labels[index],
+            class_log_probs={name: each[index] for name, each in self.class_log_probs.items()},
+            values={name: each[index] for name, each in self.values.items()},
+            features=self.features[index],
+            log_ratio=None if self.log_ratio is None else self.log_ratio[index],
         )
 
 

@@ -1,0 +1,157 @@
+"""`python -m ctrl_ray.compare`: every method on one task, each with the best value of its knob; one table, three pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ctrl_ray import command
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.config.fields import at_least, check_fields
+from ctrl_ray.config.presets import DEFAULT_PRESET, preset
+from ctrl_ray.errors import ConfigError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from ctrl_ray.comparison.plan import Plan
+
+_ADAPTER_EXAMPLE = "ctrl=runs/shapes/adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare CTRL with every baseline on a preset's task: the same prompts, labels and noise for all, the same number of
+    values of each method's knob, chosen on validation images; judged on noise that was never used. The same command goes on
+    where a comparison was stopped."""
+
+    preset: str = DEFAULT_PRESET
+    """The task, and CTRL's own run."""
+    methods: tuple[str, ...] = ()
+    """Names, such as ctrl dps tds. Empty: all; with --quick those that cost at most 32 plain samples an image."""
+    seeds: Annotated[int | None, at_least(1)] = None
+    """Runs of each method that is trained. None: 3, with --quick 1."""
+    quick: bool = False
+    """Fewer images and values of each knob, one seed, and none of the dearest methods: about 25 minutes on two cores."""
+    adapters: tuple[str, ...] = ()
+    """NAME=FOLDER: finished adapters. Of a trained method's name it is judged instead of training that method; another name
+    is a line of its own."""
+    classifier: tuple[str, ...] = ()
+    """NAME=FOLDER for a control: a fitted classifier. The others are fitted on the preset's labelled images alone."""
+    held_out: bool | None = None
+    """Train CTRL once more without a quarter of the prompts, and judge it on those. None: unless --quick is given."""
+    seed: Annotated[int, at_least(0)] = 0
+    """Seed of the noise."""
+    output_dir: str = "runs/compare"
+    """Folder of results.json, report.md, report.html, and of everything that is drawn and trained."""
+    dry_run: bool = False
+    """Print what would be drawn and stop."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.compare") -> dict[str, Any]:
+    """Run the comparison and write its report; returns what results.json holds ({} after a dry run).
+
+    command_line: as the report shows it. Raises the errors of `ctrl_ray.errors`; after Ctrl-C, InterruptedRunError.
+    """
+    from ctrl_ray.comparison.adapters import check_given_adapter
+    from ctrl_ray.runs.claim import claimed
+    from ctrl_ray.runs.outputs import check_output
+
+    if "://" in options.output_dir:
+        raise ConfigError(
+            f"output_dir of compare is {options.output_dir!r}; expected a folder; give another --output-dir"
+        )
+    folder = Path(check_output(options.output_dir))
+    config = _config(options)
+    given = command.named_values("--adapters", options.adapters, _ADAPTER_EXAMPLE)
+    adapters = {name: check_given_adapter(name, place, config) for name, place in given.items()}
+    plan = _plan(options, config, adapters)
+    if options.dry_run:
+        print(plan.to_text())
+        return {}
+    from ctrl_ray.comparison.run import Question, run_comparison
+
+    question = Question(
+        preset=options.preset,
+        config=config,
+        plan=plan,
+        classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
+        folder=folder,
+        seed=options.seed,
+        command=command_line,
+    )
+    with claimed(folder):
+        try:
+            return run_comparison(question, _train, _say)
+        except (InterruptedRunError, KeyboardInterrupt):
+            raise InterruptedRunError(
+                f"stopped; what was drawn, fitted and trained is in {folder}. Give the same command again to go on"
+            ) from None
+
+
+def _config(options: CompareOptions) -> TrainConfig:
+    config = preset(options.preset)
+    if not config.controls:
+        raise ConfigError(
+            f"preset {options.preset!r} has no controls, so there is nothing to compare on; expected one of a task of its own, "
+            "such as shapes"
+        )
+    if config.latent_reduction != "sum" or config.kl_coef == 0:
+        raise ConfigError(f"preset {options.preset!r} has no target that all methods could be compared with")
+    return dataclasses.replace(config, aim=False)
+
+
+def _plan(options: CompareOptions, config: TrainConfig, adapters: dict[str, str]) -> Plan:
+    from ctrl_ray.comparison.plan import make_plan
+
+    num_classes = 1
+    for control in config.controls.values():
+        num_classes *= control.num_classes
+    return make_plan(
+        options.methods,
+        num_steps=config.sampler.num_steps,
+        num_classes=num_classes,
+        num_seeds=options.seeds,
+        quick=options.quick,
+        adapters=adapters,
+        held_out=options.held_out,
+    )
+
+
+def _train(config: TrainConfig, resume: bool) -> Path:
+    from ctrl_ray.train import fit
+
+    adapter = fit(config, resume=resume).adapter
+    assert adapter is not None
+    return adapter
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; `ctrl_ray.command` says what the exit statuses mean."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    import tyro
+
+    options = tyro.cli(CompareOptions, args=argv, prog="python -m ctrl_ray.compare")
+    results = compare(options, " ".join(["python -m ctrl_ray.compare", *map(shlex.quote, argv)]))
+    if not results:
+        return
+    from ctrl_ray.comparison.report import PAGE, terminal_text
+
+    print(f"\n{terminal_text(results)}\nreport: {Path(options.output_dir) / PAGE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

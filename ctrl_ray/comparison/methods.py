@@ -1,0 +1,186 @@
+"""Every method that can be compared, by its name: one entry says how it draws, what is chosen, and what it costs.
+
+A new method is one entry of METHODS. What samples alone needs a setting for each value of its knob; what is trained also
+needs the configuration of its run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctrl_ray.config import EstimatorConfig, TrainConfig
+from ctrl_ray.config.method import MethodConfig
+
+_BACKWARD, _DECODE, _DECODE_GRADIENT = 2.0, 3.4, 5.9
+"""Forwards of the denoiser that a backward, a decode with its classification, and one with its gradient take on `shapes`: for
+the order of the work and for what counts as dear. The report's costs are measured."""
+_NOMINAL_TRIES = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a method draws with one value of its knob."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """The sampler; 'plain' with an adapter is the trained policy."""
+    adapter_scale: float = 1.0
+    """Scales the adapter's LoRA and embeddings."""
+    control_scale: float | None = None
+    """Guidance scale of the label alone; None: as the preset has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One line of the comparison."""
+
+    title: str
+    """As figures and tables show it."""
+    setting: Callable[[float], Setting]
+    """Of a knob's value."""
+    cost: Callable[[float, int], float]
+    """(value, denoising steps) to the nominal cost of an image, in plain samples."""
+    knob: str | None = None
+    """What is chosen on the validation images; None: nothing."""
+    values: tuple[float, ...] = (1.0,)
+    """The knob's, the nominal one first; a quick comparison takes the first few."""
+    training: Callable[[TrainConfig], TrainConfig] | None = None
+    """The run that trains it, from the preset's; None: nothing is trained."""
+
+
+def _sampler(name: str, **options: str) -> Callable[[float], Setting]:
+    """Settings of a sampler; options: the sampler's option by the name of MethodConfig, all with the knob's value."""
+
+    def setting(value: float) -> Setting:
+        given: dict[str, Any] = {
+            option: int(value) if kind == "int" else float(value) for option, kind in options.items()
+        }
+        return Setting(method=MethodConfig(name=name, **given))  # type: ignore[arg-type]
+
+    return setting
+
+
+def _steered(forwards: float, backwards: float, decodes: float, gradients: float) -> Callable[[float, int], float]:
+    """Cost of a sampler that does so much at each step, whatever its knob."""
+    each = forwards + backwards * _BACKWARD + decodes * _DECODE + gradients * _DECODE_GRADIENT
+    return lambda value, num_steps: each
+
+
+def _particles(each: float) -> Callable[[float, int], float]:
+    """Cost of N paths, of so much a step."""
+    return lambda value, num_steps: value * each
+
+
+def _whole_samples(tries: Callable[[float], float]) -> Callable[[float, int], float]:
+    """Cost of whole samples, each judged once."""
+    return lambda value, num_steps: tries(value) * (1 + _DECODE / num_steps)
+
+
+def _fk_cost(value: float, num_steps: int) -> float:
+    """One potential at every fifth step but the first, and the last one."""
+    return value * (1 + _DECODE * (-(-num_steps // 5)) / num_steps)
+
+
+def ctrl_run(config: TrainConfig) -> TrainConfig:
+    """The preset's own run."""
+    return config
+
+
+def draft_run(config: TrainConfig) -> TrainConfig:
+    """DRaFT-1: the reward's gradient through the last trained step, no KL and no bound on the drift (Clark et al. 2024)."""
+    return dataclasses.replace(config, kl_coef=0.0, target_kl=None, estimator=EstimatorConfig(name="last_k", steps=1))
+
+
+def _scaled(value: float) -> Setting:
+    return Setting(adapter_scale=value)
+
+
+_COUNTS = (4.0, 8.0, 2.0, 16.0)
+_ADAPTER_SCALES = (1.0, 0.9, 1.1, 0.8)
+_PLAIN_COST = _steered(1, 0, 0, 0)
+
+PLAIN = "plain"
+METHODS: dict[str, Method] = {
+    PLAIN: Method(title="pre-trained", setting=lambda value: Setting(), cost=_PLAIN_COST),
+    "ctrl": Method(
+        title="CTRL",
+        knob="adapter_scale",
+        values=_ADAPTER_SCALES,
+        setting=_scaled,
+        cost=_PLAIN_COST,
+        training=ctrl_run,
+    ),
+    "draft": Method(
+        title="DRaFT-1",
+        knob="adapter_scale",
+        values=(1.0, 0.5, 0.75, 0.25),
+        setting=_scaled,
+        cost=_PLAIN_COST,
+        training=draft_run,
+    ),
+    "best_of_n": Method(
+        title="best of N",
+        knob="num_particles",
+        values=_COUNTS,
+        setting=_sampler("best_of_n", num_particles="int"),
+        cost=_whole_samples(lambda value: value),
+    ),
+    "rejection": Method(
+        title="rejection", setting=_sampler("rejection"), cost=_whole_samples(lambda value: _NOMINAL_TRIES)
+    ),
+    "mpgd": Method(
+        title="MPGD",
+        knob="scale",
+        values=(1.0, 0.3, 3.0, 0.1),
+        setting=_sampler("mpgd", scale="float"),
+        cost=_steered(1, 0, 0, 1),
+    ),
+    "dps": Method(
+        title="DPS",
+        knob="scale",
+        values=(1.0, 2.0, 5.0, 10.0),
+        setting=_sampler("dps", scale="float"),
+        cost=_steered(1, 1, 0, 1),
+    ),
+    "fk_steering": Method(
+        title="FK steering",
+        knob="num_particles",
+        values=_COUNTS,
+        setting=_sampler("fk_steering", num_particles="int"),
+        cost=_fk_cost,
+    ),
+    "smc": Method(
+        title="SMC",
+        knob="num_particles",
+        values=_COUNTS,
+        setting=_sampler("smc", num_particles="int"),
+        cost=_particles(1 + _DECODE),
+    ),
+    "svdd": Method(
+        title="SVDD",
+        knob="num_particles",
+        values=(8.0, 4.0, 16.0, 2.0),
+        setting=_sampler("svdd", num_particles="int"),
+        cost=_particles(1 + _DECODE),
+    ),
+    "tfg": Method(
+        title="TFG",
+        knob="scale and mean_scale",
+        values=(1.0, 0.3, 3.0, 0.1),
+        setting=_sampler("tfg", scale="float", mean_scale="float"),
+        cost=_steered(1, 1, 0, 16),
+    ),
+    "tds": Method(
+        title="TDS",
+        knob="num_particles",
+        values=_COUNTS,
+        setting=_sampler("tds", num_particles="int"),
+        cost=_particles(1 + _BACKWARD + _DECODE_GRADIENT),
+    ),
+}
+"""Name to method, the cheap ones first."""
+
+ADAPTER = Method(title="adapter", knob="adapter_scale", values=_ADAPTER_SCALES, setting=_scaled, cost=_PLAIN_COST)
+"""An adapter that is given under a name of its own."""

@@ -1,0 +1,91 @@
+"""The runs that train methods: their settings, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.runs.files import write_whole
+
+TRAINED = "training.json"
+"""In a run's folder when it is finished; what it cost."""
+HELD_OUT = "ctrl-held-out"
+Train = Callable[[TrainConfig, bool], Path]
+"""(config, whether to go on with what is there) to the adapter's folder; `ctrl_ray.train.fit`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A finished run."""
+
+    adapter: str
+    """Its folder."""
+    seconds: float
+    """Of the session that finished it, with its evaluations and its report."""
+    cpu_seconds: float
+    """The same of all processes below this one; those of a cluster's other machines are not known."""
+    whole: bool
+    """Whether that session was the only one."""
+
+
+def run_config(
+    config: TrainConfig, training: Callable[[TrainConfig], TrainConfig], folder: Path, seed: int
+) -> TrainConfig:
+    """The settings of one run of a method."""
+    return dataclasses.replace(training(config), output_dir=str(folder), seed=seed)
+
+
+def held_out_config(config: TrainConfig, folder: Path, kept: Sequence[str]) -> TrainConfig:
+    """The preset's run on the prompts that are kept, which are written beside its folder."""
+    file = folder.with_name(f"{folder.name}.txt")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(f"{prompt}\n" for prompt in kept))
+    return dataclasses.replace(config, output_dir=str(folder), prompts_file=str(file), encoding="utf-8")
+
+
+def trained_run(config: TrainConfig, train: Train) -> TrainedRun:
+    """The finished run of these settings: that in its folder, or one that is trained now, from its last checkpoint if it has
+    one."""
+    folder = Path(config.output_dir)
+    if (folder / TRAINED).is_file():
+        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
+    begun = (folder / "config.json").is_file()
+    started, cpu_before = time.monotonic(), cpu_seconds_below(os.getpid())
+    adapter = train(config, begun)
+    run = TrainedRun(
+        adapter=str(adapter),
+        seconds=time.monotonic() - started,
+        cpu_seconds=cpu_seconds_below(os.getpid()) - cpu_before,
+        whole=not begun,
+    )
+    write_whole(folder / TRAINED, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    return run
+
+
+def cpu_seconds_below(root: int, proc: Path = Path("/proc")) -> float:
+    """CPU seconds of a process and of all below it, those that have ended and were waited for among them.
+
+    A local Ray is below the process that started it. Linux's /proc/PID/stat; 0 where there is none.
+    """
+    parents, ticks = {}, {}
+    for entry in proc.glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        parents[int(entry.name)] = int(fields[1])
+        ticks[int(entry.name)] = sum(map(int, fields[11:15]))  # user, system, and both of waited-for children
+    found, total = {root}, ticks.get(root, 0)
+    grew = True
+    while grew:
+        below = {pid for pid, parent in parents.items() if parent in found} - found
+        total += sum(ticks[pid] for pid in below)
+        found |= below
+        grew = bool(below)
+    return float(total / os.sysconf("SC_CLK_TCK"))
