@@ -89,8 +89,12 @@ def ctrl_run(config: TrainConfig) -> TrainConfig:
 
 
 def draft_run(config: TrainConfig) -> TrainConfig:
-    """DRaFT-1: the reward's gradient through the last trained step, no KL and no bound on the drift (Clark et al. 2024)."""
-    return dataclasses.replace(config, kl_coef=0.0, target_kl=None, estimator=EstimatorConfig(name="last_k", steps=1))
+    """DRaFT-1: the reward's gradient through the last trained step, no KL and no bound on the drift (Clark et al. 2024).
+
+    The steps that the pre-trained model takes at the end are gone back through besides: nothing in them is trained.
+    """
+    estimator = EstimatorConfig(name="last_k", steps=1 + config.sampler.reference_steps)
+    return dataclasses.replace(config, kl_coef=0.0, target_kl=None, estimator=estimator)
 
 
 def _scaled(value: float) -> Setting:
@@ -98,6 +102,8 @@ def _scaled(value: float) -> Setting:
 
 
 _COUNTS = (4.0, 8.0, 2.0, 16.0)
+_SCALES = (1.0, 0.3, 0.1, 0.03)
+"""Of gradients of ℓ = Σ λ log p, which are long where λ is: the nominal strength breaks images at λ = 4."""
 _ADAPTER_SCALES = (1.0, 0.9, 1.1, 0.8)
 _PLAIN_COST = _steered(1, 0, 0, 0)
 
@@ -133,14 +139,14 @@ METHODS: dict[str, Method] = {
     "mpgd": Method(
         title="MPGD",
         knob="scale",
-        values=(1.0, 0.3, 3.0, 0.1),
+        values=_SCALES,
         setting=_sampler("mpgd", scale="float"),
         cost=_steered(1, 0, 0, 1),
     ),
     "dps": Method(
         title="DPS",
         knob="scale",
-        values=(1.0, 2.0, 5.0, 10.0),
+        values=_SCALES,
         setting=_sampler("dps", scale="float"),
         cost=_steered(1, 1, 0, 1),
     ),
@@ -168,7 +174,7 @@ METHODS: dict[str, Method] = {
     "tfg": Method(
         title="TFG",
         knob="scale and mean_scale",
-        values=(1.0, 0.3, 3.0, 0.1),
+        values=_SCALES,
         setting=_sampler("tfg", scale="float", mean_scale="float"),
         cost=_steered(1, 1, 0, 16),
     ),

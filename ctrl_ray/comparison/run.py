@@ -35,6 +35,7 @@ from ctrl_ray.evaluation.fidelity import choose_fidelity
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import training_prompts
+from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.rewards.model import RewardModelSpec
@@ -83,6 +84,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
     say(question.plan.to_text())
     with connected():
         folders = offline_classifiers(question.config, question.folder / "classifier", question.classifiers)
+        _check_runs(question, folders)
         bench = Bench.made(question, folders, say)
         rows = []
         reached = 0.0
@@ -121,6 +123,15 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
     write_whole(question.folder / report.MARKDOWN, report.markdown(results))
     write_whole(question.folder / report.PAGE, report.page(results, question.folder))
     return results
+
+
+def _check_runs(question: Question, folders: Mapping[str, str]) -> None:
+    """The errors that a run of any method would begin with, before anything is drawn."""
+    config = with_classifiers(question.config, folders)
+    for plan in question.plan.methods:
+        if plan.seeds:
+            assert plan.method.training is not None
+            preflight(run_config(config, plan.method.training, question.folder / "runs" / plan.name, plan.seeds[0]))
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_the_table_names_every_method_with_its_values() -> None:
     lines = plan("dps").to_text().splitlines()
     assert lines[0].split()[:3] == ["method", "knob", "values"]
     assert lines[1].split() == ["pre-trained", "–", "–", "0", "512", "1", "1"]
-    assert lines[2].split() == ["DPS", "scale", "1", "2", "5", "10", "256", "512", "1", "8.9"]
+    assert lines[2].split() == ["DPS", "scale", "1", "0.3", "0.1", "0.03", "256", "512", "1", "8.9"]
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,14 @@ def test_the_table_names_every_method_with_its_values() -> None:
     [
         (("dpss",), {}, "--methods 'dpss' is not a method; did you mean 'dps'?"),
         (("dps", "dps"), {}, "names a method twice"),
-        (("dps",), {"tds": "/a"}, "--adapters tds=… is the name of a method that trains nothing; expected one of ctrl, "),
+        (
+            ("dps",),
+            {"tds": "/a"},
+            "--adapters tds=… is the name of a method that trains nothing; expected one of ctrl, ",
+        ),
     ],
 )
-def test_what_cannot_be_compared_is_one_error(
-    names: tuple[str, ...], adapters: dict[str, str], message: str
-) -> None:
+def test_what_cannot_be_compared_is_one_error(names: tuple[str, ...], adapters: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         plan(*names, adapters=adapters)
     assert message in str(raised.value)
@@ -133,12 +135,13 @@ def test_a_knob_is_an_option_of_its_sampler_and_every_value_makes_one(name: str)
 
 
 def test_draft_is_the_presets_run_without_a_kl() -> None:
-    """One step's gradient, no bound on the drift; all else is CTRL's."""
+    """The gradient of one step beyond those of the reference, no bound on the drift; all else is CTRL's."""
     training = METHODS["draft"].training
     assert training is not None
     config = preset("shapes")
     draft = training(config)
-    assert (draft.kl_coef, draft.estimator.name, draft.estimator.steps) == (0.0, "last_k", 1)
+    assert (draft.kl_coef, draft.estimator.name, draft.estimator.steps) == (0.0, "last_k", 2)
+    assert config.sampler.reference_steps == 1
     assert (draft.estimator.max_drift, draft.estimator.final_max_drift) == (0.0, 0.0)
     assert dataclasses.replace(draft, kl_coef=config.kl_coef, estimator=config.estimator) == config
 
