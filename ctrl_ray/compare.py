@@ -71,17 +71,19 @@ def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.com
     config = _config(options)
     given = command.named_values("--adapters", options.adapters, _ADAPTER_EXAMPLE)
     adapters = {name: check_given_adapter(name, place, config) for name, place in given.items()}
+    classifiers = command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE)
     plan = _plan(options, config, adapters)
     if options.dry_run:
         print(plan.to_text())
         return {}
+    from ctrl_ray.comparison.classifiers import given_classifiers
     from ctrl_ray.comparison.run import Question, run_comparison
 
     question = Question(
         preset=options.preset,
         config=config,
         plan=plan,
-        classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
+        classifiers=given_classifiers(config, classifiers),
         folder=folder,
         seed=options.seed,
         command=command_line,

@@ -15,32 +15,39 @@ import numpy as np
 import torch
 
 from ctrl_ray.classifiers.calibration import calibration_metrics
+from ctrl_ray.classifiers.classifier import SETTINGS
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.certificate import log_mean_weight
 
 
-def offline_classifiers(config: TrainConfig, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """Folder of every control's classifier: the given one, else FOLDER/NAME, fitted where it is not there.
+def given_classifiers(config: TrainConfig, given: Mapping[str, str]) -> dict[str, str]:
+    """Absolute folders of the classifiers that are given, by control.
 
     ConfigError where one is given for a control that the preset does not have, or where its folder holds none.
     """
     unknown = sorted(set(given) - set(config.controls))
     if unknown:
         raise ConfigError(f"--classifier names {unknown}; the preset has the controls {list(config.controls)}")
+    folders = {name: Path(folder).expanduser().resolve() for name, folder in given.items()}
+    for name, folder in folders.items():
+        if not (folder / SETTINGS).is_file():
+            raise ConfigError(
+                f"--classifier {name}={given[name]} holds no {SETTINGS}; expected a folder that `python -m ctrl_ray.classify` "
+                "wrote, or leave it out: the comparison then fits its own"
+            )
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def offline_classifiers(config: TrainConfig, folder: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """Folder of every control's classifier: the given one, else FOLDER/NAME, fitted where it is not there."""
     fitting = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, num_pipeline_samples=0))
     folders = {}
     for name in config.controls:
-        place = Path(given[name]).expanduser().resolve() if name in given else folder / name
-        if not (place / "classifier.json").is_file():
-            if name in given:
-                raise ConfigError(
-                    f"--classifier {name}={given[name]} holds no classifier.json; expected a folder that `python -m "
-                    "ctrl_ray.classify` wrote, or leave it out: the comparison then fits its own"
-                )
-            fit_classifier(fitting, name, output_dir=place)
-        folders[name] = str(place)
+        folders[name] = given.get(name, str(folder / name))
+        if not (Path(folders[name]) / SETTINGS).is_file():
+            fit_classifier(fitting, name, output_dir=folder / name)
     return folders
 
 

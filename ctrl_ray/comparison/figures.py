@@ -18,7 +18,7 @@ from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.reporting.sample_grid import GridLine, plot_sample_grid
 
-_STEPS = (6, 12, 20, 30, 42, 56)
+_STEPS = (6, 12, 20, 30, 42, 56, 72, 90, 110, 135)
 """Distances of a label from its point, in points; the nearest free place is taken."""
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 _DOT = 7.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_ray import classify, label, train, tune, verify
+from ctrl_ray import classify, compare, label, train, tune, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (train, "--aim-repo", []),
         (tune, "--output-dir", [str(ROOT / "tune_spaces" / "kl_guidance.py")]),
         (classify, "--output-dir", []),
+        (compare, "--output-dir", []),
         (label, "--output", ["--images", "."]),
         (label, "--images", ["--output", "data.parquet", "--draw-shapes", "3"]),
         (verify, "--output-dir", []),

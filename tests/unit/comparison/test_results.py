@@ -146,8 +146,8 @@ def test_a_sampler_whose_paths_have_no_density_has_no_gap(monkeypatch: pytest.Mo
 
 
 def numbers(accuracy: float, worst: float | None, error: float = 0.02) -> dict[str, Any]:
-    test = row("ctrl", worst=worst, accuracy=accuracy, errors={"accuracy": error})["test"]
-    return {key: value for key, value in test.items()}
+    found: dict[str, Any] = row("ctrl", worst=worst, accuracy=accuracy, errors={"accuracy": error})["test"]
+    return found
 
 
 def test_the_error_over_seeds_is_the_larger_of_images_and_seeds() -> None:
