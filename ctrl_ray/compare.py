@@ -76,8 +76,9 @@ def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.com
     if options.dry_run:
         print(plan.to_text())
         return {}
+    from ctrl_ray.comparison.bench import Question
     from ctrl_ray.comparison.classifiers import given_classifiers
-    from ctrl_ray.comparison.run import Question, run_comparison
+    from ctrl_ray.comparison.run import run_comparison
 
     question = Question(
         preset=options.preset,

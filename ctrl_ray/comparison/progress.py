@@ -8,6 +8,8 @@ from collections.abc import Callable
 from ctrl_ray.wording import duration
 
 _EVERY_S = 10.0
+_FIRST_SHARE = 0.05
+"""Of all images that are drawn before a pace is told: the first few wait for models to load."""
 
 
 class Progress:
@@ -43,7 +45,7 @@ class Progress:
 
     @property
     def left(self) -> str:
-        """' · 12 m 05 s left to draw', or '' while nothing was drawn."""
-        if self._drawn == 0:
+        """' · 12 m 05 s left to draw', or '' while too little was drawn."""
+        if self._drawn < _FIRST_SHARE * self._total:
             return ""
         return f" · {duration(max(0.0, self._total - self._done) * self._seconds / self._drawn)} left to draw"
