@@ -19,7 +19,7 @@ from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.policy.protocol import Inputs, beside_reference, policy_for_latents
 
 FEWEST_PAIRS, MOST_PAIRS = 3, 25
-_LONG_ENOUGH_S = 12.0
+_LONG_ENOUGH_S = 20.0
 """Seconds after which no further pair of timings is begun, once there are FEWEST_PAIRS."""
 
 
