@@ -45,7 +45,7 @@ class Method:
     knob: str | None = None
     """What is chosen on the validation images; None: nothing."""
     values: tuple[float, ...] = (1.0,)
-    """The knob's, the nominal one first; a quick comparison takes the first few."""
+    """The knob's; a quick comparison takes the first few."""
     training: Callable[[TrainConfig], TrainConfig] | None = None
     """The run that trains it, from the preset's; None: nothing is trained."""
 
@@ -102,8 +102,8 @@ def _scaled(value: float) -> Setting:
 
 
 _COUNTS = (4.0, 8.0, 2.0, 16.0)
-_SCALES = (1.0, 0.3, 0.1, 0.03)
-"""Of gradients of ℓ = Σ λ log p, which are long where λ is: the nominal strength breaks images at λ = 4."""
+_SCALES = (0.1, 0.3, 0.03, 1.0)
+"""Of gradients of ℓ = Σ λ log p̂(x̂_0), which a sharp classifier makes long: the nominal 1 breaks the images of `shapes`."""
 _ADAPTER_SCALES = (1.0, 0.9, 1.1, 0.8)
 _PLAIN_COST = _steered(1, 0, 0, 0)
 

@@ -98,7 +98,7 @@ def test_the_table_names_every_method_with_its_values() -> None:
     lines = plan("dps").to_text().splitlines()
     assert lines[0].split()[:3] == ["method", "knob", "values"]
     assert lines[1].split() == ["pre-trained", "–", "–", "0", "512", "1", "1"]
-    assert lines[2].split() == ["DPS", "scale", "1", "0.3", "0.1", "0.03", "256", "512", "1", "8.9"]
+    assert lines[2].split() == ["DPS", "scale", "0.1", "0.3", "0.03", "1", "256", "512", "1", "8.9"]
 
 
 @pytest.mark.parametrize(
