@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
 from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure, shortened
-from ctrl_ray.comparison.results import Z_95
+from ctrl_ray.comparison.results import interval
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -33,8 +33,10 @@ def plot_accuracy(path: Path, methods: Sequence[Mapping[str, Any]]) -> Path | No
     if not known:
         return None
     values = [row["test"]["accuracy"] for row in known]
-    bars = [Z_95 * (row["test"]["errors"]["accuracy"] or 0.0) for row in known]
-    return _scatter(path, known, values, [bars, bars], "accuracy (true class)", log=False)
+    bounds = [interval(row["test"]["accuracy"], row["test"]["errors"]["accuracy"] or 0.0) for row in known]
+    low, high = np.array(bounds, dtype=np.float64).T
+    bars = [(values - low).tolist(), (high - values).tolist()]
+    return _scatter(path, known, values, bars, "accuracy (true class)", log=False)
 
 
 def plot_distance_to_target(path: Path, methods: Sequence[Mapping[str, Any]]) -> Path | None:
@@ -80,7 +82,8 @@ def _scatter(
         _plain_ticks(axis.xaxis, min(costs) / 1.4, max(costs) * 2.2)
         axis.set_xlabel("cost of an image / plain samples (seconds, measured side by side)")
         axis.set_ylabel(label)
-        place_labels(axis, costs, values, [row["title"] for row in methods], colours)
+        ends = [(x, y - below, y + above) for x, y, below, above in zip(costs, values, *bars, strict=True)]
+        place_labels(axis, costs, values, [row["title"] for row in methods], colours, _obstacles(axis, ends, line=log))
     return path
 
 
@@ -92,18 +95,36 @@ def _plain_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def _obstacles(axis: Any, bars: Sequence[tuple[float, float, float]], *, line: bool) -> list[Bbox]:
+    """What labels leave free: bars (x, low, high), and a line at 1 across the axis."""
+    boxes = []
+    for x, low, high in bars:
+        (left, bottom), (_, top) = axis.transData.transform([(x, low), (x, high)])
+        boxes.append(Bbox.from_extents(left - 2, bottom, left + 2, top + 1))
+    if line:
+        frame = axis.get_window_extent()
+        _, height = axis.transData.transform((axis.get_xlim()[0], 1.0))
+        boxes.append(Bbox.from_extents(frame.x0, height - 1, frame.x1, height + 1))
+    return boxes
+
+
 def place_labels(
-    axis: Any, xs: Sequence[float], ys: Sequence[float], labels: Sequence[str], colours: Sequence[str]
+    axis: Any,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    labels: Sequence[str],
+    colours: Sequence[str],
+    obstacles: Sequence[Bbox] = (),
 ) -> list[Annotation]:
-    """A label beside each point that covers no other label and no point, at the nearest free place; a thin line leads to one
-    that is far away. The axis has its limits and scales already."""
+    """A label beside each point, at the nearest free place: it covers no other label, no point and no obstacle. A thin line
+    leads to one that is far away. The axis has its limits and scales already."""
     figure = axis.figure
     scale = figure.dpi / 72
     dots = [
         Bbox.from_bounds(x - _DOT * scale / 2, y - _DOT * scale / 2, _DOT * scale, _DOT * scale)
         for x, y in axis.transData.transform(np.column_stack([xs, ys]))
     ]
-    taken, placed = list(dots), []
+    taken, placed = [*dots, *obstacles], []
     inside = axis.get_window_extent()
     for x, y, label, colour in zip(xs, ys, labels, colours, strict=True):
         for step, (right, up) in ((step, direction) for step in _STEPS for direction in _DIRECTIONS):

@@ -72,6 +72,21 @@ def test_labels_cover_neither_each_other_nor_a_dot(tmp_path: Path, figures: dict
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
 
 
+def test_labels_leave_bars_and_the_floor_free(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    """A bar of a neighbour at the right, where a label would be first; and the line at 1."""
+    left = row("left", ratio=1.0, accuracy=0.8, worst=1.0)
+    plot_accuracy(tmp_path / "accuracy.png", [left, row("right", ratio=1.15, accuracy=0.9, errors={"accuracy": 0.09})])
+    plot_distance_to_target(tmp_path / "distance.png", [left, row("right", ratio=9.0, worst=3.0)])
+    for name, x, low, high in (("accuracy.png", 1.15, 0.72, 1.0), ("distance.png", None, 1.0, 1.0)):
+        (axis,) = figures[name].axes
+        figures[name].canvas.draw()
+        note = next(text for text in axis.texts if text.get_text() == "left")
+        box = Text.get_window_extent(note)
+        (at, bottom), (_, top) = axis.transData.transform([(x or 1.0, low), (x or 1.0, high)])
+        across = x is None or box.x0 < at < box.x1
+        assert not (across and box.y0 < top + 0.5 and box.y1 > bottom - 0.5)
+
+
 def samples(value: int) -> EvaluationSamples:
     """Two of each class, one grey each."""
     return EvaluationSamples(
