@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,37 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctrl_ray.classifiers.networks import SmallCNN
 from ctrl_ray.classifiers.soundness import doubts
+from ctrl_ray.classifiers.stored import (
+    WEIGHTS,
+    Layout,
+    check_control,
+    control_of,
+    load_weights,
+    read_settings,
+    write_folder,
+)
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.config.fields import typed
-from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.errors import ModelError
 
-WEIGHTS = "model.safetensors"
 SETTINGS = "classifier.json"
 _TOKENIZER = "tokenizer"
 _NETWORKS = ("cnn", "transformers", "clip")
-_NEEDED: dict[str, Any] = {
-    "control": str,
-    "classes": tuple[str, ...],
-    "network": str,
-    "network_arguments": dict,
-    "temperature": float,
-    "image_size": int,
-}
-"""Of `classifier.json`, with their types."""
-_MAY_BE: dict[str, Any] = {
-    "base_model": str,
-    "thresholds": tuple[float, ...] | None,
-    "unit": str | None,
-    "oracle": str | None,
-    "column": str | None,
-    "calibration": dict | None,
-}
+_LAYOUT = Layout(
+    "classifier folder",
+    SETTINGS,
+    "python -m ctrl_ray.classify",
+    {"network": str, "network_arguments": dict, "temperature": float, "image_size": int},
+    {"base_model": str, "calibration": dict | None},
+)
 
 
 def build_network(kind: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -147,18 +141,7 @@ class ImageClassifier(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `classifier.json` (and a tokenizer, where there is one) into `folder`."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.network.state_dict().items()
-        }
-        save_file(weights, path / WEIGHTS)
-        settings = {
-            "control": self.control,
-            "classes": self.spec.class_names,
-            "thresholds": self.spec.thresholds,
-            "unit": self.spec.unit,
-            "oracle": self.spec.oracle,
-            "column": self.spec.column,
+        more = {
             "network": self.kind,
             "network_arguments": self.arguments,
             "temperature": self.temperature,
@@ -166,7 +149,7 @@ class ImageClassifier(nn.Module):
             "base_model": self.base_model,
             "calibration": self.calibration,
         }
-        (path / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_folder(path, _LAYOUT, self.network, self.control, self.spec, more)
         tokenizer: Any = getattr(self.network, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(path / _TOKENIZER)
@@ -178,11 +161,11 @@ class ImageClassifier(nn.Module):
         Raises ModelError for a missing or unreadable file, an unknown network, or a wrong number of outputs.
         """
         path = Path(folder)
-        settings = _read_settings(path)
-        spec = _spec(path, settings)
+        settings = read_settings(path, _LAYOUT)
+        spec = control_of(path, _LAYOUT, settings)
         arguments = settings["network_arguments"]
         network = build_network(settings["network"], spec.num_classes, arguments)
-        _load_weights(network, path, spec)
+        load_weights(network, path, _LAYOUT, spec)
         if settings["network"] == "clip" and arguments.get("prompt_conditional"):
             from ctrl_ray.classifiers.backbones import load_tokenizer
 
@@ -206,13 +189,9 @@ def read_control(folder: str | Path, control: str) -> ControlConfig:
 
     Raises ModelError for a folder that holds no classifier, and for the classifier of another control than `control`.
     """
-    settings = _read_settings(Path(folder))
-    if settings["control"] != control:
-        raise ModelError(
-            f"classifier folder {folder} was fitted for control {settings['control']!r}, but it is given for "
-            f"{control!r}; rename the control or fit a classifier for it with `python -m ctrl_ray.classify`"
-        )
-    return _spec(Path(folder), settings)
+    settings = read_settings(folder, _LAYOUT)
+    check_control(folder, _LAYOUT, settings, control)
+    return control_of(folder, _LAYOUT, settings)
 
 
 def copy_classifier(source: str | Path, target: str | Path) -> None:
@@ -223,51 +202,3 @@ def copy_classifier(source: str | Path, target: str | Path) -> None:
         shutil.copytree(Path(source) / _TOKENIZER, path / _TOKENIZER, dirs_exist_ok=True)
     for name in (WEIGHTS, SETTINGS):  # last what says that the rest is there
         shutil.copyfile(Path(source) / name, path / name)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    for name in (SETTINGS, WEIGHTS):
-        if not (path / name).is_file():
-            raise ModelError(
-                f"classifier folder {path} holds no {name}; expected a folder that `python -m ctrl_ray.classify` wrote"
-            )
-    try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path / SETTINGS} is not JSON ({error}); fit the classifier again") from error
-    missing = [key for key in _NEEDED if not isinstance(settings, dict) or key not in settings]
-    if missing:
-        raise ModelError(f"{path / SETTINGS} lacks {', '.join(missing)}; fit the classifier again")
-    try:
-        given = {
-            key: typed(settings[key], hint, key) for key, hint in {**_NEEDED, **_MAY_BE}.items() if key in settings
-        }
-    except ConfigError as error:
-        raise ModelError(f"{path / SETTINGS} is inconsistent: {error}; fit the classifier again") from error
-    return {**settings, **given}
-
-
-def _spec(path: Path, settings: Mapping[str, Any]) -> ControlConfig:
-    """The control as the folder describes it; guidance strength and label law are the run's, not the classifier's."""
-    try:
-        return ControlConfig(
-            oracle=settings.get("oracle"),
-            thresholds=tuple(settings.get("thresholds") or ()),
-            classes=tuple(settings["classes"]),
-            unit=settings.get("unit") or "",
-            column=settings.get("column"),
-        )
-    except ConfigError as error:
-        raise ModelError(f"{path / SETTINGS} is inconsistent: {error}") from error
-
-
-def _load_weights(network: nn.Module, path: Path, spec: ControlConfig) -> None:
-    try:
-        tensors = load_file(path / WEIGHTS)
-        network.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{path / WEIGHTS} does not fit the network of {SETTINGS}, which has {spec.num_classes} outputs "
-            f"{list(spec.class_names)}: {reason[:300]}; the two files must come from the same fit"
-        ) from error
