@@ -21,6 +21,7 @@ from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.config.paths import absolute_paths
 
 if TYPE_CHECKING:
+    from ctrl_ray.baselines.noised_classifier import NoisedClassifier
     from ctrl_ray.driver.classifier import FitResult
 
 
@@ -62,6 +63,9 @@ class ClassifyConfig:
     """'error': stop at the first row that cannot be used. 'skip': set it aside in DATA.bad_rows.jsonl."""
     overwrite: bool = False
     """Replace a classifier that output_dir already holds."""
+    noised: bool = False
+    """Fit a classifier of noised latents instead, p(y|x_t, t), which `--method.name classifier_guidance` needs; in this process,
+    on the images alone."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """Network and fitting."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -91,14 +95,16 @@ def _main(argv: Sequence[str]) -> None:
     run(tyro.cli(ClassifyConfig, args=argv, default=default, prog="python -m ctrl_ray.classify"))
 
 
-def run(settings: ClassifyConfig) -> FitResult:
-    """Fit, and print the metrics before and after scaling."""
+def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
+    """Fit, and print the metrics: before and after scaling, or by noise level."""
     from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.policy.control.labels import number_names_line
     from ctrl_ray.runs.outputs import check_output
 
     output_dir = check_output(settings.output_dir)
     config = absolute_paths(train_config(settings))
+    if settings.noised:
+        return _run_noised(settings, config, output_dir)
     sampler = None
     if config.classifier.num_pipeline_samples:
         from ctrl_ray.offline.prompts import sampling_prompts
@@ -120,6 +126,24 @@ def run(settings: ClassifyConfig) -> FitResult:
     )
     print(describe(result, settings.control))
     return result
+
+
+def _run_noised(settings: ClassifyConfig, config: TrainConfig, output_dir: str) -> NoisedClassifier:
+    from ctrl_ray.baselines import noised_fit
+    from ctrl_ray.classifiers.checks import check_fit
+
+    # the pipeline's samples are left out, so nothing needs to draw them
+    check_fit(replace(config, classifier=replace(config.classifier, num_pipeline_samples=0)), settings.control)
+    classifier = noised_fit.fit_noised_classifier(
+        config,
+        settings.control,
+        output_dir=output_dir,
+        on_bad_row=settings.on_bad_row,
+        overwrite=settings.overwrite,
+        say=lambda line: print(line, flush=True),
+    )
+    print(noised_fit.describe(classifier, output_dir))
+    return classifier
 
 
 def train_config(settings: ClassifyConfig) -> TrainConfig:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from ctrl_ray.config.values import named_values as named_values
 from ctrl_ray.errors import (
     ConfigError,
     CtrlRayError,
@@ -47,17 +48,6 @@ FAILED, CORRECTABLE, INTERRUPTED = 1, 2, 130
 CLASSIFIER_EXAMPLE = "jpeg_size=RUN/classifier/jpeg_size"
 """What `--classifier` wants."""
 _CORRECTABLE_ERRORS = (ConfigError, DataError, ModelError, RunFolderError, GpuMemoryError)
-
-
-def named_values(option: str, arguments: Sequence[str], example: str) -> dict[str, str]:
-    """Values by name of 'NAME=VALUE' arguments of a flag; ConfigError for another form and for a name given twice."""
-    values: dict[str, str] = {}
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if not name or not value or name in values:
-            raise ConfigError(f"{option} {argument!r} is not NAME=VALUE, once for each name; example: {example}")
-        values[name] = value
-    return values
 
 
 def exponents(arguments: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class GuidedSampler:
     """Whether `guided_mean` pulls gradients back through the denoiser."""
     needs_gradient: ClassVar[bool] = True
     """Whether the reward must have a gradient."""
+    needs_rewards: ClassVar[bool] = True
+    """Whether `guided_mean` asks the reward; where it does not, there may be none."""
 
     def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
         """The next mean, like the latents, without a graph."""
@@ -63,14 +65,16 @@ class GuidedSampler:
         gradient that the method needs, and where no step has noise.
         """
         require_reference(kernel, self.method, reference=reference)
-        rewards = require_rewards(rewards, self.method, gradient=self.needs_gradient)
+        if self.needs_rewards:
+            rewards = require_rewards(rewards, self.method, gradient=self.needs_gradient)
+        asked = cast(Rewards, rewards)
         own = ImageNoise(noise)
         latents = own(0)
         kept, kls, log_ratio = [latents], [], torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
         for step_index in range(kernel.num_steps):
             guided = guides(kernel, step_index) and self.in_window(step_index, kernel.num_steps)
             z = own(step_index + 1) if kernel.std(step_index) > 0 else None
-            latents, kl, ratio = self._step(policy, kernel, step_index, latents, inputs, rewards, own, z, guided)
+            latents, kl, ratio = self._step(policy, kernel, step_index, latents, inputs, asked, own, z, guided)
             kls.append(kl)
             log_ratio += ratio
             kept.append(latents)

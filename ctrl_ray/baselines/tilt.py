@@ -23,9 +23,14 @@ def log_tilt(rewards: Rewards, latents: Tensor, inputs: Inputs, exponents: Seque
     believed = rewards.class_log_probs(latents, inputs.condition.prompts)
     total = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
     for column, (name, exponent) in enumerate(zip(rewards.controls, exponents, strict=False)):
-        padded = torch.nn.functional.pad(believed[name].to(latents.device, torch.float64), (0, 1))
-        total += exponent * padded.gather(1, inputs.labels[:, column : column + 1].to(latents.device))[:, 0]
+        total += exponent * log_prob_of(believed[name].to(latents.device, torch.float64), inputs.labels[:, column])
     return total
+
+
+def log_prob_of(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """log p of the labels (B,), like the log_probs (B, K); 0 for the null label K."""
+    padded = torch.nn.functional.pad(log_probs, (0, 1))
+    return padded.gather(1, labels.to(log_probs.device)[:, None])[:, 0]
 
 
 def log_tilt_and_gradient(

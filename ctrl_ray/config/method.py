@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from ctrl_ray.config.fields import at_least, check_fields
-from ctrl_ray.config.values import require
+from ctrl_ray.config.values import named_values, require
 
-MethodName = Literal["plain", "best_of_n", "rejection", "dps", "mpgd", "tfg", "smc", "svdd", "tds", "fk_steering"]
+MethodName = Literal[
+    "plain", "best_of_n", "rejection", "dps", "mpgd", "tfg", "classifier_guidance", "smc", "svdd", "tds", "fk_steering"
+]
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -17,12 +19,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dps": ("scale", "window"),
     "mpgd": ("scale", "step_size", "window"),
     "tfg": ("scale", "mean_scale", "smoothing", "num_smoothed", "num_iterations", "num_recurrences", "window"),
+    "classifier_guidance": ("scale", "window", "noised_classifier"),
     "smc": ("num_particles",),
     "svdd": ("num_particles", "temperature"),
     "tds": ("num_particles", "scale"),
     "fk_steering": ("num_particles", "every", "potential"),
 }
 """The options that each method has."""
+
+NOISED_EXAMPLE = "jpeg_size=runs/noised"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,17 +36,22 @@ class MethodConfig:
 
     name: MethodName = "plain"
     """'plain': nothing steers. Whole samples that are kept or not: 'best_of_n', 'rejection' (exact). A push at each step:
-    'dps' (reconstruction guidance), 'mpgd', 'tfg'. Particles, weighed and resampled: 'smc', 'tds', 'fk_steering' (exact as
-    their number grows), 'svdd'."""
+    'dps' (reconstruction guidance), 'mpgd', 'tfg', 'classifier_guidance' (by a classifier of noised latents). Particles,
+    weighed and resampled: 'smc', 'tds', 'fk_steering' (exact as their number grows), 'svdd'."""
     scale: Annotated[float | None, at_least(0)] = None
-    """dps, tds, tfg: strength of the gradient through the denoiser. mpgd: of that in x_0. Default 1, the nominal one."""
+    """dps, tds, tfg: strength of the gradient through the denoiser. mpgd: of that in x_0. classifier_guidance: of that of log
+    p(y|x_t)^exponent. Default 1, the nominal one."""
     num_particles: Annotated[int | None, at_least(1)] = None
     """Paths of each image at a time: samples (best_of_n: 4), particles (smc, tds, fk_steering: 4), candidates of a step (svdd:
     8). The cost is so many times plain sampling's."""
     max_tries: Annotated[int | None, at_least(1)] = None
     """rejection: samples at most for an image. Default 256."""
     window: tuple[float, float] | None = None
-    """dps, mpgd, tfg: shares of the steps, noise first, between which the sampler is guided. Default 0 1: all."""
+    """dps, mpgd, tfg, classifier_guidance: shares of the steps, noise first, between which the sampler is guided. Default
+    0 1: all."""
+    noised_classifier: tuple[str, ...] | None = None
+    """classifier_guidance: NAME=FOLDER of each control's classifier of noised latents, which `python -m ctrl_ray.classify
+    --noised` writes."""
     step_size: Literal["plain", "guidance"] | None = None
     """mpgd: 'guidance' measures the step by the classifier-free guidance of the prompt, whatever the gradient's size. Default
     plain."""
@@ -76,6 +86,18 @@ class MethodConfig:
                 0 <= low < high <= 1,
                 f"method.window is {low} {high}; expected two shares of the steps, the first below the second, in 0 … 1",
             )
+
+        require(
+            self.name != "classifier_guidance" or bool(self.noised_classifier),
+            "method classifier_guidance needs noised_classifier: NAME=FOLDER of each control's classifier of noised latents, "
+            "which `python -m ctrl_ray.classify --noised` writes; fit one, or take dps, which asks the classifier of images",
+        )
+        _ = self.noised_folders  # refuses another form
+
+    @property
+    def noised_folders(self) -> dict[str, str]:
+        """Control to folder, in the given order."""
+        return named_values("method.noised_classifier", self.noised_classifier or (), NOISED_EXAMPLE)
 
     @property
     def given(self) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from ctrl_ray.errors import ConfigError
@@ -27,3 +28,14 @@ def fixed(value: T | Auto, name: str) -> T:
     if isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}: it becomes a number when a run is prepared")
     return value
+
+
+def named_values(option: str, arguments: Sequence[str], example: str) -> dict[str, str]:
+    """Values by name of 'NAME=VALUE' arguments of a flag; ConfigError for another form and for a name given twice."""
+    values: dict[str, str] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not name or not value or name in values:
+            raise ConfigError(f"{option} {argument!r} is not NAME=VALUE, once for each name; example: {example}")
+        values[name] = value
+    return values
