@@ -64,8 +64,8 @@ class ClassifyConfig:
     overwrite: bool = False
     """Replace a classifier that output_dir already holds."""
     noised: bool = False
-    """Fit a classifier of noised latents instead, p(y|x_t, t), which `--method.name classifier_guidance` needs; in this process,
-    on the images alone."""
+    """Fit a classifier of noised latents instead, p(y|x_t, t), which `--method.name classifier_guidance` needs; in this
+    process, on the images alone."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """Network and fitting."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -52,8 +52,8 @@ def fit_noised_classifier(
     settings = config.classifier
     if settings.network != "cnn" or settings.num_workers != 1:
         raise ConfigError(
-            f"classifier.network is {settings.network!r} and classifier.num_workers {settings.num_workers}, but a classifier of "
-            "noised latents has a network of its own and is fitted in one process; leave both out"
+            f"classifier.network is {settings.network!r} and classifier.num_workers {settings.num_workers}, but a classifier "
+            "of noised latents has a network of its own and is fitted in one process; leave both out"
         )
     if (folder / SETTINGS).exists() and not overwrite:
         raise RunFolderError(

@@ -1,4 +1,4 @@
-"""Guidance with the exact p(y|x_t, t) is the sampler of the conditional data law, which is not the tilt of the sampler's law."""
+"""Guidance with the exact p(y|x_t, t) is the sampler of the conditional data law, not the tilt of the sampler's law."""
 
 from __future__ import annotations
 
