@@ -15,21 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrl_ray.classifiers import stored
 from ctrl_ray.classifiers.classifier import SETTINGS as CLEAN
 from ctrl_ray.classifiers.networks import ClassHead, HashedText
-from ctrl_ray.classifiers.stored import (
-    Layout,
-    check_control,
-    control_of,
-    load_weights,
-    read_settings,
-    write_folder,
-)
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ModelError
 
 SETTINGS = "noised_classifier.json"
-LAYOUT = Layout(
+LAYOUT = stored.Layout(
     "noised classifier folder",
     SETTINGS,
     "python -m ctrl_ray.classify --noised",
@@ -192,7 +185,7 @@ class NoisedClassifier(nn.Module):
             "base_model": self.base_model,
             "held_out": self.held_out,
         }
-        write_folder(folder, LAYOUT, self.network, self.control, self.spec, more)
+        stored.write_folder(folder, LAYOUT, self.network, self.control, self.spec, more)
 
     @classmethod
     def from_pretrained(
@@ -208,10 +201,10 @@ class NoisedClassifier(nn.Module):
                 f"noised classifier folder {path} holds a classifier of clean images; expected one of noised latents, which "
                 f"`{LAYOUT.command}` writes"
             )
-        settings = read_settings(path, LAYOUT)
+        settings = stored.read_settings(path, LAYOUT)
         if control is not None:
-            check_control(path, LAYOUT, settings, control)
-        spec = control_of(path, LAYOUT, settings)
+            stored.check_control(path, LAYOUT, settings, control)
+        spec = stored.control_of(path, LAYOUT, settings)
         try:
             network = NoisedNetwork(spec.num_classes, **settings["network_arguments"])
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -219,7 +212,7 @@ class NoisedClassifier(nn.Module):
                 f"the network of {path / SETTINGS} cannot be built from its arguments ({type(error).__name__}: {error}); fit "
                 f"the classifier again with `{LAYOUT.command}`"
             ) from error
-        load_weights(network, path, LAYOUT, spec)
+        stored.load_weights(network, path, LAYOUT, spec)
         classifier = cls(
             network,
             arguments=settings["network_arguments"],
