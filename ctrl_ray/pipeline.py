@@ -352,7 +352,7 @@ class ControlledPipeline:
         rewards = self._scoring.rewards(
             inputs.labels, self._vae(), self._device, prompts_known=prompts_known, every_column=True, why=why
         )
-        draw = make_sampler(method, list(exponents.values()))
+        draw = make_sampler(method, list(exponents.values()), list(exponents))
         known = method.name not in ("rejection", "best_of_n")  # they take all steps once for each try
         with self._bar(kernel.num_steps if known else None, on_step) as told:
             return draw(self.policy, kernel, inputs, noise, rewards, reference=True, with_kl=True, on_step=told)

@@ -14,11 +14,19 @@ import torch
 from ctrl_ray.comparison.adapters import adapter_note
 from ctrl_ray.comparison.classifiers import classifier_difference, shipped_classifiers, with_classifiers
 from ctrl_ray.comparison.drawing import Desk, job_of
-from ctrl_ray.comparison.methods import METHODS, PLAIN
+from ctrl_ray.comparison.methods import METHODS, PLAIN, Setting
 from ctrl_ray.comparison.plan import FIRST_TEST, FIRST_VALIDATION, MethodPlan, Plan, held_out_prompts
 from ctrl_ray.comparison.progress import Progress
 from ctrl_ray.comparison.results import Target, choose, distance_of, numbers_of, over_seeds
-from ctrl_ray.comparison.training import HELD_OUT, Train, TrainedRun, held_out_config, run_config, trained_run
+from ctrl_ray.comparison.training import (
+    HELD_OUT,
+    Train,
+    TrainedRun,
+    held_out_config,
+    noised_run,
+    run_config,
+    trained_run,
+)
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.distributed.sampling import SamplingJob
 from ctrl_ray.evaluation.certificate import exponents_of
@@ -132,6 +140,7 @@ class Bench:
         """Train it, choose its knob's value, judge it, time it: a row of results.json."""
         runs = [self.trained(plan, seed, train) for seed in plan.seeds]
         adapters: list[str | None] = [*plan.adapters, *(run.adapter for run in runs)] or [None]
+        runs += list(self._noised().values()) if plan.method.noised else []
         validation = [self._validated(plan, value, adapters) for value in plan.values] if plan.chooses else []
         value = plan.values[choose(validation)] if validation else plan.values[0]
         self.progress.what = f"{plan.method.title}, test"
@@ -141,7 +150,7 @@ class Bench:
         pre_trained = plan.name == PLAIN
         seeds = [numbers_of(self.target, part, pre_trained=pre_trained, common=common) for part in drawn]
         self.shown[plan.method.title] = drawn[0]
-        trains = bool(plan.adapters) or plan.method.training is not None
+        trains = bool(plan.adapters or runs)
         note = adapter_note(plan.adapters[0], self.config, plan.method.title) if plan.adapters else None
         return {
             "name": plan.name,
@@ -163,6 +172,16 @@ class Bench:
         folder = self.question.folder / "runs" / f"{plan.name}-{seed}"
         self.say(f"{plan.method.title}: training with seed {seed}, in {folder}")
         return trained_run(run_config(self.config, plan.method.training, folder, seed), train)
+
+    def _noised(self) -> dict[str, TrainedRun]:
+        """Each control's classifier of noised latents."""
+        folder = self.question.folder / "noised"
+        return {name: noised_run(self.config, name, folder / name, self.say) for name in self.config.controls}
+
+    def _setting(self, plan: MethodPlan, value: float) -> Setting:
+        if not plan.method.noised:
+            return plan.method.setting(value)
+        return plan.method.setting(value, tuple(f"{name}={run.adapter}" for name, run in self._noised().items()))
 
     def held_out(self, rows: Sequence[Mapping[str, Any]], train: Train) -> dict[str, Any]:
         """Train CTRL without a quarter of the prompts; what it reaches on those and on the others, at CTRL's chosen value."""
@@ -224,13 +243,13 @@ class Bench:
         base = dataclasses.replace(
             self.base, seed=self.question.seed + seed, sample_ids=tuple(ids), prompts=prompts or self.base.prompts
         )
-        job = job_of(base, plan.method.setting(value), adapter, tuple(self.target.exponents.values()))
+        job = job_of(base, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
         return self.desk.draw(job, plan.cost(value))
 
     def _timed(self, plan: MethodPlan, value: float, adapter: str | None) -> Any:
         ids = tuple(range(FIRST_VALIDATION, FIRST_VALIDATION + TIMED_IMAGES))
         plain = dataclasses.replace(self.base, seed=self.question.seed + _VALIDATION_SEED, sample_ids=ids)
-        job = job_of(plain, plan.method.setting(value), adapter, tuple(self.target.exponents.values()))
+        job = job_of(plain, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
         return self.desk.time(job, plain)
 
 

@@ -56,7 +56,7 @@ def job_of(base: SamplingJob, setting: Setting, adapter: str | None, exponents: 
         reference=adapter is None,
         adapter_scale=setting.adapter_scale,
         sampler=sampler,
-        draw=make_sampler(setting.method, exponents),
+        draw=make_sampler(setting.method, exponents, list(base.controls)),
     )
 
 

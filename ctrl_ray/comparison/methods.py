@@ -13,6 +13,7 @@ from typing import Any
 
 from ctrl_ray.config import EstimatorConfig, TrainConfig
 from ctrl_ray.config.method import MethodConfig
+from ctrl_ray.config.presets import as_cfg
 
 _BACKWARD, _DECODE, _DECODE_GRADIENT = 2.0, 3.4, 5.9
 """Forwards of the denoiser that a backward, a decode with its classification, and one with its gradient take on `shapes`: for
@@ -38,8 +39,8 @@ class Method:
 
     title: str
     """As figures and tables show it."""
-    setting: Callable[[float], Setting]
-    """Of a knob's value."""
+    setting: Callable[..., Setting]
+    """Of a knob's value; with `noised` also of NAME=FOLDER of each control's noised classifier."""
     cost: Callable[[float, int], float]
     """(value, denoising steps) to the nominal cost of an image, in plain samples."""
     knob: str | None = None
@@ -48,6 +49,8 @@ class Method:
     """The knob's; a quick comparison takes the first few."""
     training: Callable[[TrainConfig], TrainConfig] | None = None
     """The run that trains it, from the preset's; None: nothing is trained."""
+    noised: bool = False
+    """Whether it needs classifiers of noised latents, which are fitted once."""
 
 
 def _sampler(name: str, **options: str) -> Callable[[float], Setting]:
@@ -97,6 +100,10 @@ def draft_run(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, kl_coef=0.0, target_kl=None, estimator=estimator)
 
 
+def _by_noised(value: float, noised: tuple[str, ...]) -> Setting:
+    return Setting(method=MethodConfig(name="classifier_guidance", scale=value, noised_classifier=noised))
+
+
 def _scaled(value: float) -> Setting:
     return Setting(adapter_scale=value)
 
@@ -125,6 +132,22 @@ METHODS: dict[str, Method] = {
         setting=_scaled,
         cost=_PLAIN_COST,
         training=draft_run,
+    ),
+    "cfg": Method(
+        title="CFG fine-tuning",
+        knob="control_scale",
+        values=(1.0, 2.0, 4.0, 8.0),
+        setting=lambda value: Setting(control_scale=value),
+        cost=_steered(2, 0, 0, 0),
+        training=as_cfg,
+    ),
+    "classifier_guidance": Method(
+        title="classifier guidance",
+        knob="scale",
+        values=(0.5, 1.0, 0.25, 2.0),
+        setting=_by_noised,
+        cost=_steered(1.2, 0, 0, 0),
+        noised=True,
     ),
     "best_of_n": Method(
         title="best of N",

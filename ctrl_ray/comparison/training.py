@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctrl_ray.baselines.noised_fit import fit_noised_classifier
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.runs.files import write_whole
 
@@ -25,7 +26,7 @@ class TrainedRun:
     """A finished run."""
 
     adapter: str
-    """Its folder."""
+    """Its folder; of a noised classifier, that one's."""
     seconds: float
     """Of the session that finished it, with its evaluations and its report."""
     cpu_seconds: float
@@ -56,13 +57,31 @@ def trained_run(config: TrainConfig, train: Train) -> TrainedRun:
     if (folder / TRAINED).is_file():
         return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
     begun = (folder / "config.json").is_file()
+    return _told(folder, lambda: train(config, begun), whole=not begun)
+
+
+def noised_run(config: TrainConfig, control: str, folder: Path, say: Callable[[str], None]) -> TrainedRun:
+    """The classifier of noised latents of one control: that in the folder, or one that is fitted now."""
+    if (folder / TRAINED).is_file():
+        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
+    offline = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, num_pipeline_samples=0))
+
+    def fit() -> Path:
+        fit_noised_classifier(offline, control, output_dir=folder, overwrite=True, say=say)
+        return folder
+
+    return _told(folder, fit, whole=True)
+
+
+def _told(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
+    """What is made, with its cost, which is kept in its folder."""
     started, cpu_before = time.monotonic(), cpu_seconds_below(os.getpid())
-    adapter = train(config, begun)
+    made = make()
     run = TrainedRun(
-        adapter=str(adapter),
+        adapter=str(made),
         seconds=time.monotonic() - started,
         cpu_seconds=cpu_seconds_below(os.getpid()) - cpu_before,
-        whole=not begun,
+        whole=whole,
     )
     write_whole(folder / TRAINED, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
     return run

@@ -121,10 +121,13 @@ def shapes_exact() -> TrainConfig:
 def shapes_cfg() -> TrainConfig:
     """`shapes` by the baseline CFG fine-tuning: same images, LoRA's places and rank, and a label embedding. The strength of the
     label, --sampler.control-scale, is to be chosen on a validation set."""
-    base = shapes()
+    return dataclasses.replace(as_cfg(shapes()), output_dir="runs/shapes-cfg")
+
+
+def as_cfg(config: TrainConfig) -> TrainConfig:
+    """A run on a small pipeline with CFG fine-tuning in the place of CTRL: its batches, rates and number of updates."""
     return dataclasses.replace(
-        base,
-        output_dir="runs/shapes-cfg",
+        config,
         training_method="cfg",
         num_updates=400,
         global_batch_size=64,
@@ -135,7 +138,7 @@ def shapes_cfg() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, embedding_learning_rate=2e-2, warmup_updates=4, final_learning_rate_fraction=0.0
         ),
-        evaluation=dataclasses.replace(base.evaluation, every_updates=200),
+        evaluation=dataclasses.replace(config.evaluation, every_updates=200),
         checkpoint_every_updates=100,
     )
 

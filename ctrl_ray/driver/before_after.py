@@ -130,7 +130,7 @@ class Subject:
             classifiers={name: str(Path(folder).resolve()) for name, folder in classifiers.items()},
             precision=sampling_precision(precision, {}, _device()),
             batch_size=batch_size or _BATCH,
-            draw=make_sampler(method, [control.guidance_strength for control in controls.values()]),
+            draw=make_sampler(method, [control.guidance_strength for control in controls.values()], list(controls)),
             source=_source(method, base_model, classifiers, exponents, sampler),
         )
 

@@ -88,7 +88,7 @@ def test_a_filter_runs_every_particle_and_asks_about_each_at_every_step_and_at_t
 
 
 def test_every_branch_of_guidance_is_a_row() -> None:
-    """Three with a scale for the label alone."""
+    """Three with a scale for the label beside that of the prompt."""
 
     class Denoiser:
         latent_shape = (1,)
@@ -103,7 +103,7 @@ def test_every_branch_of_guidance_is_a_row() -> None:
     inputs = Inputs(
         Condition(("a", "b"), {}),
         torch.zeros(2, 1, dtype=torch.long),
-        Guidance(scale=1.0, control_scale=2.0),
+        Guidance(scale=7.5, control_scale=2.0),
     )
     counting = CountedPolicy(Denoiser(), calls)
     counting(torch.zeros(2, 1), torch.tensor(0), inputs, reference=False)

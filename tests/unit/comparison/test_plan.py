@@ -123,7 +123,8 @@ def test_what_cannot_be_compared_is_one_error(names: tuple[str, ...], adapters: 
 def test_a_knob_is_an_option_of_its_sampler_and_every_value_makes_one(name: str) -> None:
     """A method's settings differ from value to value, and nothing is trained with a sampler of its own."""
     method = METHODS[name]
-    settings = [method.setting(value) for value in method.values]
+    noised = [("size=/folder",)] if method.noised else []
+    settings = [method.setting(value, *noised) for value in method.values]
     assert len(set(map(repr, settings))) == len(method.values)
     for setting in settings:
         given = setting.method.given
@@ -131,7 +132,7 @@ def test_a_knob_is_an_option_of_its_sampler_and_every_value_makes_one(name: str)
         if method.training is not None:
             assert setting.method.name == "plain"
         elif method.knob:
-            assert set(method.knob.split(" and ")) == set(given)
+            assert {*method.knob.split(" and "), *(["noised_classifier"] if noised else [])} == set(given)
 
 
 def test_draft_is_the_presets_run_without_a_kl() -> None:
@@ -155,3 +156,15 @@ def test_six_of_the_24_prompts_are_held_back() -> None:
         assert len({prompt.split()[word] for prompt in held}) == len({prompt.split()[word] for prompt in kept}) == count
     with pytest.raises(ConfigError, match="2 prompts are too few"):
         held_out_prompts(["a", "b", "a"])
+
+
+def test_cfg_fine_tuning_is_the_presets_task_by_another_method() -> None:
+    """The same model, data, controls and sampler; the label's scale is the sampler's, and only at 1 does it cost one branch."""
+    training = METHODS["cfg"].training
+    assert training is not None
+    config = preset("shapes")
+    found = training(config)
+    same = ("base_model", "data", "controls", "sampler", "lora", "kl_coef", "classifier")
+    assert all(getattr(found, name) == getattr(config, name) for name in same)
+    assert (found.training_method, found.adapter.kind) == ("cfg", "embedding")
+    assert [METHODS["cfg"].setting(value).control_scale for value in METHODS["cfg"].values] == [1.0, 2.0, 4.0, 8.0]
