@@ -125,7 +125,7 @@ def not_learned(
 
 def findings_text(found: Sequence[Mapping[str, Any]], method: str | None = None) -> list[str]:
     """The answer of `not_learned` in sentences, with what to try: one for a control of which all classes together are not
-    above, else one for its classes that are not. method: of `ctrl_ray.baselines`, where nothing was trained."""
+    above, else one for its classes that are not. method: a baseline, whose options are others than CTRL's."""
     whole = {entry["control"]: entry for entry in found if entry["class"] is None}
     sentences = [_sentence([entry], method) for entry in whole.values()]
     for name in dict.fromkeys(entry["control"] for entry in found if entry["control"] not in whole):

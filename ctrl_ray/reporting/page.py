@@ -12,6 +12,7 @@ from ctrl_ray.evaluation.findings import findings_text
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS, METRICS, definition
 from ctrl_ray.reporting.distance import distance_section
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, plus_minus, table, text
+from ctrl_ray.reporting.summary import baseline_of
 from ctrl_ray.reporting.summary_text import number_of, rows_by_control
 from ctrl_ray.wording import floor_text, gap_text
 
@@ -62,7 +63,7 @@ def _headline(summary: Mapping[str, Any], controls: Mapping[str, ControlConfig])
     if after.get("gap") is not None:
         sentence += f" It is {gap_text(after)}."
     found = "".join(
-        f"<li>{text(words)}</li>" for words in findings_text(after.get("not_learned", ()), summary.get("method"))
+        f"<li>{text(words)}</li>" for words in findings_text(after.get("not_learned", ()), baseline_of(summary))
     )
     return f"<h1>One more control: {text(names)}</h1><p class='lead'>{text(sentence)}</p>" + (
         f"<ul class='findings'>{found}</ul>" if found else ""

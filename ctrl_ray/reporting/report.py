@@ -61,7 +61,14 @@ def write_report(
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     source = source or Source.of_adapter(adapter)
-    summary = make_summary(before, after, kl_noise_floor, certificate, source.method)
+    summary = make_summary(
+        before,
+        after,
+        kl_noise_floor,
+        certificate,
+        source.method,
+        "ctrl" if config is None else config.training_method,
+    )
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class, summary["after"])
     pictures += [

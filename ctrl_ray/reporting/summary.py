@@ -28,9 +28,12 @@ def make_summary(
     kl_noise_floor: float | None = None,
     certificate: Mapping[str, Any] | None = None,
     method: str | None = None,
+    training_method: str = "ctrl",
 ) -> dict[str, Any]:
-    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ..., "method": ...} of
-    finite numbers or null; all but "after" where they are known. method: of `ctrl_ray.baselines`, where nothing was trained.
+    """The content of `summary.json`: {"before": ..., "after": ..., "changes": ..., "kl_noise_floor": ..., "method": ...,
+    "training_method": ...} of finite numbers or null; all but "after" where they are known, the last where it is not CTRL.
+
+    method: of `ctrl_ray.baselines`, where nothing was trained.
 
     `changes` holds, for the same samples before and after, the paired difference of accuracy (the mean over controls, and
     `accuracy/CONTROL`) and prompt_fidelity ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
@@ -45,7 +48,15 @@ def make_summary(
         summary["kl_noise_floor"] = kl_noise_floor
     if method is not None:
         summary["method"] = method
+    if training_method != "ctrl":
+        summary["training_method"] = training_method
     return _finite(summary)
+
+
+def baseline_of(summary: Mapping[str, Any]) -> str | None:
+    """The baseline that a summary is of, trained or not; None: CTRL."""
+    found: str | None = summary.get("method", summary.get("training_method"))
+    return found
 
 
 def _changes(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ctrl_ray.evaluation.findings import findings_text
 from ctrl_ray.evaluation.metric_names import EVALUATION_METRICS
+from ctrl_ray.reporting.summary import baseline_of
 from ctrl_ray.wording import floor_note, gap_text
 
 OF_EACH_CONTROL = ("accuracy", "macro_f1", "belief_gap")
@@ -56,7 +57,7 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     method = summary.get("method")
     who = "The policy" if method is None else f"Method {method}"
     lines = [f"{who} is {gap_text(after)}."] if after.get("gap") is not None else []
-    return [*lines, *findings_text(after.get("not_learned", ()), method)]
+    return [*lines, *findings_text(after.get("not_learned", ()), baseline_of(summary))]
 
 
 def _beside(name: str, summary: Mapping[str, Any]) -> str:

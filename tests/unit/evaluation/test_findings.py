@@ -152,3 +152,12 @@ def test_other_noise_or_prompts_are_not_pairs() -> None:
     other = dataclasses.replace(_samples(labels), sample_ids=np.arange(10) + 10)
     [whole, _] = not_learned(CLASSES, other, after, true, true)
     assert whole["accuracy"]["standard_error"] == pytest.approx(np.std(true["size"], ddof=1) * np.sqrt(2 / 10))
+
+
+def test_a_baseline_is_not_told_to_train_longer() -> None:
+    """What CTRL's settings would change is no advice for a method that has none of them."""
+    level = {"before": 0.3, "after": 0.3, "difference": 0.0, "standard_error": 0.02, "above": False}
+    entry = {"control": "size", "class": None, "accuracy": level, "log_prob": level}
+    [ours], [theirs] = findings_text([entry]), findings_text([entry], "dps")
+    assert "a larger guidance_strength of size, more updates" in ours
+    assert "guidance_strength" not in theirs and "other options of method dps, or another method" in theirs
