@@ -17,7 +17,7 @@ from torch import nn
 
 from ctrl_ray.config import ControlConfig, SamplerConfig
 from ctrl_ray.distributed.batches import Batch
-from ctrl_ray.distributed.sampling import SamplingJob, _log_tilt, _noise, _sample_part, load_policy
+from ctrl_ray.distributed.sampling import SamplingJob, _log_tilt, _sample_part, job_noise, load_policy
 from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.rewards.model import RewardModelSpec
 from tests.classifiers import save_classifier
@@ -61,7 +61,7 @@ def test_the_pretrained_model_is_in_memory_once(tiny_pipeline: Path, monkeypatch
 def test_a_fork_shares_the_noise_of_the_steps_before_it(fork_at: int | None, shared: int) -> None:
     """Of the initial noise and three steps' the first so many; ids keep their own."""
     job = _job(fork_at=fork_at)
-    noises = [_noise(one, (5, 7), (2, 2), 3, "cpu") for one in (_job(), job)]
+    noises = [job_noise(one, (5, 7), (2, 2), 3, "cpu") for one in (_job(), job)]
     same = [torch.equal(noises[0](index), noises[1](index)) for index in range(4)]
     assert same == [True] * shared + [False] * (4 - shared)
     assert not torch.equal(noises[1](3)[0], noises[1](3)[1])
