@@ -16,13 +16,11 @@ from torch import Tensor
 
 from ctrl_ray.baselines.dps import dps_mean
 from ctrl_ray.baselines.guided import GuidedSampler
-from ctrl_ray.baselines.noise import ImageNoise
 from ctrl_ray.baselines.noised_classifier import NoisedClassifier
 from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.baselines.tilt import log_prob_of
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.protocol import Inputs
-from ctrl_ray.rewards.protocol import Rewards
 
 
 class NoisedLogProbs(Protocol):
@@ -48,10 +46,9 @@ class ClassifierGuidance(GuidedSampler):
     """The gradient's weight w of each control is `scale` times its exponent: exponents of 1 are the textbook's form, and 1 is
     nominal."""
     method: ClassVar[str] = "classifier_guidance"
-    needs_gradient: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = False
 
-    def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
+    def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`. ConfigError where classifiers and exponents are not as many."""
         if len(self.noised_classifier) != len(self.exponents):
             raise ConfigError(
@@ -65,8 +62,10 @@ class ClassifierGuidance(GuidedSampler):
             leaf = latents.requires_grad_(True)
             total = leaf.new_zeros(())
             for column, (given, exponent) in enumerate(zip(self.noised_classifier, self.exponents, strict=True)):
-                log_probs = self._classifier(column, given, latents.device)(leaf, timestep, inputs.condition.prompts)
-                total = total + exponent * log_prob_of(log_probs, inputs.labels[:, column]).sum()
+                log_probs = self._classifier(column, given, latents.device)(
+                    leaf, timestep, call.inputs.condition.prompts
+                )
+                total = total + exponent * log_prob_of(log_probs, call.inputs.labels[:, column]).sum()
             (gradient,) = torch.autograd.grad(total, leaf)
         return dps_mean(prediction, gradient, self.scale)
 

@@ -12,11 +12,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ctrl_ray.baselines.guided import GuidedSampler
-from ctrl_ray.baselines.noise import ImageNoise
 from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.baselines.tilt import log_tilt_and_gradient
-from ctrl_ray.policy.protocol import Inputs
-from ctrl_ray.rewards.protocol import Rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,9 @@ class DPS(GuidedSampler):
     method: ClassVar[str] = "dps"
     through_denoiser: ClassVar[bool] = True
 
-    def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
+    def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`."""
-        _, gradient = log_tilt_and_gradient(rewards, prediction.denoised.x_0, inputs, self.exponents)
+        _, gradient = log_tilt_and_gradient(call.rewards, prediction.denoised.x_0, call.inputs, self.exponents)
         return dps_mean(prediction, prediction.pull_back(gradient), self.scale)
 
 

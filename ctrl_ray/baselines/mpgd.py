@@ -11,11 +11,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ctrl_ray.baselines.guided import GuidedSampler
-from ctrl_ray.baselines.noise import ImageNoise
 from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.baselines.tilt import log_tilt_and_gradient
-from ctrl_ray.policy.protocol import Inputs
-from ctrl_ray.rewards.protocol import Rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +27,9 @@ class MPGD(GuidedSampler):
     gradient's size."""
     method: ClassVar[str] = "mpgd"
 
-    def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
+    def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`."""
-        _, gradient = log_tilt_and_gradient(rewards, prediction.denoised.x_0, inputs, self.exponents)
+        _, gradient = log_tilt_and_gradient(call.rewards, prediction.denoised.x_0, call.inputs, self.exponents)
         if self.step_size == "guidance":
             gradient = gradient * (_size(prediction.prompt_pull()) / _size(gradient))
         return prediction.mean_of_shifted_x_0(self.scale * gradient)

@@ -9,21 +9,20 @@ to w at the end has the target's law as N grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ctrl_ray.baselines.dps import dps_mean
 from ctrl_ray.baselines.noise import ImageNoise, ParticleNoise
-from ctrl_ray.baselines.prediction import guides, predict, require_reference
-from ctrl_ray.baselines.tilt import log_tilt, log_tilt_and_gradient, require_rewards
-from ctrl_ray.diffusion.steps import DenoisingKernel, GaussianStep, gaussian_sample, step_log_ratio
-from ctrl_ray.gradients.rollout import NoiseSource, Trajectory
-from ctrl_ray.policy.protocol import Inputs, Policy
-from ctrl_ray.rewards.protocol import Rewards
+from ctrl_ray.baselines.prediction import guides
+from ctrl_ray.baselines.sampler import Baseline, Call
+from ctrl_ray.baselines.tilt import log_tilt, log_tilt_and_gradient
+from ctrl_ray.diffusion.steps import GaussianStep, gaussian_sample, step_log_ratio
+from ctrl_ray.gradients.rollout import Trajectory
+from ctrl_ray.policy.protocol import Inputs
 
 RESAMPLE_BELOW = 0.5
 """Particles are resampled when their effective sample size is below this share of N."""
@@ -42,14 +41,13 @@ class Particles(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParticleFilter:
-    """A `Sampler`; subclasses say the proposal and when the reward is asked."""
+class ParticleFilter(Baseline):
+    """A baseline whose subclasses say the proposal and when the reward is asked.
 
-    exponents: tuple[float, ...]
-    """λ of each control, in the order of the label columns."""
+    One particle of each image is kept, drawn in proportion to w; the density of its path is not known."""
+
     num_particles: int = 4
     """N."""
-    method: ClassVar[str]
     potential: PotentialKind = "difference"
     """G_k of what is asked at step k: 'difference': e^(ℓ_k − ℓ before), 'max': e^(largest ℓ so far), 'add': e^(Σ ℓ so far). The
     last one divides out those before, so that all have the same target."""
@@ -68,56 +66,34 @@ class ParticleFilter:
         """Whether the reward is asked for x̂_0 before this step."""
         return True
 
-    def __call__(
-        self,
-        policy: Policy,
-        kernel: DenoisingKernel,
-        inputs: Inputs,
-        noise: NoiseSource,
-        rewards: Rewards | None = None,
-        *,
-        reference: bool = True,
-        with_kl: bool = False,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Trajectory:
-        """See `Sampler`: of each image one particle, drawn in proportion to w. Its path has no density that is known, so no KL.
+    @property
+    def needs_gradient(self) -> bool:
+        """See `Baseline`."""
+        return self.twist > 0
 
-        Raises ConfigError for a policy in place of the pre-trained model, for rewards that are missing or without a gradient
-        that the proposal needs, and where no step has noise.
-        """
-        require_reference(kernel, self.method, reference=reference)
-        rewards = require_rewards(rewards, self.method, gradient=self.twist > 0)
-        own = ImageNoise(noise)
-        found = self.filter(policy, kernel, inputs, own, rewards, on_step=on_step)
-        chosen = drawn(found.log_weights, own, kernel.num_steps, "choice")
-        return Trajectory(found.latents[:, range(len(inputs)), chosen], inputs)
+    def draw(self, call: Call) -> Trajectory:
+        """See `Baseline`."""
+        found = self.filter(call)
+        chosen = drawn(found.log_weights, call.noise, call.kernel.num_steps, "choice")
+        return Trajectory(found.latents[:, range(len(call.inputs)), chosen], call.inputs)
 
-    def filter(
-        self,
-        policy: Policy,
-        kernel: DenoisingKernel,
-        inputs: Inputs,
-        noise: ImageNoise,
-        rewards: Rewards,
-        *,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Particles:
+    def filter(self, call: Call) -> Particles:
         """The particles of B images before one of each is drawn."""
-        count, total = self.num_particles, len(inputs) * self.num_particles
-        rows = inputs.select([row for row in range(len(inputs)) for _ in range(count)])
-        draw = ParticleNoise(noise, count)
+        kernel, count, num_images = call.kernel, self.num_particles, len(call.inputs)
+        rows = call.repeated(count)
+        draw = ParticleNoise(call.noise, count)
         latents = draw(0)
-        log_weights = torch.zeros(len(inputs), count, dtype=torch.float64, device=latents.device)
+        log_weights = torch.zeros(num_images, count, dtype=torch.float64, device=latents.device)
         potentials = _Potentials(self.potential, torch.zeros_like(log_weights))
-        log_z = log_weights.new_zeros(len(inputs))
+        log_z = log_weights.new_zeros(num_images)
         kept, parents = [latents], []
         for step_index in range(kernel.num_steps):
-            ref, proposal, tilts = self._propose(policy, kernel, step_index, latents, rows, rewards)
+            ref, proposal, tilts = self._propose(call, step_index, latents, rows)
             if tilts is not None:
                 log_weights = log_weights + potentials.log_increment(tilts.view(-1, count))
-            chosen = torch.arange(total, device=latents.device)
+            chosen = torch.arange(num_images * count, device=latents.device)
             if self.asks(step_index) and kernel.std(step_index) > 0:
-                chosen, gained = _resampled(log_weights, noise, step_index)
+                chosen, gained = _resampled(log_weights, call.noise, step_index)
                 log_z = log_z + gained.sum_of_logs
                 log_weights = gained.log_weights
                 ref, proposal = ref.select(chosen), None if proposal is None else proposal.select(chosen)
@@ -131,33 +107,26 @@ class ParticleFilter:
             else:
                 latents = ref.mean
             kept.append(latents)
-            if on_step is not None:
-                on_step(step_index, latents)
-        last = log_tilt(rewards, latents, rows, self.exponents).view(-1, count)
+            call.on_step(step_index, latents)
+        last = log_tilt(call.rewards, latents, rows, self.exponents).view(-1, count)
         log_weights = log_weights + last - potentials.product
         log_z = log_z + log_weights.logsumexp(1) - math.log(count)
-        return Particles(_traced(kept, parents, (len(inputs), count)), log_weights, log_z)
+        return Particles(_traced(kept, parents, (num_images, count)), log_weights, log_z)
 
     def _propose(
-        self,
-        policy: Policy,
-        kernel: DenoisingKernel,
-        step_index: int,
-        latents: Tensor,
-        inputs: Inputs,
-        rewards: Rewards,
+        self, call: Call, step_index: int, latents: Tensor, inputs: Inputs
     ) -> tuple[GaussianStep, GaussianStep | None, Tensor | None]:
         """(the pre-trained model's step, another proposal if there is one, ℓ(x̂_0) where it is asked), of all particles."""
-        twisted = self.twist > 0 and guides(kernel, step_index)
-        prediction = predict(policy, kernel, step_index, latents, inputs, with_graph=twisted)
+        twisted = self.twist > 0 and guides(call.kernel, step_index)
+        prediction = call.predict(step_index, latents, inputs, with_graph=twisted)
         ref = prediction.step
         if twisted:
-            tilts, gradient = log_tilt_and_gradient(rewards, prediction.denoised.x_0, inputs, self.exponents)
+            tilts, gradient = log_tilt_and_gradient(call.rewards, prediction.denoised.x_0, inputs, self.exponents)
             mean = dps_mean(prediction, prediction.pull_back(gradient), self.twist)
             return ref, GaussianStep(mean, ref.std), tilts
         if not self.asks(step_index):
             return ref, None, None
-        return ref, None, log_tilt(rewards, prediction.detached().x_0, inputs, self.exponents)
+        return ref, None, log_tilt(call.rewards, prediction.detached().x_0, inputs, self.exponents)
 
 
 def drawn(log_weights: Tensor, noise: ImageNoise, step_index: int, purpose: str) -> list[int]:

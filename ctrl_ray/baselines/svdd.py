@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,23 +10,20 @@ from torch import Tensor
 
 from ctrl_ray.baselines.noise import ImageNoise, ParticleNoise
 from ctrl_ray.baselines.particles import drawn
-from ctrl_ray.baselines.prediction import Prediction, predict, require_reference
-from ctrl_ray.baselines.tilt import log_tilt, require_rewards
-from ctrl_ray.diffusion.steps import DenoisingKernel, gaussian_sample
-from ctrl_ray.gradients.rollout import NoiseSource, Trajectory
-from ctrl_ray.policy.protocol import Inputs, Policy
-from ctrl_ray.rewards.protocol import Rewards
+from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.sampler import Baseline, Call
+from ctrl_ray.baselines.tilt import log_tilt
+from ctrl_ray.diffusion.steps import gaussian_sample
+from ctrl_ray.gradients.rollout import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVDD:
-    """A `Sampler`: candidate j of a step is kept with probability ∝ e^(ℓ(x̂_0) / α). A step costs M forwards and M decodes.
+class SVDD(Baseline):
+    """Candidate j of a step is kept with probability ∝ e^(ℓ(x̂_0) / α). A step costs M forwards and M decodes.
 
-    The law of one candidate tends to the tilt of the step's by e^(ℓ(x̂_0) / α) as M grows, which is the target's only where
-    ℓ(x̂_0) is the value of the latents."""
+    The law of the one that is kept tends to the tilt of the step's by e^(ℓ(x̂_0) / α) as M grows, which is the target's only
+    where ℓ(x̂_0) is the value of the latents. The density of a path is not known."""
 
-    exponents: tuple[float, ...]
-    """λ of each control, in the order of the label columns."""
     num_particles: int = 8
     """M."""
     temperature: float = 1.0
@@ -36,49 +32,34 @@ class SVDD:
 
     @property
     def rows_per_image(self) -> int:
-        """Latents that are held for each image."""
+        """See `Baseline`."""
         return self.num_particles
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        policy: Policy,
-        kernel: DenoisingKernel,
-        inputs: Inputs,
-        noise: NoiseSource,
-        rewards: Rewards | None = None,
-        *,
-        reference: bool = True,
-        with_kl: bool = False,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Trajectory:
-        """See `Sampler`; the density of a path is not known, so there is no KL. ConfigError as of the other methods."""
-        require_reference(kernel, self.method, reference=reference)
-        rewards = require_rewards(rewards, self.method, gradient=False)
-        own, count = ImageNoise(noise), self.num_particles
-        draw = ParticleNoise(own, count)
-        parents = torch.arange(len(inputs)).repeat_interleave(count)
-        many = inputs.select(parents.tolist())
+    def draw(self, call: Call) -> Trajectory:
+        """See `Baseline`."""
+        kernel, count, num_images = call.kernel, self.num_particles, len(call.inputs)
+        draw = ParticleNoise(call.noise, count)
+        many = call.repeated(count)
         latents = draw(0)[::count]
-        step = predict(policy, kernel, 0, latents, inputs).step
+        parents = torch.arange(num_images, device=latents.device).repeat_interleave(count)
+        step = call.predict(0, latents).step
         kept = [latents]
         for step_index in range(kernel.num_steps):
             last = step_index == kernel.num_steps - 1
             if kernel.std(step_index) > 0:
                 z = draw(step_index + 1)
                 candidates = gaussian_sample(step.select(parents), z)
-                following = None if last else predict(policy, kernel, step_index + 1, candidates, many)
-                tilts = log_tilt(rewards, _clean(candidates, following), many, self.exponents).view(-1, count)
-                rows = torch.arange(len(inputs), device=latents.device) * count
-                rows += torch.tensor(self._chosen(tilts, own, step_index), device=latents.device)
+                following = None if last else call.predict(step_index + 1, candidates, many)
+                tilts = log_tilt(call.rewards, _clean(candidates, following), many, self.exponents).view(-1, count)
+                rows = torch.arange(num_images, device=latents.device) * count
+                rows += torch.tensor(self._chosen(tilts, call.noise, step_index), device=latents.device)
                 latents, step = candidates[rows], step if following is None else following.step.select(rows)
             else:
                 latents = step.mean
-                step = step if last else predict(policy, kernel, step_index + 1, latents, inputs).step
+                step = step if last else call.predict(step_index + 1, latents).step
             kept.append(latents)
-            if on_step is not None:
-                on_step(step_index, latents)
-        return Trajectory(torch.stack(kept), inputs)
+            call.on_step(step_index, latents)
+        return Trajectory(torch.stack(kept), call.inputs)
 
     def _chosen(self, tilts: Tensor, noise: ImageNoise, step_index: int) -> list[int]:
         """The number of each image's candidate; tilts: (B, M)."""

@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.baselines.guided import GuidedSampler
-from ctrl_ray.baselines.noise import ImageNoise
 from ctrl_ray.baselines.prediction import Prediction
+from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.baselines.tilt import log_tilt_and_gradient
 from ctrl_ray.diffusion.steps import DenoisingKernel
-from ctrl_ray.policy.protocol import Inputs, Policy
-from ctrl_ray.rewards.protocol import Rewards
-
-_WAYS = ("forth", "back")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +48,12 @@ class TFG(GuidedSampler):
         """Given the ξ, which are drawn apart from the path's noise; not with steps that are repeated."""
         return self.num_recurrences == 1
 
-    def guided_mean(self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise) -> Tensor:
+    def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`."""
         kernel, step_index = prediction.kernel, prediction.step_index
         alpha_prod_t, alpha_prod_next = kernel.alpha_prod(step_index)
         ratio = _relative_ratio(kernel, step_index)
-        smooth = self._smoothed(prediction, rewards, inputs, noise)
+        smooth = self._smoothed(prediction, call)
         x_0 = prediction.denoised.x_0.detach()
         gradient = smooth(x_0)
         through = prediction.pull_back(gradient)
@@ -69,46 +65,37 @@ class TFG(GuidedSampler):
         mean = prediction.mean_of_shifted_x_0(shift)
         return mean + self.scale * ratio * (alpha_prod_next / alpha_prod_t) ** 0.5 * through
 
-    def _smoothed(
-        self, prediction: Prediction, rewards: Rewards, inputs: Inputs, noise: ImageNoise
-    ) -> Callable[[Tensor], Tensor]:
+    def _smoothed(self, prediction: Prediction, call: Call) -> Callable[[Tensor], Tensor]:
         """x̂_0 to ∇ log (1/K) Σ_k exp ℓ(x̂_0 + σ_t ξ_k), with the same ξ at every call of a step."""
         alpha_prod_t, _ = prediction.kernel.alpha_prod(prediction.step_index)
         x_0, count = prediction.denoised.x_0, self.num_smoothed
         shape = x_0.shape[1:]
-        xi = noise.normal(prediction.step_index, "smoothing", count, shape, x_0.detach())
+        xi = call.noise.normal(prediction.step_index, "smoothing", count, shape, x_0.detach())
         moved = self.smoothing * (1 - alpha_prod_t) ** 0.5 * xi
-        repeated = inputs.select([row for row in range(len(inputs)) for _ in range(count)])
+        repeated = call.repeated(count)
 
         def gradient(x_0: Tensor) -> Tensor:
             around = x_0.repeat_interleave(count, dim=0) + moved
-            tilts, gradients = log_tilt_and_gradient(rewards, around, repeated, self.exponents)
+            tilts, gradients = log_tilt_and_gradient(call.rewards, around, repeated, self.exponents)
             shares = tilts.view(-1, count).softmax(1).view(-1, *[1] * len(shape)).to(gradients.dtype)
             return (shares * gradients).view(-1, count, *shape).sum(1)
 
         return gradient
 
-    def _step(
-        self,
-        policy: Policy,
-        kernel: DenoisingKernel,
-        step_index: int,
-        latents: Tensor,
-        inputs: Inputs,
-        rewards: Rewards,
-        noise: ImageNoise,
-        z: Tensor | None,
-        guided: bool,
+    def step(
+        self, call: Call, step_index: int, latents: Tensor, z: Tensor | None, *, guided: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        alpha_prod_t, alpha_prod_next = kernel.alpha_prod(step_index)
+        """See `GuidedSampler`."""
+        alpha_prod_t, alpha_prod_next = call.kernel.alpha_prod(step_index)
         kept = alpha_prod_t / alpha_prod_next
         for recurrence in range(1, self.num_recurrences if guided else 1):
+            shape = latents.shape[1:]
             forth, back = (
-                noise.normal(step_index, f"{way} {recurrence}", 1, latents.shape[1:], latents) for way in _WAYS
+                call.noise.normal(step_index, f"{way} {recurrence}", 1, shape, latents) for way in ("forth", "back")
             )
-            following, *_ = super()._step(policy, kernel, step_index, latents, inputs, rewards, noise, forth, guided)
+            following, *_ = super().step(call, step_index, latents, forth, guided=True)
             latents = kept**0.5 * following + (1 - kept) ** 0.5 * back
-        return super()._step(policy, kernel, step_index, latents, inputs, rewards, noise, z, guided)
+        return super().step(call, step_index, latents, z, guided=guided)
 
 
 def _relative_ratio(kernel: DenoisingKernel, step_index: int) -> float:

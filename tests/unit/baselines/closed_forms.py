@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctrl_ray.baselines.noise import ImageNoise
 from ctrl_ray.baselines.particles import ParticleFilter, Particles
+from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.exact.chain import alphas_cumprod, timesteps
 from ctrl_ray.exact.problems import GaussianReward
@@ -60,8 +61,16 @@ class Bench:
         return found
 
     def particles(self, sampler: ParticleFilter, count: int, seed: int = 0) -> Particles:
-        noise = ImageNoise(self.noise(count, seed))
-        return sampler.filter(self.policy, self.learner.kernel, self.inputs(count), noise, self.learner.rewards)
+        call = Call(
+            policy=self.policy,
+            kernel=self.learner.kernel,  # type: ignore[arg-type]
+            inputs=self.inputs(count),
+            noise=ImageNoise(self.noise(count, seed)),
+            rewards=self.learner.rewards,
+            on_step=lambda *_: None,
+        )
+        with torch.no_grad():
+            return sampler.filter(call)
 
 
 def wide_gaussian(num_steps: int, reward_std: float = 1.5) -> Case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,8 @@ def test_a_step_that_is_measured_by_the_prompt_s_guidance(bench: Bench) -> None:
     pull = 7.5 / 6.5 * (combined - conditional.prediction)
     prediction = predict(bench.policy, bench.kernel, 0, start, bench.inputs)
     sampler = MPGD(exponents=EXPONENTS, scale=0.2, step_size="guidance")
-    mean = sampler.guided_mean(prediction, bench.rewards, bench.inputs, None)  # type: ignore[arg-type]
+    call: Any = SimpleNamespace(rewards=bench.rewards, inputs=bench.inputs)
+    mean = sampler.guided_mean(prediction, call)
     _, following = bench.kernel.alpha_prod(0)
     shift = ((mean - prediction.step.mean) / following**0.5).flatten(1)
     torch.testing.assert_close(shift.square().mean(1), 0.04 * pull.flatten(1).square().mean(1), rtol=1e-3, atol=0)
