@@ -71,9 +71,9 @@ class Rejection(Baseline):
                 break
         if pending:
             warnings.warn(
-                f"rejection accepted none of {self.max_tries} tries for {len(pending)} of {len(call.inputs)} images; each is one "
-                "of its tries, drawn in proportion to p(y|x,c)^exponent, so their law is not exact: give --method.max-tries more, "
-                "or a smaller --exponent",
+                f"rejection accepted none of {self.max_tries} tries for {len(pending)} of {len(call.inputs)} images; each is "
+                "one of its tries, drawn in proportion to p(y|x,c)^exponent: not an exact law. Give --method.max-tries "
+                "more, or a smaller --exponent",
                 UserWarning,
                 stacklevel=2,
             )
