@@ -24,7 +24,7 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, 
 _DOT = 7.0
 """Side in points of the square around a point that no label covers."""
 _GRID_COLUMNS = 8
-_TITLE_LENGTH = 13
+_TITLE_LENGTH = 24
 
 
 def plot_accuracy(path: Path, methods: Sequence[Mapping[str, Any]]) -> Path | None:
