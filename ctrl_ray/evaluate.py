@@ -37,7 +37,7 @@ class EvaluateOptions:
     exponent: tuple[str, ...] = ()
     """With --base-model: NAME=NUMBER for each control: the target is p_pre(x|c) p(y|x,c)^NUMBER. 1 where it is not named."""
     num_steps: Annotated[int | None, at_least(1)] = None
-    """With --base-model: denoising steps. None: 50."""
+    """With --base-model: denoising steps. None: 10."""
     guidance_scale: Annotated[float | None, at_least(1)] = None
     """With --base-model: classifier-free guidance of the prompt (1 switches it off). None: 1."""
     images: str | None = None

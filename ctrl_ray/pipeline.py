@@ -213,6 +213,7 @@ class ControlledPipeline:
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        control_scale: float | None = None,
         eta: float | None = None,
         adapter_scale: float = 1.0,
         generator: Generators = None,
@@ -233,8 +234,8 @@ class ControlledPipeline:
             controls: Class (index or name) per control, for all prompts or one for each; omitted or None = null.
             negative_prompt: In the place of the empty prompt, where there is guidance (`negative_prompt_embeds` likewise).
             height, width: In pixels; None: what the base model was trained for. Multiples of the VAE's factor.
-            num_inference_steps, guidance_scale, eta: None = as trained. Other values work, but the guarantee of the method
-                holds for the trained sampler only, so each is warned about once.
+            num_inference_steps, guidance_scale, control_scale, eta: None = as trained (`SamplerConfig`). Other values work, but
+                the guarantee of the method holds for the trained sampler only, so each is warned about once.
             adapter_scale: Scales LoRA and control embeddings; 0 is the pre-trained model.
             generator: One for all images or one for each; x_T is drawn first, then the noise of each step.
             latents: x_T, (B, C, h, w), in the place of the first draw.
@@ -257,6 +258,7 @@ class ControlledPipeline:
         call = CallConfig(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            control_scale=control_scale,
             eta=eta,
             adapter_scale=adapter_scale,
             height=height,
@@ -266,6 +268,8 @@ class ControlledPipeline:
             candidate_batch_size=candidate_batch_size,
         )
         sampler = call.sampler(self.sampler)
+        if method is not None and method.name != "plain":
+            sampler = method.sampler(sampler)
         kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
         self._warn_of(sampler)
         condition = call_condition(
@@ -372,7 +376,7 @@ class ControlledPipeline:
 
     def _warn_of(self, sampler: SamplerConfig) -> None:
         """Of each setting that is not as trained, once."""
-        for name in ("num_steps", "guidance_scale", "eta"):
+        for name in ("num_steps", "guidance_scale", "control_scale", "eta"):
             value, trained = getattr(sampler, name), getattr(self.sampler, name)
             if value == trained or self.info is None or name in self._warned:
                 continue

@@ -57,6 +57,8 @@ class SampleConfig:
     """DDIM stochasticity. None: as the adapter was trained."""
     guidance_scale: Annotated[float | None, at_least(1)] = None
     """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""
+    control_scale: Annotated[float | None, at_least(0)] = None
+    """A guidance scale for the label alone, as CFG fine-tuning has it. None: as the adapter was trained."""
     adapter_scale: float = 1.0
     """Scale of what the adapter adds. 1: as trained."""
     candidates: Annotated[int, at_least(1)] = 1
@@ -219,6 +221,8 @@ def _generator(
     revision = None if config.base_model or info is None else info.base_revision
     backbone = load_backbone(base) if info is None else adapter_backbone(info, config.base_model)
     sampler = _call(config).sampler(SamplerConfig() if info is None else info.sampler)
+    if config.method.name != "plain":
+        config.method.sampler(sampler)  # whether a step is left to steer
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
         warnings.warn(line, UserWarning, stacklevel=2)
@@ -245,6 +249,7 @@ def _generator(
                 num_inference_steps=sampler.num_steps,
                 eta=sampler.eta,
                 guidance_scale=sampler.guidance_scale,
+                control_scale=sampler.control_scale,
             )
 
     return generate
@@ -264,7 +269,12 @@ def _check_scoring(config: SampleConfig, info: AdapterInfo | None, controls: Map
 
 
 def _call(config: SampleConfig) -> CallConfig:
-    return CallConfig(num_inference_steps=config.num_steps, eta=config.eta, guidance_scale=config.guidance_scale)
+    return CallConfig(
+        num_inference_steps=config.num_steps,
+        eta=config.eta,
+        guidance_scale=config.guidance_scale,
+        control_scale=config.control_scale,
+    )
 
 
 def _adapter_pipeline(config: SampleConfig, device: str) -> ControlledPipeline:

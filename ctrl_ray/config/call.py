@@ -18,6 +18,8 @@ class CallConfig:
     """Denoising steps."""
     guidance_scale: Annotated[float | None, at_least(1)] = None
     """Classifier-free guidance of the prompt. 1 switches it off."""
+    control_scale: Annotated[float | None, at_least(0)] = None
+    """A guidance scale for the label alone."""
     eta: Annotated[float | None, share()] = None
     """DDIM stochasticity."""
     adapter_scale: float = 1.0
@@ -49,4 +51,5 @@ class CallConfig:
             num_steps=steps,
             eta=trained.eta if self.eta is None else self.eta,
             guidance_scale=trained.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            control_scale=trained.control_scale if self.control_scale is None else self.control_scale,
         )

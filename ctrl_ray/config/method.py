@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from ctrl_ray.config.fields import at_least, check_fields
+from ctrl_ray.config.policy import SamplerConfig
 from ctrl_ray.config.values import named_values, require
 
 MethodName = Literal[
@@ -38,6 +39,9 @@ class MethodConfig:
     """'plain': nothing steers. Whole samples that are kept or not: 'best_of_n', 'rejection' (exact). A push at each step:
     'dps' (reconstruction guidance), 'mpgd', 'tfg', 'classifier_guidance' (by a classifier of noised latents). Particles,
     weighed and resampled: 'smc', 'tds', 'fk_steering' (exact as their number grows), 'svdd'."""
+    reference_steps: Annotated[int, at_least(0)] = 1
+    """How many of the last denoising steps nothing steers. They have so little noise that a push there costs a large KL and
+    gains nothing."""
     scale: Annotated[float | None, at_least(0)] = None
     """dps, tds, tfg: strength of the gradient through the denoiser. mpgd: of that in x_0. classifier_guidance: of that of log
     p(y|x_t)^exponent. Default 1, the nominal one."""
@@ -75,7 +79,11 @@ class MethodConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         known = OPTIONS[self.name]
-        odd = [f.name for f in fields(self) if f.name not in ("name", *known) and getattr(self, f.name) is not None]
+        odd = [
+            f.name
+            for f in fields(self)
+            if f.name not in ("name", "reference_steps", *known) and getattr(self, f.name) is not None
+        ]
         require(
             not odd,
             f"method {self.name} has no option {', '.join(odd)}; its options are {', '.join(known) or 'none'}",
@@ -93,6 +101,15 @@ class MethodConfig:
             "which `python -m ctrl_ray.classify --noised` writes; fit one, or take dps, which asks the classifier of images",
         )
         _ = self.noised_folders  # refuses another form
+
+    def sampler(self, sampler: SamplerConfig) -> SamplerConfig:
+        """The sampler of a base model as the method is to act on it; ConfigError where no step is left to steer."""
+        require(
+            sampler.num_steps > self.reference_steps,
+            f"num_steps is {sampler.num_steps}, but nothing steers the last {self.reference_steps} "
+            f"(method.reference_steps); expected at least {self.reference_steps + 1}",
+        )
+        return replace(sampler, reference_steps=self.reference_steps)
 
     @property
     def noised_folders(self) -> dict[str, str]:

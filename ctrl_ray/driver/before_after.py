@@ -110,7 +110,7 @@ class Subject:
             raise ConfigError(
                 f"method {method.name} steers by classifiers, but none is given; give --classifier NAME=FOLDER"
             )
-        sampler, exponents = sampler or SamplerConfig(), exponents or {}
+        sampler, exponents = method.sampler(sampler or SamplerConfig()), exponents or {}
         load_backbone(base_model).make_kernel(sampler)
         if unknown := sorted(set(exponents) - set(classifiers)):
             raise ConfigError(f"--exponent names {unknown}; the classifiers are of {list(classifiers)}")
@@ -219,6 +219,7 @@ def _source(
     sampler: SamplerConfig,
 ) -> Source:
     """The commands that sample with a method."""
+    options = {"name": method.name, "reference_steps": method.reference_steps, **method.given}
     flags = ["--base-model", base_model, "--num-steps", str(sampler.num_steps)]
     call = f", num_inference_steps={sampler.num_steps}"
     if sampler.guidance_scale != 1:
@@ -228,7 +229,6 @@ def _source(
         flags += ["--classifier", f"{name}={folder}"]
     for name, exponent in exponents.items():
         flags += ["--exponent", f"{name}={exponent:g}"]
-    options = {"name": method.name, **method.given}
     for option, value in options.items():
         values = value if isinstance(value, tuple) else (value,)
         flags += [f"--method.{option.replace('_', '-')}", *map(str, values)]

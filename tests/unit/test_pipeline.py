@@ -110,6 +110,18 @@ def test_samples_are_the_policys(tiny_pipeline: Path, tmp_path: Path, scales: tu
     assert float((latents - _latents(pipeline)).abs().max()) > 0.01  # the labels count
 
 
+def test_the_labels_scale_may_be_another_than_the_trained_one(
+    tiny_pipeline: Path, exported: tuple[Path, ControlledPolicy]
+) -> None:
+    """As CFG fine-tuning is sampled; it is warned about."""
+    folder, policy = exported
+    pipeline = ControlledPipeline.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="control_scale is 2.0, but the adapter was trained with None"):
+        latents = _latents(pipeline, controls={"size": SIZES, "hue": HUES}, control_scale=2.0)
+    expected = _rollout(policy, tiny_pipeline, SamplerConfig(num_steps=3, control_scale=2.0))
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_full_finetuning_is_sampled_too(tiny_pipeline: Path, tmp_path: Path, steps: int) -> None:
     sampler = SamplerConfig(num_steps=2, reference_steps=steps)

@@ -52,6 +52,15 @@ def test_settings_that_say_nothing_are_refused(options: dict[str, Any], message:
         MethodConfig(**options)
 
 
+def test_the_last_steps_are_left_alone_unless_told_otherwise() -> None:
+    """A push there costs a large KL; with as many as there are steps nothing would be left."""
+    sampler = SamplerConfig(num_steps=4, guidance_scale=2.0)
+    assert MethodConfig(name="smc").sampler(sampler) == dataclasses.replace(sampler, reference_steps=1)
+    assert MethodConfig(name="smc", reference_steps=0).sampler(sampler) == sampler
+    with pytest.raises(ConfigError, match=r"num_steps is 4, but nothing steers the last 4 .* expected at least 5"):
+        MethodConfig(name="smc", reference_steps=4).sampler(sampler)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_method_cannot_do_is_one_message(name: Any) -> None:
     bench = Bench.of(logistic(num_steps=4))
