@@ -95,12 +95,12 @@ def kill_at_random(pool: RewardPool, clients: list[Client]) -> tuple[int, int]:
 def objects() -> list[Any]:
     """What Ray's state API lists of this Ray (others may run on the machine), without the handles of actors, which take
     no room in the object store. The API refuses a list that changed while it was counted: it is asked again."""
-    for attempt in range(20):
+    for attempt in range(200):
         try:
             listed = list_objects(address=ray.get_runtime_context().gcs_address, limit=10_000)
             return [item for item in listed if item.reference_type != "ACTOR_HANDLE"]
         except RayStateApiException:
-            if attempt == 19:
+            if attempt == 199:
                 raise
             time.sleep(0.3)
     raise AssertionError("unreachable")
