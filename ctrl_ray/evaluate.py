@@ -77,12 +77,12 @@ class EvaluateOptions:
                 "--method.name dps --classifier NAME=FOLDER, to judge a method that needs no adapter"
             )
         of_methods = [name for name in ("exponent", "num_steps", "guidance_scale") if getattr(self, name)]
-        if self.method.name != "plain":
+        if self.method.steers:
             of_methods.insert(0, "method.name")
         if of_methods and self.base_model is None:
             flag = "--" + of_methods[0].replace("_", "-")
             raise ConfigError(f"{flag} belongs to a method on a base model; give --base-model MODEL, or leave it out")
-        if self.base_model is not None and (self.method.name == "plain" or self.images is not None):
+        if self.base_model is not None and (not self.method.steers or self.images is not None):
             got = "--images" if self.images is not None else "method.name plain"
             raise ConfigError(
                 f"--base-model judges a method that steers it, but got {got}; expected --method.name dps or another"

@@ -268,7 +268,7 @@ class ControlledPipeline:
             candidate_batch_size=candidate_batch_size,
         )
         sampler = call.sampler(self.sampler)
-        if method is not None and method.name != "plain":
+        if method is not None and method.steers:
             sampler = method.sampler(sampler)
         kernel = self.policy.backbone.make_kernel(sampler, self._scheduler)
         self._warn_of(sampler)
@@ -297,7 +297,7 @@ class ControlledPipeline:
             path = self._candidates(kernel, inputs, plan, seeds, shape, latents, on_step, prompts_known)
             return SampledImages(self._images(path.trajectory, output_type, generator), path.trajectory, path.ess)
         noise = generator_noise(len(rows), shape, generator, latents, self._device)
-        if method is not None and method.name != "plain":
+        if method is not None and method.steers:
             trajectory = self._steered(method, kernel, inputs, noise, on_step, prompts_known)
         else:
             if self.info is None and self.controls and self._scoring.asked(labels):
@@ -312,7 +312,7 @@ class ControlledPipeline:
     @staticmethod
     def _check_alone(draw: Sampler, method: MethodConfig | None, num_candidates: int) -> None:
         """ConfigError where candidates are asked for and another way to draw them."""
-        if draw is not rollout or (method is not None and method.name != "plain"):
+        if draw is not rollout or (method is not None and method.steers):
             raise ConfigError(
                 f"num_candidates is {num_candidates}, but `draw` is not the plain sampler: the density of its paths is not "
                 "known, so they have no weights; leave draw and method (--method.name) out"
@@ -351,10 +351,9 @@ class ControlledPipeline:
     ) -> Trajectory:
         """Trajectories of the pre-trained model, steered by the classifiers."""
         require_reference(kernel, method.name, reference=self.info is None)
-        why = f"method {method.name} steers by classifiers"
-        exponents = self._scoring.exponents(inputs.labels, why)
+        exponents = self._scoring.exponents(inputs.labels, method.why)
         rewards = self._scoring.rewards(
-            inputs.labels, self._vae(), self._device, prompts_known=prompts_known, every_column=True, why=why
+            inputs.labels, self._vae(), self._device, prompts_known=prompts_known, every_column=True, why=method.why
         )
         draw = make_sampler(method, list(exponents.values()), list(exponents))
         known = method.name not in ("rejection", "best_of_n")  # they take all steps once for each try

@@ -86,7 +86,7 @@ class SampleConfig:
             raise ConfigError(
                 "expected either --prompt or --prompts-file; got " + ("both" if self.prompt else "neither")
             )
-        steered = self.candidates > 1 or self.method.name != "plain"
+        steered = self.candidates > 1 or self.method.steers
         if self.adapter is None and not (self.base_model and (self.base or steered)):
             raise ConfigError(
                 "no adapter is given; expected --adapter RUN/adapter, or --base --base-model MODEL for the pre-trained model, "
@@ -99,7 +99,7 @@ class SampleConfig:
                 f"{option} weighs candidates or steers a method, but candidates is 1 and method.name plain; give --candidates "
                 "8 or --method.name dps, or leave it out"
             )
-        if self.method.name != "plain" and (self.adapter is not None or self.base or self.candidates > 1):
+        if self.method.steers and (self.adapter is not None or self.base or self.candidates > 1):
             other = "--adapter" if self.adapter is not None else "--base" if self.base else "--candidates"
             raise ConfigError(
                 f"method {self.method.name} steers the pre-trained model by itself, but {other} is given too; leave one out"
@@ -163,7 +163,7 @@ def sample(config: SampleConfig) -> Path:
                 if sampled.ess is not None:
                     for row, ess in zip(rows, sampled.ess, strict=True):
                         row |= {"candidates": config.candidates, "ess": round(float(ess), 4)}
-                if config.method.name != "plain":
+                if config.method.steers:
                     for row in rows:
                         row |= {"method": {"name": config.method.name, **config.method.given}}
                 writer.add(sampled.images, rows)
@@ -221,12 +221,12 @@ def _generator(
     revision = None if config.base_model or info is None else info.base_revision
     backbone = load_backbone(base) if info is None else adapter_backbone(info, config.base_model)
     sampler = _call(config).sampler(SamplerConfig() if info is None else info.sampler)
-    if config.method.name != "plain":
+    if config.method.steers:
         config.method.sampler(sampler)  # whether a step is left to steer
     backbone.make_kernel(sampler, None if info is None else info.scheduler)
     for line in cut_prompts(backbone, set(prompts)):
         warnings.warn(line, UserWarning, stacklevel=2)
-    if config.candidates > 1 or config.method.name != "plain":
+    if config.candidates > 1 or config.method.steers:
         _check_scoring(config, info, controls)
     without_adapter = config.base or info is None
     if without_adapter:
@@ -263,9 +263,7 @@ def _check_scoring(config: SampleConfig, info: AdapterInfo | None, controls: Map
     known = _controls(config, info)
     found = {} if config.adapter is None else find_classifiers(config.adapter, list(known), {})
     scoring = CandidateScoring(known, {**found, **_classifiers(config)}, command.exponents(config.exponent), info)
-    steered = config.method.name != "plain"
-    why = f"method {config.method.name} steers by classifiers" if steered else CANDIDATES
-    scoring.check(label_rows(controls, known, 1), why)
+    scoring.check(label_rows(controls, known, 1), config.method.why if config.method.steers else CANDIDATES)
 
 
 def _call(config: SampleConfig) -> CallConfig:

@@ -37,7 +37,7 @@ def make_sampler(method: MethodConfig, exponents: Sequence[float], controls: Seq
     exponents: λ of each control, in the order of the label columns. controls: their names, which tell the folders of
     classifier guidance apart; None: those are in this order. ConfigError where it has folders of other controls.
     """
-    if method.name == "plain":
+    if not method.steers:
         return rollout
     options = method.given
     if method.name == "classifier_guidance":

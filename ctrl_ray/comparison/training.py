@@ -54,27 +54,25 @@ def trained_run(config: TrainConfig, train: Train) -> TrainedRun:
     """The finished run of these settings: that in its folder, or one that is trained now, from its last checkpoint if it has
     one."""
     folder = Path(config.output_dir)
-    if (folder / TRAINED).is_file():
-        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
     begun = (folder / "config.json").is_file()
-    return _told(folder, lambda: train(config, begun), whole=not begun)
+    return _kept_or_made(folder, lambda: train(config, begun), whole=not begun)
 
 
 def noised_run(config: TrainConfig, control: str, folder: Path, say: Callable[[str], None]) -> TrainedRun:
     """The classifier of noised latents of one control: that in the folder, or one that is fitted now."""
-    if (folder / TRAINED).is_file():
-        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
     offline = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, num_pipeline_samples=0))
 
     def fit() -> Path:
         fit_noised_classifier(offline, control, output_dir=folder, overwrite=True, say=say)
         return folder
 
-    return _told(folder, fit, whole=True)
+    return _kept_or_made(folder, fit, whole=True)
 
 
-def _told(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
-    """What is made, with its cost, which is kept in its folder."""
+def _kept_or_made(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
+    """What lies in the folder with its cost, else what is made now."""
+    if (folder / TRAINED).is_file():
+        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
     started, cpu_before = time.monotonic(), cpu_seconds_below(os.getpid())
     made = make()
     run = TrainedRun(

@@ -102,6 +102,16 @@ class MethodConfig:
         )
         _ = self.noised_folders  # refuses another form
 
+    @property
+    def steers(self) -> bool:
+        """Whether it is another sampler than the plain one."""
+        return self.name != "plain"
+
+    @property
+    def why(self) -> str:
+        """Why it needs classifiers, for messages."""
+        return f"method {self.name} steers by classifiers"
+
     def sampler(self, sampler: SamplerConfig) -> SamplerConfig:
         """The sampler of a base model as the method is to act on it; ConfigError where no step is left to steer."""
         require(
