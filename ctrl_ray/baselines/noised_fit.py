@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ctrl_ray.baselines.labelled import LabelledLatents, read_labelled
 from ctrl_ray.baselines.noised_classifier import SETTINGS, NoisedClassifier
+from ctrl_ray.baselines.noising import NoiseSchedule
 from ctrl_ray.classifiers.calibration import calibration_metrics
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, DataError, NonFiniteError, RunFolderError
 from ctrl_ray.offline.reading import OnBadRow
-from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.schedule import ddim_scheduler
 from ctrl_ray.runs.claim import claimed
 
 NUM_BINS = 10
@@ -112,8 +111,7 @@ class _Noised:
     """Labelled latents at any noise level, x_t = √ᾱ x_0 + √(1−ᾱ) ε."""
 
     def __init__(self, config: TrainConfig, data: LabelledLatents, column: int, device: torch.device | str) -> None:
-        backbone = load_backbone(config.base_model, config.base_revision)
-        self.alphas = ddim_scheduler(backbone.scheduler_config()).alphas_cumprod.float().to(device)
+        self.schedule = NoiseSchedule.of(config)
         self.data, self.labels, self.device, self.seed = data, data.labels[:, column], device, config.seed
 
     def generator(self, number: int, purpose: str) -> torch.Generator:
@@ -125,9 +123,9 @@ class _Noised:
     ) -> Tensor:
         """(R, K) of the images `rows` noised to `timesteps`, each (R,)."""
         noise = torch.randn(len(rows), *self.data.latents.shape[1:], generator=generator)
-        alpha = self.alphas[timesteps.to(self.device)][:, None, None, None]
-        noised = alpha.sqrt() * self.data.latents[rows].to(self.device) + (1 - alpha).sqrt() * noise.to(self.device)
-        found: Tensor = classifier(noised, timesteps.to(self.device), [self.data.prompts[int(row)] for row in rows])
+        timesteps = timesteps.to(self.device)
+        noised = self.schedule.noised(self.data.latents[rows].to(self.device), noise.to(self.device), timesteps)
+        found: Tensor = classifier(noised, timesteps, [self.data.prompts[int(row)] for row in rows])
         return found
 
     @torch.no_grad()
@@ -143,7 +141,7 @@ class _Noised:
 
     def held_out_figures(self, classifier: NoisedClassifier, rows: Tensor) -> dict[str, Any]:
         """Accuracy, NLL, Brier and ECE (`calibration_metrics`), every image once in each of ten ranges of timesteps."""
-        total, generator = len(self.alphas), self.generator(0, "ranges")
+        total, generator = len(self.schedule), self.generator(0, "ranges")
         figures: dict[str, Any] = {"num_images": len(rows), "by_timesteps": []}
         everything = []
         for number in range(NUM_BINS):
@@ -164,7 +162,7 @@ def _fit(
     selection: Tensor,
     say: Callable[[str], None],
 ) -> None:
-    settings, total = config.classifier, len(images.alphas)
+    settings, total = config.classifier, len(images.schedule)
     num_batches = max(1, 2 * len(rows) // settings.batch_size)
     num_updates = settings.epochs * num_batches
     parameters = list(classifier.parameters())

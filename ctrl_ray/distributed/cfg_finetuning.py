@@ -7,15 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ctrl_ray.baselines.cfg_finetuning import DenoisingBatch, NoiseSchedule, denoising_loss, draw_batch
+from ctrl_ray.baselines.cfg_finetuning import DenoisingBatch, denoising_loss, draw_batch
 from ctrl_ray.baselines.labelled import LabelledLatents, read_labelled
+from ctrl_ray.baselines.noising import NoiseSchedule
 from ctrl_ray.distributed.batches import num_rounds, rank_share
 from ctrl_ray.distributed.clock import PhaseClock
 from ctrl_ray.distributed.engine import all_reduce_sum
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.errors import NonFiniteError
-from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.schedule import ddim_scheduler
 
 
 class CFGFineTuning:
@@ -75,8 +74,7 @@ class CFGFineTuning:
     def _loaded(self, learner: Learner) -> tuple[LabelledLatents, NoiseSchedule]:
         config, rank = learner.config, learner.rank
         if self._schedule is None:
-            scheduler = ddim_scheduler(load_backbone(config.base_model, config.base_revision).scheduler_config())
-            self._schedule = NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+            self._schedule = NoiseSchedule.of(config)
         if self._images is None:
             say = _say if rank.index == 0 else _say_nothing
             self._images = read_labelled(config, device=rank.device, say=say)

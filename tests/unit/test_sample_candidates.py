@@ -113,7 +113,9 @@ def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
             sample(SampleConfig(**(arguments | changes)))
 
     refused("candidates is 0; expected at least 1", candidates=0)
-    refused("--classifier weighs candidates or steers a method, but candidates is 1", classifier=("size=x",), candidates=1)
+    refused(
+        "--classifier weighs candidates or steers a method, but candidates is 1", classifier=("size=x",), candidates=1
+    )
     refused("--exponent weighs candidates or steers a method, but candidates is 1", exponent=("size=1",), candidates=1)
     refused("--base asks for no control", base=True)
     refused("no adapter is given", adapter=None)

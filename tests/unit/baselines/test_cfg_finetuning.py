@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctrl_ray.baselines.cfg_finetuning import DenoisingBatch, NoiseSchedule, denoising_loss, draw_batch
+from ctrl_ray.baselines.cfg_finetuning import DenoisingBatch, denoising_loss, draw_batch
 from ctrl_ray.baselines.labelled import LabelledLatents
+from ctrl_ray.baselines.noising import NoiseSchedule
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.diffusion.ddim import PredictionType, predict_x_0_and_noise
 from ctrl_ray.diffusion.steps import ModelOutput
