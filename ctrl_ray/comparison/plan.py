@@ -38,8 +38,6 @@ class Counts:
 class Budget:
     """How much is drawn."""
 
-    num_values: int
-    """Of each knob: the same number for all methods."""
     cheap: Counts
     dear: Counts
     with_dear: bool
@@ -48,8 +46,8 @@ class Budget:
     """Whether CTRL is also trained without some of the prompts."""
 
 
-FULL = Budget(num_values=4, cheap=Counts(256, 512), dear=Counts(64, 128), with_dear=True, held_out=True)
-QUICK = Budget(num_values=3, cheap=Counts(64, 128), dear=Counts(64, 128), with_dear=False, held_out=False)
+FULL = Budget(cheap=Counts(256, 512), dear=Counts(64, 128), with_dear=True, held_out=True)
+QUICK = Budget(cheap=Counts(64, 128), dear=Counts(64, 128), with_dear=False, held_out=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +154,11 @@ def make_plan(
 
     def made(name: str, method: Method) -> MethodPlan:
         runs = (num_seeds or (1 if quick else 3)) if method.training is not None and name not in given else 0
-        values = method.values[: budget.num_values]
-        dear = max(method.cost(value, num_steps) for value in values) > DEAR
+        dear = max(method.cost(value, num_steps) for value in method.values) > DEAR
         return MethodPlan(
             name=name,
             method=method,
-            values=values,
+            values=method.values,
             counts=(budget.dear if dear else budget.cheap).rounded(num_classes),
             adapters=(given[name],) if name in given else (),
             seeds=tuple(range(runs)),
