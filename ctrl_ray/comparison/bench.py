@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from ctrl_ray.comparison.adapters import adapter_note
 from ctrl_ray.comparison.classifiers import classifier_difference, shipped_classifiers, with_classifiers
+from ctrl_ray.comparison.cost import Cost
 from ctrl_ray.comparison.drawing import Desk, job_of
 from ctrl_ray.comparison.methods import METHODS, PLAIN, Setting
 from ctrl_ray.comparison.plan import FIRST_TEST, FIRST_VALIDATION, MethodPlan, Plan, held_out_prompts
@@ -151,6 +153,8 @@ class Bench:
         seeds = [numbers_of(self.target, part, pre_trained=pre_trained, common=common) for part in drawn]
         self.shown[plan.method.title] = drawn[0]
         trains = bool(plan.adapters or runs)
+        has_adapter = adapters[0] is not None
+        timed = functools.partial(self._timed, plan, value, adapters[0])
         note = adapter_note(plan.adapters[0], self.config, plan.method.title) if plan.adapters else None
         return {
             "name": plan.name,
@@ -161,7 +165,9 @@ class Bench:
             "validation": validation,
             "test": over_seeds(seeds),
             "seeds": seeds,
-            "cost": dataclasses.asdict(self._timed(plan, value, adapters[0])),
+            # an adapter as `sample` draws, for one class; rejection needs other tries in each, so it has all of them
+            "cost": dataclasses.asdict(timed(of_one_class=has_adapter)),
+            "cost_mixed": dataclasses.asdict(timed(of_one_class=False)) if has_adapter else None,
             "training": [dataclasses.asdict(run) for run in runs] if trains else None,
             "note": note,
         }
@@ -246,8 +252,9 @@ class Bench:
         job = job_of(base, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
         return self.desk.draw(job, plan.cost(value))
 
-    def _timed(self, plan: MethodPlan, value: float, adapter: str | None) -> Any:
-        ids = tuple(range(FIRST_VALIDATION, FIRST_VALIDATION + TIMED_IMAGES))
+    def _timed(self, plan: MethodPlan, value: float, adapter: str | None, *, of_one_class: bool) -> Cost:
+        step = len(self.target.classes) if of_one_class else 1
+        ids = tuple(range(FIRST_VALIDATION, FIRST_VALIDATION + step * TIMED_IMAGES, step))
         plain = dataclasses.replace(self.base, seed=self.question.seed + _VALIDATION_SEED, sample_ids=ids)
         job = job_of(plain, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
         return self.desk.time(job, plain)

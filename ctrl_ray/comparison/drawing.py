@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from ctrl_ray.baselines.methods import make_sampler
 from ctrl_ray.cluster.shared_storage import copies_of
@@ -90,7 +91,8 @@ class Desk:
 
     def time(self, job: SamplingJob, plain: SamplingJob) -> Cost:
         """What an image of a job costs, beside plain sampling, in one Ray task that has its worker for itself."""
-        file = self.folder / "cost" / f"{self.key(job)}-{len(job.sample_ids)}.json"
+        ids = job.sample_ids
+        file = self.folder / "cost" / f"{self.key(job)}-{ids[0]}-{ids[-1]}-{len(ids)}.json"
         if file.is_file():
             return _cost_of(json.loads(file.read_text(encoding="utf-8")))
         adapters = [each.adapter for each in (job, plain) if each.adapter is not None]
@@ -134,7 +136,8 @@ def _run(job: SamplingJob, scorer: Any, calls: Calls, device: str) -> Callable[[
 
     def run() -> None:
         noise = job_noise(job, job.sample_ids, policy.latent_shape, kernel.num_steps, device)
-        path = job.draw(counted, kernel, inputs, noise, rewards, reference=job.reference)
+        with torch.no_grad(), policy.folded(inputs.labels):
+            path = job.draw(counted, kernel, inputs, noise, rewards, reference=job.reference)
         rewards.decode(path.clean_latents).cpu()
 
     return run

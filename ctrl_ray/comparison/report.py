@@ -130,11 +130,18 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         "intervals of accuracy and macro-F1 are 95 %, ± is a standard error, of several seeds that of their mean",
         "gap: nats of a path's law to the target's; it and the path KL exist where a path's density is known",
         "cost: seconds in one process, beside plain sampling on the same images, in pairs; rows of the denoiser and decodes "
-        f"of an image, the final decode among them; {results['batch_size']} images at a time",
+        f"of an image, the final decode among them; {results['batch_size']} images at a time, those of an adapter all for one "
+        f"class, as `sample` draws them{_mixed(results['methods'])}",
         f"made with `{results['command']}` on {results['facts']['processor']}, {results['facts']['written']}, in "
         f"{duration(results['seconds'])}",
     ]
     return lines + [row["note"] for row in results["methods"] if row.get("note")]
+
+
+def _mixed(methods: Sequence[Mapping[str, Any]]) -> str:
+    """What adapters cost where the classes of a batch differ."""
+    mixed = [f"{row['title']} {row['cost_mixed']['ratio']:.2f} ×" for row in methods if row["cost_mixed"]]
+    return f" (of several classes: {', '.join(mixed)})" if mixed else ""
 
 
 def _counts(exact: Mapping[str, int]) -> str:

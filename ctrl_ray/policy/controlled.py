@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ctrl_ray.config import AdapterKind, LoraConfig, Precision
@@ -18,7 +19,7 @@ from ctrl_ray.diffusion.steps import ModelOutput, combine_guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
-from ctrl_ray.policy.control.gains import add_label_gains, label_gains
+from ctrl_ray.policy.control.gains import add_label_gains, folded_weights, label_gains
 from ctrl_ray.policy.cotangent_scale import CotangentScale
 from ctrl_ray.policy.peft_internals import switch_adapter
 from ctrl_ray.policy.precision import half_dtype, keep_in_float32
@@ -82,6 +83,7 @@ class ControlledPolicy(TrainablePolicy):
         self._scale = 1.0
         self._reference = False
         self._labels: Tensor | None = None
+        self._folded: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.controls.tables:
             point.register_forward_hook(self._add_control_embedding)
         self._cotangent_scale: CotangentScale | None = None
@@ -114,12 +116,36 @@ class ControlledPolicy(TrainablePolicy):
         denoiser = self.denoiser
         if reference and self.reference_denoiser is not None:
             denoiser = self.reference_denoiser
-        with self._mode(reference, labels), self._autocast(latents.device):
-            prediction = self.backbone.predict(denoiser, rows, time, stacked)
+        folded = None if reference or len(branches) > 1 else self._folded_for(inputs.labels)
+        with self._mode(reference, labels if folded is None else None), self._autocast(latents.device):
+            if folded is None:
+                prediction = self.backbone.predict(denoiser, rows, time, stacked)
+            else:
+                prediction = _Predict(self.backbone, denoiser).with_weights(folded, rows, time, stacked)
         prediction = prediction.to(latents.dtype)
         self._scale_cotangents(rows, prediction, reference)
         parts = prediction.chunk(len(branches))
         return ModelOutput(combine_guidance(parts, guidance))
+
+    @contextmanager
+    def folded(self, labels: Tensor) -> Iterator[None]:
+        """Within it, calls with exactly this tensor of labels (B, C), no graph and no guidance cost what the reference does,
+        where all samples have the same labels: label gains go into the layers' weights once. The prediction is then the same
+        to float32's rounding. It changes nothing where two samples differ, weights have 16 bits, or the adapter has no label
+        gains. Parameters must not change meanwhile. Memory: the adapted layers' weights once more."""
+        weights = None
+        if self.lora is not None and self.kind == "gains" and not torch.is_grad_enabled():
+            weights = folded_weights(self.denoiser, labels, self.lora.alpha / self.lora.rank * self._scale)
+        before, self._folded = self._folded, None if weights is None else (labels, weights)
+        try:
+            yield
+        finally:
+            self._folded = before
+
+    def _folded_for(self, labels: Tensor) -> dict[str, Tensor] | None:
+        if self._folded is None or self._folded[0] is not labels or torch.is_grad_enabled():
+            return None
+        return self._folded[1]
 
     def beside_reference(self, inputs: Inputs) -> Inputs | None:
         """With label gains alone: the samples without labels, which are the reference, below those with them."""
@@ -219,6 +245,25 @@ class ControlledPolicy(TrainablePolicy):
         if self._autocast_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self._autocast_dtype)
+
+
+class _Predict(nn.Module):
+    """A backbone's prediction, as a module whose parameters can be others for one call."""
+
+    def __init__(self, backbone: Backbone, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.denoiser = backbone, denoiser
+
+    def forward(self, rows: Tensor, time: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        return self.backbone.predict(self.denoiser, rows, time, condition)
+
+    def with_weights(
+        self, weights: Mapping[str, Tensor], rows: Tensor, time: Tensor, condition: Mapping[str, Tensor]
+    ) -> Tensor:
+        """weights: by their names in the denoiser."""
+        named = {f"denoiser.{name}": weight for name, weight in weights.items()}
+        prediction: Tensor = functional_call(self, named, (rows, time, condition), tie_weights=False)
+        return prediction
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

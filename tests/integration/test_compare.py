@@ -17,7 +17,7 @@ from ctrl_ray.config.presets import PRESETS
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
 
-TINY = Budget(num_values=2, cheap=Counts(64, 64), dear=Counts(64, 64), with_dear=False, held_out=False)
+TINY = Budget(cheap=Counts(64, 64), dear=Counts(64, 64), with_dear=False, held_out=False)
 
 
 @pytest.fixture
@@ -66,12 +66,13 @@ def test_a_comparison_end_to_end_and_again(options: CompareOptions, monkeypatch:
     }
     best = by_name["best_of_n"]
     count = best["chosen"]
-    assert [found["value"] for found in best["validation"]] == [4.0, 8.0] and count in (4.0, 8.0)
+    assert [found["value"] for found in best["validation"]] == [4.0, 8.0, 2.0] and count in (4.0, 8.0, 2.0)
     calls = best["cost"]["calls"]
     assert (calls["forwards"], calls["decodes"]) == (3 * count, count + 1)
     assert best["test"]["kl"] is None and best["test"]["gap"] is None
     ctrl = by_name["ctrl"]
     assert ctrl["test"]["kl"] > 0 and ctrl["test"]["gap"] is not None
+    assert ctrl["cost_mixed"]["ratio"] > 0 and best["cost_mixed"] is None
     assert ctrl["training"][0]["whole"] and ctrl["training"][0]["seconds"] > 0
     assert len(results["verdicts"]) == 3 and results["classifiers"] == {}
     for name in ("report.html", "report.md", *results["figures"].values()):

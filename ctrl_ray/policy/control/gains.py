@@ -72,6 +72,15 @@ class LabelGains(nn.Module):
         by_sample = up * gains[:, None, :]
         return torch.baddbmm(layer_output.flatten(2), by_sample, inner.flatten(2)).view_as(layer_output)
 
+    def folded(self, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """W + Σ_controls B (scale · diag(g[label])) A, float32 in the shape of W: the layer's weight for one sample's labels
+        (C,)."""
+        update = torch.zeros(weight.shape[0], weight[0].numel(), device=weight.device)
+        for name, label in zip(self.down, labels, strict=True):
+            gains = self.table(name).weight[label] * scale
+            update = torch.addmm(update, self.up[name] * gains, self.down[name].flatten(1))
+        return weight + update.view_as(weight)
+
 
 def add_label_gains(layers: Mapping[str, nn.Module], num_classes: Mapping[str, int], rank: int, seed: int) -> None:
     """Give each layer its `LabelGains`, as a submodule of its own.
@@ -92,6 +101,19 @@ def label_gains(layer: nn.Module) -> LabelGains:
     found: Any = getattr(layer, GAINS)
     assert isinstance(found, LabelGains)
     return found
+
+
+def folded_weights(denoiser: nn.Module, labels: Tensor, scale: float) -> dict[str, Tensor] | None:
+    """Weights of the adapted layers, by name, for samples that have all the same labels (B, C): with them, the denoiser costs
+    what the pre-trained one does. None where two samples differ, and where weights of 16 bits would round the update away."""
+    layers = {name: layer for name, layer in denoiser.named_modules() if hasattr(layer, GAINS)}
+    weights: dict[str, Any] = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    if not bool((labels == labels[:1]).all()) or any(weight.dtype != torch.float32 for weight in weights.values()):
+        return None
+    return {
+        name: label_gains(layer).folded(weight, labels[0], scale)
+        for (name, weight), layer in zip(weights.items(), layers.values(), strict=True)
+    }
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

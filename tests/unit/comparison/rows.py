@@ -50,6 +50,7 @@ def row(name: str, *, ratio: float = 1.0, worst: float | None = 2.0, **changes: 
             "batch_size": 16,
             "calls": {"calls": 10, "forwards": 10.0, "backwards": 0.0, "decodes": 1.0, "decode_backwards": 0.0},
         },
+        "cost_mixed": {"ratio": 1.1 * ratio} if name == "ctrl" else None,
         "training": None,
         "note": None,
     }

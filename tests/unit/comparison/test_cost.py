@@ -149,10 +149,17 @@ class Clock:
 def test_seconds_are_medians_of_pairs_after_one_run_that_does_not_count() -> None:
     """A warm-up that is slow plays no part; long runs are timed in as few pairs as there may be."""
     clock = Clock()
-    cost = timed_pairs(clock.takes(100.0, 8.0, 10.0, 24.0), clock.takes(50.0, 2.0, 2.0, 4.0), 2, Calls(), clock=clock)
+    cost = timed_pairs(clock.takes(20.0, 8.0, 10.0, 24.0), clock.takes(50.0, 2.0, 2.0, 4.0), 2, Calls(), clock=clock)
     assert cost.num_pairs == FEWEST_PAIRS
     assert (cost.seconds, cost.plain_seconds) == (5.0, 1.0)
     assert cost.ratio == 5.0 and cost.ratio_range == (4.0, 6.0)
+
+
+def test_a_run_of_minutes_is_timed_once() -> None:
+    """Its first run counts: what warms up is nothing beside it."""
+    clock = Clock()
+    cost = timed_pairs(clock.takes(200.0, 1.0), clock.takes(5.0, 2.0), 2, Calls(), clock=clock)
+    assert (cost.num_pairs, cost.ratio, cost.seconds) == (1, 100.0, 100.0)
 
 
 def test_short_runs_are_timed_more_often() -> None:

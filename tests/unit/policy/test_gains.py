@@ -248,6 +248,57 @@ def test_a_class_is_a_lora_that_diffusers_loads(tiny_pipeline: str, tmp_path: Pa
         assert (ours - _predict(policy, tiny_pipeline, [labels, labels], reference=True)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@torch.no_grad()
+def test_folded_gains_predict_the_same_for_one_set_of_labels(tiny_pipeline: str, scale: float) -> None:
+    """To float32's rounding, for linear layers and convolutions, with two controls, of which either may be null; no layer then
+    adds gains. What is not that tensor of labels, the reference, and all outside of the context is as it was, bit for bit."""
+    policy = _move(_policy(tiny_pipeline))
+    policy.scale_adapter(scale)
+    latents, time, condition = _given(tiny_pipeline)
+    reference = _predict(policy, tiny_pipeline, [[3, 2], [3, 2]], reference=True)
+    added: list[None] = []
+    for module in policy.denoiser.modules():
+        if hasattr(module, "label_gains"):
+            module.label_gains.register_forward_hook(lambda *_: added.append(None))
+    for row in ([1, 0], [2, 1], [0, 2], [3, 1]):
+        inputs = Inputs(condition, torch.tensor([row, row]))
+        expected = policy(latents, time, inputs, reference=False).prediction
+        with policy.folded(inputs.labels):
+            added.clear()
+            found = policy(latents, time, inputs, reference=False).prediction
+            assert not added
+            assert torch.equal(policy(latents, time, inputs, reference=True).prediction, reference)
+            other = [[2, 0], [2, 0]] if row != [2, 0] else [[1, 0], [1, 0]]
+            beside = _predict(policy, tiny_pipeline, other)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (expected - reference).abs().max() > 1e-3
+        assert torch.equal(beside, _predict(policy, tiny_pipeline, other))
+        assert torch.equal(policy(latents, time, inputs, reference=False).prediction, expected)
+
+
+def test_gains_are_not_folded_where_that_would_change_what_is_computed(tiny_pipeline: str) -> None:
+    """Samples of different labels, a graph, guidance, weights of 16 bits, other kinds: bit for bit as without."""
+    latents, time, condition = _given(tiny_pipeline)
+    same, mixed = torch.tensor([[1, 0], [1, 0]]), torch.tensor([[1, 0], [0, 0]])
+    cases: list[tuple[dict[str, Any], Tensor, Guidance, bool]] = [
+        ({}, mixed, NO_GUIDANCE, False),
+        ({}, same, NO_GUIDANCE, True),
+        ({}, same, Guidance(3.0), False),
+        ({"precision": "bf16"}, same, NO_GUIDANCE, False),
+        ({"kind": "embedding"}, same, NO_GUIDANCE, False),
+    ]
+    for options, labels, guidance, with_graph in cases:
+        policy = _move(_policy(tiny_pipeline, **options))
+        inputs = Inputs(condition, labels, guidance)
+        with torch.set_grad_enabled(with_graph):
+            expected = policy(latents, time, inputs, reference=False).prediction
+            with policy.folded(labels):
+                found = policy(latents, time, inputs, reference=False).prediction
+        assert torch.equal(found, expected)
+        assert found.requires_grad == with_graph
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, pytest.param(3.0, marks=pytest.mark.full)])
 def test_a_stock_pipeline_draws_our_images(
     tiny_pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance_scale: float
