@@ -100,7 +100,9 @@ def fit(
             checked = prepare_classifiers(checked, folder, PipelineSampler(checked.config, checked.prompts), on_bad_row)
             with rewards_of(checked.config) as rewards:
                 pre_trained = sample_pre_trained(checked, folder, rewards)
-                trained = fine_tune(checked, folder, rewards, resume=resume, pre_trained=pre_trained)
+                trained = fine_tune(
+                    checked, folder, rewards, resume=resume, pre_trained=pre_trained, on_bad_row=on_bad_row
+                )
                 if trained.stopped is not None and trained.stopped.kind == "asked":
                     raise InterruptedRunError(
                         f"stopped after update {trained.updates_done} of {checked.config.num_updates}; a checkpoint is in "

@@ -103,7 +103,9 @@ def sweep(
             sampler = PipelineSampler(checked.config, checked.prompts)
             checked = prepare_classifiers(checked, own, sampler, on_bad_row)
             with rewards_of(checked.config) as rewards:
-                return _run_and_report(loaded, checked, folder, rewards, wanted, max_concurrent, resume=resume)
+                return _run_and_report(
+                    loaded, checked, folder, rewards, wanted, max_concurrent, on_bad_row, resume=resume
+                )
 
 
 def _run_and_report(
@@ -113,6 +115,7 @@ def _run_and_report(
     rewards: Any,
     num_samples: int,
     max_concurrent: int | Literal["auto"],
+    on_bad_row: Literal["error", "skip"],
     *,
     resume: bool,
 ) -> SweepResult:
@@ -127,7 +130,7 @@ def _run_and_report(
     sample_before(checked, folder, rewards)
     num_concurrent = room_for_trials(checked.config, max_concurrent)
     print(f"trials     {num_concurrent} at a time", flush=True)
-    job = TrialJob(base=checked.config, rewards=rewards, folder=str(folder.path))
+    job = TrialJob(base=checked.config, rewards=rewards, folder=str(folder.path), on_bad_row=on_bad_row)
     with _tracking(checked.config, folder, resume) as tracker:
         follower = SweepFollower(folder.path, checked.config, list(space.knobs), tracker)
         trials = run_trials(space, job, folder, follower, num_samples=num_samples, num_concurrent=num_concurrent)

@@ -8,7 +8,9 @@ the gradient of log E[p(y|x_0)^λ | x_t] is not λ times that of log p(y|x_t).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,11 +18,13 @@ from torch import Tensor
 
 from ctrl_ray.baselines.dps import dps_mean
 from ctrl_ray.baselines.guided import GuidedSampler
-from ctrl_ray.baselines.noised_classifier import NoisedClassifier
+from ctrl_ray.baselines.noised_classifier import LAYOUT, NoisedClassifier
 from ctrl_ray.baselines.prediction import Prediction
 from ctrl_ray.baselines.sampler import Call
 from ctrl_ray.baselines.tilt import log_prob_of
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.policy.backbones.base import Backbone
+from ctrl_ray.policy.identity import part_identity
 
 
 class NoisedLogProbs(Protocol):
@@ -48,6 +52,17 @@ class ClassifierGuidance(GuidedSampler):
     method: ClassVar[str] = "classifier_guidance"
     needs_rewards: ClassVar[bool] = False
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """See `Baseline`."""
+        return tuple(given for given in self.noised_classifier if isinstance(given, str))
+
+    def reading(self, folders: Sequence[str]) -> ClassifierGuidance:
+        """See `Baseline`."""
+        place = dict(zip(self.folders, folders, strict=True))
+        given = tuple(place[each] if isinstance(each, str) else each for each in self.noised_classifier)
+        return replace(self, noised_classifier=given)
+
     def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`. ConfigError where classifiers and exponents are not as many."""
         if len(self.noised_classifier) != len(self.exponents):
@@ -58,24 +73,43 @@ class ClassifierGuidance(GuidedSampler):
             )
         latents = prediction.latents.detach()
         timestep = prediction.kernel.time(prediction.step_index, latents.device)
+        backbone = getattr(call.policy, "backbone", None)
         with torch.enable_grad():
             leaf = latents.requires_grad_(True)
             total = leaf.new_zeros(())
             for column, (given, exponent) in enumerate(zip(self.noised_classifier, self.exponents, strict=True)):
-                log_probs = self._classifier(column, given, latents.device)(
+                log_probs = self._classifier(column, given, latents.device, backbone)(
                     leaf, timestep, call.inputs.condition.prompts
                 )
                 total = total + exponent * log_prob_of(log_probs, call.inputs.labels[:, column]).sum()
             (gradient,) = torch.autograd.grad(total, leaf)
         return dps_mean(prediction, gradient, self.scale)
 
-    def _classifier(self, column: int, given: str | NoisedLogProbs, device: torch.device) -> NoisedLogProbs:
+    def _classifier(
+        self, column: int, given: str | NoisedLogProbs, device: torch.device, backbone: Backbone | None = None
+    ) -> NoisedLogProbs:
         if not isinstance(given, str):
             return given
-        return _loaded(given, self.controls[column] if self.controls else None, str(device))
+        classifier = _loaded(given, self.controls[column] if self.controls else None, str(device))
+        if backbone is not None and classifier.vae is not None:
+            _warn_of_other_latents(given, classifier.vae, classifier.base_model, backbone.folder)
+        return classifier
 
 
 @functools.lru_cache(maxsize=8)
 def _loaded(folder: str, control: str | None, device: str) -> NoisedClassifier:
     """Read once in each process."""
     return NoisedClassifier.from_pretrained(folder, control, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_of_other_latents(folder: str, vae: str, base_model: str, pipeline: str) -> None:
+    """Once in each process: a classifier knows the latents of one VAE."""
+    own = part_identity(pipeline, "vae").sha256
+    if own != vae:
+        warnings.warn(
+            f"the noised classifier {folder} was fitted on latents of {base_model}, whose VAE is {vae[:12]}…, and guides a "
+            f"model whose VAE is {own[:12]}…; fit it again on this one with `{LAYOUT.command}`",
+            UserWarning,
+            stacklevel=2,
+        )

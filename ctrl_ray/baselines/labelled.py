@@ -78,6 +78,7 @@ def read_labelled(
     *,
     device: torch.device | str = "cpu",
     on_bad_row: OnBadRow = "error",
+    bad_rows_file: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> LabelledLatents:
     """The first `classifier.max_images` images of `config.data` ('shapes': they are drawn), encoded once, with their labels.
@@ -89,7 +90,7 @@ def read_labelled(
         config: `base_model`, `data`, `seed`, `controls` and `classifier` (max_images, split, decode) are used.
         controls: Names of those whose labels are wanted, in the order of the columns. None: all of the config.
         device: Where the VAE runs.
-        on_bad_row: 'error', or 'skip' to set bad rows of the data set aside.
+        on_bad_row: 'error', or 'skip' to set bad rows of the data set aside, in `bad_rows_file` (None: beside it).
         say: Gets a line of progress every 15 seconds.
 
     Raises:
@@ -101,7 +102,7 @@ def read_labelled(
     _check(config, names)
     backbone = load_backbone(config.base_model, config.base_revision)
     decoder = backbone.load_decoder(config.rewards.fixed_decode_chunk_size, device)
-    rows = read_rows(config, names, backbone.image_size(), on_bad_row=on_bad_row)
+    rows = read_rows(config, names, backbone.image_size(), on_bad_row=on_bad_row, bad_rows_file=bad_rows_file)
     blocks: list[_Block] = []
     total, told = 0, time.monotonic()
     while chunk := list(islice(rows, BLOCK_ROWS)):

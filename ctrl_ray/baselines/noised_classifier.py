@@ -27,7 +27,7 @@ LAYOUT = stored.Layout(
     SETTINGS,
     "python -m ctrl_ray.classify --noised",
     {"latent_shape": tuple[int, ...], "network_arguments": dict, "base_model": str},
-    {"held_out": dict | None},
+    {"held_out": dict | None, "vae": str | None},
 )
 _NUM_FREQUENCIES = 32
 _COARSEST = 8
@@ -115,6 +115,7 @@ class NoisedClassifier(nn.Module):
         latent_shape: (C, h, w) that it was fitted on.
         base_model: Whose latents and noise schedule these are.
         held_out: Figures on held-out images by noise level (`noised_fit.held_out_figures`).
+        vae: SHA-256 of the VAE that encoded them (`policy.identity`); None: not known.
     """
 
     def __init__(
@@ -127,12 +128,13 @@ class NoisedClassifier(nn.Module):
         latent_shape: Sequence[int],
         base_model: str,
         held_out: Mapping[str, Any] | None = None,
+        vae: str | None = None,
     ) -> None:
         super().__init__()
         self.network, self.arguments = network, dict(arguments)
         self.control, self.spec = control, spec
         self.latent_shape, self.base_model = tuple(latent_shape), base_model
-        self.held_out = dict(held_out or {})
+        self.held_out, self.vae = dict(held_out or {}), vae
 
     @classmethod
     def new(
@@ -143,6 +145,7 @@ class NoisedClassifier(nn.Module):
         latent_shape: Sequence[int],
         base_model: str,
         prompt_conditional: bool = False,
+        vae: str | None = None,
     ) -> NoisedClassifier:
         """One with random weights. It halves images until a side has at most 8 latent pixels, at least once."""
         channels, side = latent_shape[0], min(latent_shape[1:])
@@ -154,7 +157,13 @@ class NoisedClassifier(nn.Module):
         }
         network = NoisedNetwork(spec.num_classes, **arguments)
         return cls(
-            network, arguments=arguments, control=control, spec=spec, latent_shape=latent_shape, base_model=base_model
+            network,
+            arguments=arguments,
+            control=control,
+            spec=spec,
+            latent_shape=latent_shape,
+            base_model=base_model,
+            vae=vae,
         )
 
     def forward(self, latents: Tensor, timestep: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
@@ -184,6 +193,7 @@ class NoisedClassifier(nn.Module):
             "latent_shape": self.latent_shape,
             "base_model": self.base_model,
             "held_out": self.held_out,
+            "vae": self.vae,
         }
         stored.write_folder(folder, LAYOUT, self.network, self.control, self.spec, more)
 
@@ -221,5 +231,6 @@ class NoisedClassifier(nn.Module):
             latent_shape=settings["latent_shape"],
             base_model=settings["base_model"],
             held_out=settings.get("held_out"),
+            vae=settings.get("vae"),
         )
         return classifier.eval().requires_grad_(False).to(device)

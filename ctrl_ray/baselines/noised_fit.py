@@ -21,6 +21,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, DataError, NonFiniteError, RunFolderError
 from ctrl_ray.offline.reading import OnBadRow
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.runs.claim import claimed
 
 NUM_BINS = 10
@@ -99,6 +100,7 @@ def fit_noised(
             latent_shape=data.latents.shape[1:],
             base_model=config.base_model,
             prompt_conditional=settings.prompt_conditional,
+            vae=load_backbone(config.base_model, config.base_revision).identities()["vae"].sha256,
         ).to(device)
     images = _Noised(config, data, list(data.controls).index(control), device)
     _fit(config, classifier, images, data.rows("fitting"), data.rows("selection"), say)

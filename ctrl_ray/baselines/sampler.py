@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -65,6 +65,15 @@ class Baseline:
     def rows_per_image(self) -> int:
         """Latents that are held for each image at a time."""
         return 1
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that it reads where it samples."""
+        return ()
+
+    def reading(self, folders: Sequence[str]) -> Baseline:
+        """Itself, with others in the place of `folders`: where they lie on this host."""
+        return self
 
     def draw(self, call: Call) -> Trajectory:
         """Sample; with KL and log-ratio to the pre-trained model where the density of a path is known."""

@@ -27,11 +27,13 @@ from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.distributed.batches import evaluation_batch
 from ctrl_ray.distributed.sampling import (
     SamplingJob,
+    drawing_of,
     job_noise,
     load_policy,
     prepare_process,
     sample_policy,
     sampling_task,
+    with_copies,
 )
 from ctrl_ray.evaluation.samples import EvaluationSamples, concatenate, load_samples, save_samples
 from ctrl_ray.policy.protocol import Inputs
@@ -95,8 +97,7 @@ class Desk:
         file = self.folder / "cost" / f"{self.key(job)}-{ids[0]}-{ids[-1]}-{len(ids)}.json"
         if file.is_file():
             return _cost_of(json.loads(file.read_text(encoding="utf-8")))
-        adapters = [each.adapter for each in (job, plain) if each.adapter is not None]
-        job, plain = (dataclasses.replace(each, copies=copies_of(adapters)) for each in (job, plain))
+        job, plain = with_copies(job), with_copies(plain)
         rewards = dataclasses.replace(self.rewards, copies=copies_of(list(self.rewards.classifiers.values())))
         device = "cuda" if self.scaling.use_gpu else "cpu"
         cost: Cost = ray.get(sampling_task(time_job, self.scaling).remote(job, plain, rewards, device))
@@ -129,6 +130,7 @@ def _run(job: SamplingJob, scorer: Any, calls: Calls, device: str) -> Callable[[
     """One call draws and decodes the job's samples; the KL is not asked for."""
     policy, controls, kernel = load_policy(job)
     policy.to(device)
+    draw = drawing_of(job)
     batch = evaluation_batch(job.sample_ids, job.prompts, controls, tuple(job.controls))
     condition = policy.backbone.load_encoder(device).encode(batch.prompts)
     inputs = Inputs(condition, batch.labels.to(device), Guidance.of(job.sampler))
@@ -137,7 +139,7 @@ def _run(job: SamplingJob, scorer: Any, calls: Calls, device: str) -> Callable[[
     def run() -> None:
         noise = job_noise(job, job.sample_ids, policy.latent_shape, kernel.num_steps, device)
         with torch.no_grad(), policy.folded(inputs.labels):
-            path = job.draw(counted, kernel, inputs, noise, rewards, reference=job.reference)
+            path = draw(counted, kernel, inputs, noise, rewards, reference=job.reference)
         rewards.decode(path.clean_latents).cpu()
 
     return run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ctrl_ray.distributed.clock import PhaseClock
 from ctrl_ray.distributed.engine import all_reduce_sum
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.errors import NonFiniteError
+from ctrl_ray.offline.reading import OnBadRow
 
 
 class CFGFineTuning:
@@ -25,9 +28,9 @@ class CFGFineTuning:
 
     needs_cotangent = False
 
-    def __init__(self, images: LabelledLatents | None = None) -> None:
-        """images: to train on; None: those of the run's data set."""
-        self._images = images
+    def __init__(self, images: LabelledLatents | None = None, on_bad_row: OnBadRow = "error") -> None:
+        """images: to train on; None: those of the data set. on_bad_row: 'error', or 'skip' to set bad rows of it aside."""
+        self._images, self._on_bad_row = images, on_bad_row
         self._schedule: NoiseSchedule | None = None
 
     def update(self, learner: Learner, update: int) -> dict[str, float]:
@@ -77,7 +80,12 @@ class CFGFineTuning:
             self._schedule = NoiseSchedule.of(config)
         if self._images is None:
             say = _say if rank.index == 0 else _say_nothing
-            self._images = read_labelled(config, device=rank.device, say=say)
+            with tempfile.TemporaryDirectory() as folder:
+                # the first rank tells of the bad rows, beside the data set; all find the same ones
+                bad_rows_file = None if rank.index == 0 else str(Path(folder) / "bad_rows.jsonl")
+                self._images = read_labelled(
+                    config, device=rank.device, on_bad_row=self._on_bad_row, bad_rows_file=bad_rows_file, say=say
+                )
             say(f"{len(self._images)} labelled images encoded")
         return self._images, self._schedule
 

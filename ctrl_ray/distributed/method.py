@@ -9,6 +9,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.cfg_finetuning import CFGFineTuning
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.update import CTRL
+from ctrl_ray.offline.reading import OnBadRow
 
 
 class Method(Protocol):
@@ -29,6 +30,7 @@ class Method(Protocol):
         ...
 
 
-def make_method(config: TrainConfig) -> Method:
-    """The method that a config asks for."""
-    return CTRL.of(config) if config.draws_trajectories else CFGFineTuning()
+def make_method(config: TrainConfig, on_bad_row: OnBadRow = "error") -> Method:
+    """The method that a config asks for. on_bad_row: 'error', or 'skip' to set bad rows of the data set aside where it is
+    read."""
+    return CTRL.of(config) if config.draws_trajectories else CFGFineTuning(on_bad_row=on_bad_row)

@@ -13,6 +13,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ctrl_ray.baselines.sampler import Baseline
 from ctrl_ray.candidates.weights import log_tilts
 from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait
@@ -77,7 +78,8 @@ class SamplingJob:
     adapter_scale: float = 1.0
     """Scales LoRA and control embeddings, as `python -m ctrl_ray.sample --adapter-scale` does."""
     copies: Mapping[str, FolderCopy] = field(default_factory=dict, repr=False)
-    """The adapter folder by value, for hosts that do not have it; `sample_policy` sets it where it is needed."""
+    """Folders of the adapter and of the sampler by value, for hosts that do not have them; `sample_policy` sets it where it is
+    needed."""
 
 
 def sample_policy(
@@ -89,8 +91,7 @@ def sample_policy(
     of the actors has room, and raises ResourceError after `scaling.placement_timeout_s`.
     """
     count = min(scaling.fixed_num_workers, len(job.sample_ids))
-    if job.adapter is not None:
-        job = dataclasses.replace(job, copies=copies_of([job.adapter]))
+    job = with_copies(job)
     if isinstance(rewards, RewardModelSpec):
         rewards = dataclasses.replace(rewards, copies=copies_of(list(rewards.classifiers.values())))
     remote = sampling_task(_started_then_sampled, scaling, num_returns="streaming")
@@ -107,6 +108,21 @@ def sample_policy(
     wait = ClusterWait(asked, limit, _say, waits=lambda: True, patience_s=_IMPORT_S)
     samples = concatenate(_collected(streams, wait))
     return samples.select(np.argsort(samples.sample_ids, kind="stable"))
+
+
+def with_copies(job: SamplingJob) -> SamplingJob:
+    """With the folders that its workers read, by value, where they may be on another host."""
+    read = [] if job.adapter is None else [job.adapter]
+    if isinstance(job.draw, Baseline):
+        read += job.draw.folders
+    return dataclasses.replace(job, copies=copies_of(read))
+
+
+def drawing_of(job: SamplingJob) -> Sampler:
+    """How it draws on this host."""
+    if not isinstance(job.draw, Baseline):
+        return job.draw
+    return job.draw.reading([folder_here(folder, job.copies) for folder in job.draw.folders])
 
 
 def sampling_task(function: Callable[..., Any], scaling: ScalingConfig, **options: Any) -> Any:
@@ -175,12 +191,13 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
     policy.to(device)
     encoder = policy.backbone.load_encoder(device)
     guidance = Guidance.of(job.sampler)
+    draw = drawing_of(job)
     parts = []
     size = max(1, job.batch_size // rows_per_image(job.draw))
     for start in range(0, len(job.sample_ids), size):
         ids = job.sample_ids[start : start + size]
         batch = evaluation_batch(ids, job.prompts, controls, tuple(job.controls))
-        trajectory = job.draw(
+        trajectory = draw(
             policy,
             kernel,
             Inputs(encoder.encode(batch.prompts), batch.labels.to(device), guidance),

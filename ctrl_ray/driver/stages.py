@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ctrl_ray.cluster.shared_storage import copies_of
 from ctrl_ray.cluster.waiting import ClusterWait, pool_waits
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.distributed.launch import TrainingResult, export_adapter, run_training
+from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.distributed.worker_group import new_channel
@@ -135,13 +137,15 @@ def fine_tune(
     resume: bool,
     pre_trained: PreTrained = NOT_DRAWN,
     callbacks: Sequence[UserCallback] = (),
+    on_bad_row: OnBadRow = "error",
 ) -> TrainingResult:
     """Stages 2 and 3: train the workers, follow their metrics, export the best checkpoint's adapter.
 
     pre_trained: with them every evaluation has a certificate. callbacks: Ray Train's, such as the one that tells Ray Tune.
+    on_bad_row: As for `prepare_classifiers`, where the workers read the data set too (CFG fine-tuning).
     """
     log = RunLog(checked.config, folder, resume=resume)
-    job = train_job(checked, rewards, pre_trained)
+    job = train_job(checked, rewards, pre_trained, on_bad_row)
     try:
         with with_remedies(checked):
             trained = run_training(job, folder.storage_path, folder.name, log, callbacks=callbacks)
@@ -153,7 +157,9 @@ def fine_tune(
     return trained
 
 
-def train_job(checked: CheckedRun, rewards: Scorer, pre_trained: PreTrained = NOT_DRAWN) -> TrainJob:
+def train_job(
+    checked: CheckedRun, rewards: Scorer, pre_trained: PreTrained = NOT_DRAWN, on_bad_row: OnBadRow = "error"
+) -> TrainJob:
     """What the workers of a checked run get, with a channel of their own to this process."""
     return TrainJob(
         config=checked.config,
@@ -164,6 +170,7 @@ def train_job(checked: CheckedRun, rewards: Scorer, pre_trained: PreTrained = NO
         rewards=rewards,
         info=checked.info,
         channel=new_channel(),
+        make_method=functools.partial(make_method, on_bad_row=on_bad_row),
         copies=copies_of([checked.config.init_adapter] if checked.config.init_adapter else []),
     )
 

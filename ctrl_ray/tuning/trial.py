@@ -20,6 +20,7 @@ from ctrl_ray.errors import ConfigError, own_error
 from ctrl_ray.evaluation.certificate import certificate_row
 from ctrl_ray.evaluation.judging import evaluation_row
 from ctrl_ray.evaluation.samples import load_samples, save_samples
+from ctrl_ray.offline.reading import OnBadRow
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.tracking import METRICS_FILE
 from ctrl_ray.runs.files import write_whole
@@ -43,6 +44,8 @@ class TrialJob:
     """The pool that all trials share, or what each worker loads for itself."""
     folder: str
     """Of the sweep; every trial is a run folder under trials/."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of a bad row where a trial reads the data set."""
 
 
 def run_trial(knobs: dict[str, Any], job: TrialJob) -> dict[str, Any]:
@@ -93,7 +96,13 @@ def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[s
     own_before = any(path.split(".")[0] in _SAMPLING_SETTINGS for path in knobs)
     known = None if own_before else drawn_by_sweep(Path(job.folder))
     pre_trained = sample_pre_trained(checked, folder, job.rewards, known)
-    trained = fine_tune(checked, folder, job.rewards, resume=resume, pre_trained=pre_trained, callbacks=[tells])
+    trained = fine_tune(
+        *(checked, folder, job.rewards),
+        resume=resume,
+        pre_trained=pre_trained,
+        callbacks=[tells],
+        on_bad_row=job.on_bad_row,
+    )
     tells.wait_until_taken()
     final = evaluate_and_report(checked, folder, job.rewards, trained, {"sweep": job.folder}, pre_trained=pre_trained)
     save_samples(final.samples, folder / SAMPLES_FILE)

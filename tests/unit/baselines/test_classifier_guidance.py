@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ctrl_ray.exact.problems import GaussianReward, Mixture
 from ctrl_ray.exact.suite import TWO_MODES, Case, component, gaussian
 from ctrl_ray.gradients.rollout import Trajectory, rollout
 from ctrl_ray.policy.analytic import MixtureDenoiser, analytic_scheduler
+from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.protocol import Inputs
 from tests.unit.baselines.closed_forms import Bench, affine_law, guided_chain, law_of
 
@@ -194,6 +196,33 @@ def test_a_folder_is_loaded_once_and_the_sampler_travels(folder: Path) -> None:
     )
     assert pickle.loads(pickle.dumps(sampler)) == sampler
     assert sampler._classifier(0, str(folder), torch.device("cpu")) is _loaded(str(folder), "jpeg_size", "cpu")
+
+
+def test_a_folder_that_knows_other_latents_is_told_once(tmp_path: Path, tiny_pipeline: Path) -> None:
+    """By the VAE's weights, not by where they lie; one that does not say which VAE it was is silent."""
+    spec = ControlConfig(oracle="jpeg_size", thresholds=(1.0, 2.0), unit="bytes")
+    backbone = load_backbone(str(tiny_pipeline))
+    own = backbone.identities()["vae"].sha256
+    for name, vae in (("own", own), ("other", "0" * 64), ("silent", None)):
+        classifier = NoisedClassifier.new("size", spec, latent_shape=(4, 4, 4), base_model="their/model", vae=vae)
+        classifier.save(tmp_path / name)
+        sampler = ClassifierGuidance(noised_classifier=(str(tmp_path / name),), exponents=(1.0,))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                sampler._classifier(0, str(tmp_path / name), torch.device("cpu"), backbone)
+        texts = [str(warning.message) for warning in caught]
+        assert len(texts) == (name == "other")
+        if texts:
+            assert all(part in texts[0] for part in ("their/model", "000000000000…", own[:12], "classify --noised"))
+
+
+def test_its_folders_travel_by_value(folder: Path) -> None:
+    """To a host that does not have them; what is not a folder stays."""
+    exact = ExactGaussian(GaussianReward(2.0, 0.5))
+    sampler = ClassifierGuidance(noised_classifier=(str(folder), exact), exponents=(1.0, 1.0))
+    assert sampler.folders == (str(folder),)
+    assert sampler.reading(["/elsewhere"]) == dataclasses.replace(sampler, noised_classifier=("/elsewhere", exact))
 
 
 def test_folders_are_put_into_the_order_of_the_controls() -> None:

@@ -17,6 +17,7 @@ from ctrl_ray.comparison.drawing import Desk, job_of
 from ctrl_ray.comparison.methods import Setting
 from ctrl_ray.config import ControlConfig, SamplerConfig, ScalingConfig
 from ctrl_ray.config.method import MethodConfig
+from ctrl_ray.distributed import sampling
 from ctrl_ray.distributed.sampling import SamplingJob
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.gradients.rollout import rollout
@@ -174,6 +175,7 @@ def test_a_cost_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(drawing, "sampling_task", lambda function, scaling: Task())
     monkeypatch.setattr(drawing.ray, "get", lambda found: found)
-    monkeypatch.setattr(drawing, "copies_of", lambda folders: {})
+    for module in (drawing, sampling):
+        monkeypatch.setattr(module, "copies_of", lambda folders: {})
     assert [desk(tmp_path).time(job(), job()) for _ in range(2)] == [cost, cost]
     assert len(asked) == 1 and asked[0][3] == "cpu"

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ctrl_ray.baselines.labelled import LabelledLatents
@@ -17,9 +23,10 @@ from ctrl_ray.distributed.cfg_finetuning import CFGFineTuning
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.distributed.update import CTRL
-from ctrl_ray.errors import NonFiniteError
+from ctrl_ray.errors import DataError, NonFiniteError
 from ctrl_ray.evaluation.metric_names import check_names
 from ctrl_ray.gradients.rollout import policy_step, rollout
+from ctrl_ray.offline.images import to_png
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
@@ -146,6 +153,25 @@ def test_the_data_set_is_read_once_at_the_first_update(
     (images,) = reads
     assert len(images) == 40 and rows[0]["denoising_loss"] != rows[1]["denoising_loss"]
     assert capsys.readouterr().out == "40 labelled images encoded\n"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_bad_rows_of_the_data_set_are_an_error_or_set_aside(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    """As for stage 1; beside the data set the first rank alone writes which they are."""
+    images = [to_png(Image.fromarray(np.full((32, 32, 3), 20 * number, np.uint8))) for number in range(6)]
+    rows = [{"image": png, "stars": number % 2} for number, png in enumerate([*images, b"no image"])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    control = ControlConfig(classes=("1", "2"))
+    data = dataclasses.replace(config, data=str(tmp_path / "data.parquet"), controls={"stars": control})
+    learner: Any = SimpleNamespace(config=data, rank=Rank(index, 2, CPU))
+    strict, lenient = (CFGFineTuning(on_bad_row=on_bad_row) for on_bad_row in ("error", "skip"))
+    with pytest.raises(DataError, match="row 6"):
+        strict._loaded(learner)
+    found, _ = lenient._loaded(learner)
+    assert len(found) == 6
+    assert (tmp_path / "data.parquet.bad_rows.jsonl").is_file() == (index == 0)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(config: TrainConfig) -> None:

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +17,22 @@ import pytest
 import torch
 from torch import nn
 
+from ctrl_ray.baselines.classifier_guidance import ClassifierGuidance
 from ctrl_ray.config import ControlConfig, SamplerConfig
+from ctrl_ray.distributed import sampling
 from ctrl_ray.distributed.batches import Batch
-from ctrl_ray.distributed.sampling import SamplingJob, _log_tilt, _sample_part, job_noise, load_policy
+from ctrl_ray.distributed.sampling import (
+    SamplingJob,
+    _log_tilt,
+    _sample_part,
+    drawing_of,
+    job_noise,
+    load_policy,
+    with_copies,
+)
 from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.rewards.model import RewardModelSpec
+from ctrl_ray.runs.copies import FolderCopy
 from tests.classifiers import save_classifier
 from tests.unit.test_pipeline import CONTROLS, _export
 
@@ -65,6 +78,22 @@ def test_a_fork_shares_the_noise_of_the_steps_before_it(fork_at: int | None, sha
     same = [torch.equal(noises[0](index), noises[1](index)) for index in range(4)]
     assert same == [True] * shared + [False] * (4 - shared)
     assert not torch.equal(noises[1](3)[0], noises[1](3)[1])
+
+
+def test_the_folders_of_a_sampler_travel_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose host does not have them reads their copies."""
+    noised = tmp_path / "noised"
+    noised.mkdir()
+    (noised / "file").write_text("content")
+    monkeypatch.setattr(sampling, "copies_of", lambda paths: {path: FolderCopy.read(path) for path in paths})
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    job = with_copies(_job(draw=ClassifierGuidance(noised_classifier=(str(noised),), exponents=(1.0,))))
+    shutil.rmtree(noised)
+    found: Any = drawing_of(pickle.loads(pickle.dumps(job)))
+    (place,) = found.noised_classifier
+    assert place != str(noised) and (Path(place) / "file").read_text() == "content"
+    assert drawing_of(with_copies(_job())) is rollout
 
 
 @pytest.mark.full

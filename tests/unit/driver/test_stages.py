@@ -84,7 +84,8 @@ def test_config_and_policy_agree_about_the_classifiers(
 
     monkeypatch.setattr(stages, "new_channel", lambda: None)
     monkeypatch.setattr(stages, "copies_of", lambda paths: {})
-    job = train_job(prepared, rewards=None)  # type: ignore[arg-type]
+    job = train_job(prepared, rewards=None, on_bad_row="skip")  # type: ignore[arg-type]
+    assert job.make_method.keywords == {"on_bad_row": "skip"}  # type: ignore[attr-defined]
     assert {name: job.controls[name] for name in job.config.controls} == job.config.controls
 
 
