@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ctrl_ray.config.presets import DEFAULT_PRESET, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
+    from ctrl_ray.comparison.budgets.lines import BudgetPlan
     from ctrl_ray.comparison.plan import Plan
 
 _ADAPTER_EXAMPLE = "ctrl=runs/shapes/adapter"
@@ -41,17 +43,31 @@ class CompareOptions:
     is a line of its own."""
     classifier: tuple[str, ...] = ()
     """NAME=FOLDER for a control: a fitted classifier. The others are fitted on the preset's labelled images alone."""
+    label_budgets: tuple[Annotated[int, at_least(1)], ...] = ()
+    """Numbers of labelled images, such as 64 256 1024 4096: what CTRL, CFG fine-tuning and classifier guidance reach with so
+    many, with and without prompts, in place of the comparison of all methods."""
     held_out: bool | None = None
     """Train CTRL once more without a quarter of the prompts, and judge it on those. None: unless --quick is given."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the noise."""
-    output_dir: str = "runs/compare"
-    """Folder of results.json, report.md, report.html, and of everything that is drawn and trained."""
+    output_dir: str | None = None
+    """Folder of results.json, report.md, report.html, and of everything that is drawn and trained. None: runs/compare, with
+    --label-budgets runs/label-budgets."""
     dry_run: bool = False
     """Print what would be drawn and stop."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.label_budgets and (self.adapters or self.held_out):
+            raise ConfigError(
+                "--label-budgets trains every adapter on its own labelled images and on all prompts; leave --adapters and "
+                "--held-out out"
+            )
+
+    @property
+    def folder(self) -> str:
+        """Where the results go."""
+        return self.output_dir or ("runs/label-budgets" if self.label_budgets else "runs/compare")
 
 
 def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.compare") -> dict[str, Any]:
@@ -63,20 +79,20 @@ def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.com
     from ctrl_ray.runs.claim import claimed
     from ctrl_ray.runs.outputs import check_output
 
-    if "://" in options.output_dir:
-        raise ConfigError(
-            f"output_dir of compare is {options.output_dir!r}; expected a folder; give another --output-dir"
-        )
-    folder = Path(check_output(options.output_dir))
+    if "://" in options.folder:
+        raise ConfigError(f"output_dir of compare is {options.folder!r}; expected a folder; give another --output-dir")
+    folder = Path(check_output(options.folder))
     config = _config(options)
     given = command.named_values("--adapters", options.adapters, _ADAPTER_EXAMPLE)
     adapters = {name: check_given_adapter(name, place, config) for name, place in given.items()}
     classifiers = command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE)
-    plan = _plan(options, config, adapters)
+    budgets = _budget_plan(options, config) if options.label_budgets else None
+    plan = _plan(options, config, adapters) if budgets is None else budgets.plan
     if options.dry_run:
-        print(plan.to_text())
+        print((budgets or plan).to_text())
         return {}
     from ctrl_ray.comparison.bench import Question
+    from ctrl_ray.comparison.budgets.run import run_budgets
     from ctrl_ray.comparison.classifiers import given_classifiers
     from ctrl_ray.comparison.run import run_comparison
 
@@ -91,6 +107,8 @@ def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.com
     )
     with claimed(folder):
         try:
+            if budgets is not None:
+                return run_budgets(question, budgets, _train, _say)
             return run_comparison(question, _train, _say)
         except (InterruptedRunError, KeyboardInterrupt):
             raise InterruptedRunError(
@@ -110,16 +128,32 @@ def _config(options: CompareOptions) -> TrainConfig:
     return dataclasses.replace(config, aim=False)
 
 
+def _num_classes(config: TrainConfig) -> int:
+    """Joint ones."""
+    return math.prod(control.num_classes for control in config.controls.values())
+
+
+def _budget_plan(options: CompareOptions, config: TrainConfig) -> BudgetPlan:
+    from ctrl_ray.comparison.budgets.lines import make_budget_plan
+
+    return make_budget_plan(
+        options.methods,
+        options.label_budgets,
+        num_steps=config.sampler.num_steps,
+        num_classes=_num_classes(config),
+        num_seeds=options.seeds,
+        quick=options.quick,
+        has_oracle=all(control.oracle for control in config.controls.values()),
+    )
+
+
 def _plan(options: CompareOptions, config: TrainConfig, adapters: dict[str, str]) -> Plan:
     from ctrl_ray.comparison.plan import make_plan
 
-    num_classes = 1
-    for control in config.controls.values():
-        num_classes *= control.num_classes
     return make_plan(
         options.methods,
         num_steps=config.sampler.num_steps,
-        num_classes=num_classes,
+        num_classes=_num_classes(config),
         num_seeds=options.seeds,
         quick=options.quick,
         adapters=adapters,
@@ -151,9 +185,11 @@ def _main(argv: Sequence[str]) -> None:
     results = compare(options, " ".join(["python -m ctrl_ray.compare", *map(shlex.quote, argv)]))
     if not results:
         return
-    from ctrl_ray.comparison.report import PAGE, terminal_text
+    from ctrl_ray.comparison import report
+    from ctrl_ray.comparison.budgets import report as budget_report
 
-    print(f"\n{terminal_text(results)}\nreport: {Path(options.output_dir) / PAGE}")
+    shown = budget_report.terminal_text(results) if options.label_budgets else report.terminal_text(results)
+    print(f"\n{shown}\nreport: {Path(options.folder) / report.PAGE}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ctrl_ray.baselines.labelled import LabelledLatents, read_labelled
 from ctrl_ray.baselines.noised_classifier import SETTINGS, NoisedClassifier
 from ctrl_ray.baselines.noising import NoiseSchedule
 from ctrl_ray.classifiers.calibration import calibration_metrics
+from ctrl_ray.classifiers.worker import tells_epoch
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.diffusion.noise import draw_key
 from ctrl_ray.errors import ConfigError, DataError, NonFiniteError, RunFolderError
@@ -197,6 +198,8 @@ def _fit(
             best, kept = nll, copy.deepcopy(classifier.state_dict())
         left = (time.monotonic() - start) / epoch * (settings.epochs - epoch)
         accuracy = float((log_probs.argmax(1) == labels).double().mean())
+        if not tells_epoch(epoch, settings.epochs):
+            continue
         say(
             f"noised classifier of {classifier.control}: epoch {epoch}/{settings.epochs}, loss {mean_loss:.4f}, selection "
             f"NLL {nll:.4f}, accuracy {accuracy:.4f}, {left:.0f} s left"

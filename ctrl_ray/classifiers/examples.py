@@ -78,7 +78,8 @@ def read_rows(
     """The rows of `config.data` at image_size x image_size, in the order of the file; 'shapes' draws them. At most
     `config.classifier.max_images`.
 
-    A control's column is read only where no oracle measures the label. Raises what `offline.reading.iter_rows` does.
+    Prompts are "" where `config.classifier.ignore_prompts` is on. A control's column is read only where no oracle measures the
+    label. Raises what `offline.reading.iter_rows` does.
     """
     if is_embedded(config.data):
         rows: Iterator[Row] = (
@@ -87,6 +88,8 @@ def read_rows(
         )
     else:
         rows = _parquet_rows(config, controls, image_size, on_bad_row, bad_rows_file)
+    if config.classifier.ignore_prompts:
+        rows = (row._replace(prompt="") for row in rows)
     return islice(rows, config.classifier.max_images)
 
 

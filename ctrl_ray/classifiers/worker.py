@@ -145,6 +145,11 @@ def _progress(job: FitJob) -> Callable[[int], None]:
     return told
 
 
+def tells_epoch(epoch: int, epochs: int) -> bool:
+    """Whether an epoch's line is said: each, or of very many about fifty and the last."""
+    return epoch % max(1, epochs // 50) == 0 or epoch == epochs
+
+
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, num_updates: int) -> torch.optim.lr_scheduler.OneCycleLR:
     """One-cycle learning rate (Smith & Topin 2019) for `num_updates` >= 1 updates, stepped after each."""
     total_steps = num_updates + 1
@@ -182,7 +187,7 @@ class _Fitter:
                 best = Best(epoch, nll, copy.deepcopy(self.network.state_dict()))
             accuracy = float((logits.argmax(1) == labels).double().mean())
             left = (time.monotonic() - start) / epoch * (settings.epochs - epoch)
-            if self.rank == 0:
+            if self.rank == 0 and tells_epoch(epoch, settings.epochs):
                 self.job.say(
                     f"classifier of {self.job.control}: epoch {epoch}/{settings.epochs}, "
                     f"loss {total / num_batches:.4f}, selection NLL {nll:.4f}, accuracy {accuracy:.4f}, "

@@ -16,7 +16,7 @@ from ctrl_ray.comparison.adapters import adapter_note
 from ctrl_ray.comparison.classifiers import classifier_difference, shipped_classifiers, with_classifiers
 from ctrl_ray.comparison.cost import Cost
 from ctrl_ray.comparison.drawing import Desk, job_of
-from ctrl_ray.comparison.methods import METHODS, PLAIN, Setting
+from ctrl_ray.comparison.methods import METHODS, PLAIN
 from ctrl_ray.comparison.plan import FIRST_TEST, FIRST_VALIDATION, MethodPlan, Plan, held_out_prompts
 from ctrl_ray.comparison.progress import Progress
 from ctrl_ray.comparison.results import Target, choose, distance_of, numbers_of, over_seeds
@@ -68,6 +68,16 @@ class Question:
     seed: int
     command: str
     """As it was given, for the report."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a method draws with, beside its setting."""
+
+    adapter: str | None = None
+    """Folder of a trained policy; None: the pre-trained model."""
+    noised: tuple[str, ...] = ()
+    """NAME=FOLDER of each control's noised classifier, for methods that need them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,20 +151,17 @@ class Bench:
     def method_row(self, plan: MethodPlan, train: Train) -> dict[str, Any]:
         """Train it, choose its knob's value, judge it, time it: a row of results.json."""
         runs = [self.trained(plan, seed, train) for seed in plan.seeds]
+        noised = self._noised() if plan.method.noised else {}
         adapters: list[str | None] = [*plan.adapters, *(run.adapter for run in runs)] or [None]
-        runs += list(self._noised().values()) if plan.method.noised else []
-        validation = [self._validated(plan, value, adapters) for value in plan.values] if plan.chooses else []
-        value = plan.values[choose(validation)] if validation else plan.values[0]
-        self.progress.what = f"{plan.method.title}, test"
-        ids = range(FIRST_TEST, FIRST_TEST + plan.counts.test)
-        drawn = [self._draw(plan, value, adapter, ids, _TEST_SEED) for adapter in adapters]
-        common = self.question.plan.common_test
-        pre_trained = plan.name == PLAIN
-        seeds = [numbers_of(self.target, part, pre_trained=pre_trained, common=common) for part in drawn]
-        self.shown[plan.method.title] = drawn[0]
+        sources = [
+            Source(adapter, tuple(f"{name}={run.adapter}" for name, run in noised.items())) for adapter in adapters
+        ]
+        runs += noised.values()
+        value, validation = self.choose(plan, sources)
+        seeds, self.shown[plan.method.title] = self.test(plan, value, sources)
         trains = bool(plan.adapters or runs)
         has_adapter = adapters[0] is not None
-        timed = functools.partial(self._timed, plan, value, adapters[0])
+        timed = functools.partial(self._timed, plan, value, sources[0])
         note = adapter_note(plan.adapters[0], self.config, plan.method.title) if plan.adapters else None
         return {
             "name": plan.name,
@@ -172,6 +179,24 @@ class Bench:
             "note": note,
         }
 
+    def choose(self, plan: MethodPlan, sources: Sequence[Source]) -> tuple[float, list[dict[str, Any]]]:
+        """The value of the knob that is best on the validation images, and what each value came to."""
+        if not plan.chooses:
+            return plan.values[0], []
+        validation = [self._validated(plan, value, sources) for value in plan.values]
+        return plan.values[choose(validation)], validation
+
+    def test(
+        self, plan: MethodPlan, value: float, sources: Sequence[Source]
+    ) -> tuple[list[dict[str, Any]], EvaluationSamples]:
+        """The numbers of each source on the test images, and the first one's images."""
+        self.progress.what = f"{plan.method.title}, test"
+        ids = range(FIRST_TEST, FIRST_TEST + plan.counts.test)
+        drawn = [self._draw(plan, value, source, ids, _TEST_SEED) for source in sources]
+        common, pre_trained = self.question.plan.common_test, plan.name == PLAIN
+        numbers = [numbers_of(self.target, part, pre_trained=pre_trained, common=common) for part in drawn]
+        return numbers, drawn[0]
+
     def trained(self, plan: MethodPlan, seed: int, train: Train) -> TrainedRun:
         """The method's run of this seed."""
         assert plan.method.training is not None
@@ -184,25 +209,20 @@ class Bench:
         folder = self.question.folder / "noised"
         return {name: noised_run(self.config, name, folder / name, self.say) for name in self.config.controls}
 
-    def _setting(self, plan: MethodPlan, value: float) -> Setting:
-        if not plan.method.noised:
-            return plan.method.setting(value)
-        return plan.method.setting(value, tuple(f"{name}={run.adapter}" for name, run in self._noised().items()))
-
     def held_out(self, rows: Sequence[Mapping[str, Any]], train: Train) -> dict[str, Any]:
         """Train CTRL without a quarter of the prompts; what it reaches on those and on the others, at CTRL's chosen value."""
         held = held_out_prompts(self.base.prompts)
         kept = tuple(prompt for prompt in self.base.prompts if prompt not in held)
         self.say(f"CTRL: training without {len(held)} of {len(held) + len(kept)} prompts")
         config = held_out_config(self.config, self.question.folder / "runs" / HELD_OUT, kept)
-        adapter = trained_run(config, train).adapter
+        source = Source(trained_run(config, train).adapter)
         plan = next(plan for plan in self.question.plan.methods if plan.name == "ctrl")
         value = next(row["chosen"] for row in rows if row["name"] == "ctrl")
         self.progress.what = "CTRL, prompts held back"
         found: dict[str, Any] = {"prompts": list(held)}
         for side, prompts in (("held_out", held), ("trained", kept)):
             ids = range(FIRST_TEST, FIRST_TEST + plan.counts.test)
-            drawn = self._draw(plan, value, adapter, ids, _TEST_SEED, prompts)
+            drawn = self._draw(plan, value, source, ids, _TEST_SEED, prompts)
             found[side] = numbers_of(self.target, drawn, pre_trained=False, common=len(drawn))
         return found
 
@@ -225,13 +245,13 @@ class Bench:
             found[name] = classifier_difference(*beliefs, truth, control, self.exponents[name])
         return found
 
-    def _validated(self, plan: MethodPlan, value: float, adapters: Sequence[str | None]) -> dict[str, Any]:
-        """The mean over adapters of the worst class's distance at one value of the knob."""
+    def _validated(self, plan: MethodPlan, value: float, sources: Sequence[Source]) -> dict[str, Any]:
+        """The mean over sources of the worst class's distance at one value of the knob."""
         self.progress.what = f"{plan.method.title}, {plan.method.knob} {value:g}"
         ids = range(FIRST_VALIDATION, FIRST_VALIDATION + plan.counts.validation)
         worst = []
-        for adapter in adapters:
-            drawn = self._draw(plan, value, adapter, ids, _VALIDATION_SEED)
+        for source in sources:
+            drawn = self._draw(plan, value, source, ids, _VALIDATION_SEED)
             worst.append(distance_of(self.target, measure_samples(drawn, self.config.controls))["worst"])
         known = [each for each in worst if each is not None]
         mean = sum(known) / len(known) if len(known) == len(worst) else None
@@ -241,7 +261,7 @@ class Bench:
         self,
         plan: MethodPlan,
         value: float,
-        adapter: str | None,
+        source: Source,
         ids: range,
         seed: int,
         prompts: tuple[str, ...] | None = None,
@@ -249,15 +269,17 @@ class Bench:
         base = dataclasses.replace(
             self.base, seed=self.question.seed + seed, sample_ids=tuple(ids), prompts=prompts or self.base.prompts
         )
-        job = job_of(base, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
-        return self.desk.draw(job, plan.cost(value))
+        return self.desk.draw(self._job(base, plan, value, source), plan.cost(value))
 
-    def _timed(self, plan: MethodPlan, value: float, adapter: str | None, *, of_one_class: bool) -> Cost:
+    def _timed(self, plan: MethodPlan, value: float, source: Source, *, of_one_class: bool) -> Cost:
         step = len(self.target.classes) if of_one_class else 1
         ids = tuple(range(FIRST_VALIDATION, FIRST_VALIDATION + step * TIMED_IMAGES, step))
         plain = dataclasses.replace(self.base, seed=self.question.seed + _VALIDATION_SEED, sample_ids=ids)
-        job = job_of(plain, self._setting(plan, value), adapter, tuple(self.target.exponents.values()))
-        return self.desk.time(job, plain)
+        return self.desk.time(self._job(plain, plan, value, source), plain)
+
+    def _job(self, base: SamplingJob, plan: MethodPlan, value: float, source: Source) -> SamplingJob:
+        setting = plan.method.setting(value, source.noised) if plan.method.noised else plan.method.setting(value)
+        return job_of(base, setting, source.adapter, tuple(self.target.exponents.values()))
 
 
 def _base_job(config: TrainConfig) -> SamplingJob:

@@ -31,23 +31,23 @@ def _row(method: Mapping[str, Any]) -> list[str]:
     return [
         method["title"],
         "–" if method["knob"] is None else f"{method['knob']} {method['chosen']:g}",
-        _share(test["accuracy"], errors["accuracy"]),
-        _share(test["macro_f1"], errors["macro_f1"]),
-        _number(test["prompt_fidelity"], errors["prompt_fidelity"], 3),
-        _number(test["diversity"], errors["diversity"], 3),
-        _distance(distance),
+        share_text(test["accuracy"], errors["accuracy"]),
+        share_text(test["macro_f1"], errors["macro_f1"]),
+        number_text(test["prompt_fidelity"], errors["prompt_fidelity"], 3),
+        number_text(test["diversity"], errors["diversity"], 3),
+        distance_text(distance),
         " ".join("–" if ratio is None else f"{ratio:.1f}" for ratio in distance["classes"].values()),
-        _number(test["kl"], errors["kl"], 2),
-        _number(test["gap"], errors["gap"], 2) + (" (loose)" if test["too_wide"] else ""),
+        number_text(test["kl"], errors["kl"], 2),
+        number_text(test["gap"], errors["gap"], 2) + (" (loose)" if test["too_wide"] else ""),
         f"{cost['seconds']:.3g}",
         f"{cost['ratio']:.2f}",
         *(f"{calls[name]:g}" for name in ("forwards", "backwards", "decodes", "decode_backwards")),
-        _training(method["training"]),
+        training_text(method["training"]),
         str(test["num_images"]),
     ]
 
 
-def _share(value: float | None, error: float | None) -> str:
+def share_text(value: float | None, error: float | None) -> str:
     """A share with its 95 % interval."""
     if value is None:
         return "–"
@@ -55,20 +55,20 @@ def _share(value: float | None, error: float | None) -> str:
     return f"{value:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
 
 
-def _number(value: float | None, error: float | None, digits: int) -> str:
+def number_text(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _distance(distance: Mapping[str, Any]) -> str:
+def distance_text(distance: Mapping[str, Any]) -> str:
     if distance["worst"] is None:
         return "–"
     low, high = distance["range"]
     return f"{distance['worst']:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
 
 
-def _training(runs: Sequence[Mapping[str, Any]] | None) -> str:
+def training_text(runs: Sequence[Mapping[str, Any]] | None) -> str:
     """Mean over runs; '≥' where a run was resumed, and 'given' for adapters that were trained elsewhere."""
     if runs is None:
         return "0"
@@ -81,7 +81,7 @@ def _training(runs: Sequence[Mapping[str, Any]] | None) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole comparison as Markdown: table, verdicts, how it was made."""
     rows = [list(HEAD), ["---"] * len(HEAD), *table_rows(results["methods"])]
-    lines = [f"# {title_of(results)}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+    lines = [f"# {title_of(results)}", "", *(f"| {' | '.join(map(cell_text, row))} |" for row in rows), ""]
     lines += [f"- {line}" for line in notes(results)]
     if results["verdicts"]:
         lines += ["", "## Where CTRL wins and where it loses", ""]
@@ -104,7 +104,7 @@ def terminal_text(results: Mapping[str, Any]) -> str:
     return "\n".join([text_table(rows, left=(0, 1)), *map(verdict_text, results["verdicts"])])
 
 
-def _cell(value: str) -> str:
+def cell_text(value: str) -> str:
     return value.replace("|", "\\|")
 
 
@@ -184,9 +184,9 @@ def held_out_lines(held_out: Mapping[str, Any]) -> list[str]:
     for side, words in (("held_out", "held back"), ("trained", "trained on")):
         row = held_out[side]
         lines.append(
-            f"{words}: accuracy {_share(row['accuracy'], row['errors']['accuracy'])}, gap "
-            f"{_number(row['gap'], row['errors']['gap'], 2)} nats, fidelity "
-            f"{_number(row['prompt_fidelity'], row['errors']['prompt_fidelity'], 3)} ({row['num_images']} images)"
+            f"{words}: accuracy {share_text(row['accuracy'], row['errors']['accuracy'])}, gap "
+            f"{number_text(row['gap'], row['errors']['gap'], 2)} nats, fidelity "
+            f"{number_text(row['prompt_fidelity'], row['errors']['prompt_fidelity'], 3)} ({row['num_images']} images)"
         )
     return lines
 
@@ -214,13 +214,13 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
         f"<h1>{text(title_of(results))}</h1>",
         f"<ul class='findings'>{''.join(wins)}</ul>" if wins else "",
         table(cells, HEAD),
-        _list(notes(results)),
+        list_html(notes(results)),
         *(
             picture(ReportFigure(kind, caption, folder / results["figures"][kind], wide=True))
             for kind, caption in CAPTIONS.items()
             if kind in results["figures"]
         ),
-        *(f"<h2>{text(heading)}</h2>{_list(found)}" for heading, found in _parts(results)),
+        *(f"<h2>{text(heading)}</h2>{list_html(found)}" for heading, found in _parts(results)),
         "<h2>Made with</h2>",
         table([(text(key), text(value)) for key, value in results["facts"].items()]),
     ]
@@ -236,5 +236,5 @@ CAPTIONS = {
 """Title of each picture, and what it shows."""
 
 
-def _list(lines: Sequence[str]) -> str:
+def list_html(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""

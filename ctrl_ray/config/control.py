@@ -145,6 +145,9 @@ class ClassifierConfig:
     'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
     prompt_conditional: bool = False
     """Give the classifier the prompt too. It needs the prompt when y depends on it even for a given image."""
+    ignore_prompts: bool = False
+    """Read the labelled images as pairs (x, y), as if they had no prompts. CFG fine-tuning then learns the label beside the
+    empty prompt alone."""
     epochs: Annotated[int, at_least(1)] = 12
     """Passes over the fitting split. The epoch with the lowest negative log-likelihood on the selection split is
     kept."""
@@ -172,6 +175,10 @@ class ClassifierConfig:
         require(
             abs(sum(self.split) - 1) < 1e-6,
             f"classifier split {self.split} must be three positive shares that add up to 1",
+        )
+        require(
+            not (self.ignore_prompts and self.prompt_conditional),
+            "classifier.prompt_conditional needs the prompts that classifier.ignore_prompts leaves out; give one of the two",
         )
         kind = self.network.partition(":")[0]
         require(

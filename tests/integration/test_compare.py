@@ -11,6 +11,8 @@ import pytest
 
 from ctrl_ray.compare import CompareOptions, compare
 from ctrl_ray.comparison import bench, drawing, plan
+from ctrl_ray.comparison.budgets import lines
+from ctrl_ray.comparison.budgets import run as budget_run
 from ctrl_ray.comparison.plan import Budget, Counts
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.presets import PRESETS
@@ -85,3 +87,24 @@ def test_a_comparison_end_to_end_and_again(options: CompareOptions, monkeypatch:
     monkeypatch.setattr("ctrl_ray.verification.drawing.sample_policy", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr("ctrl_ray.train.fit", lambda *_, **__: pytest.fail("trained again"))
     assert numbers(compare(options)) == numbers(results)
+
+
+def test_label_budgets_end_to_end_and_again(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted."""
+    monkeypatch.setattr(lines, "QUICK", Counts(64, 64))
+    monkeypatch.setattr(lines, "FEWEST_UPDATES", 2)
+    asked = dataclasses.replace(options, methods=(), label_budgets=(24,))
+    results = compare(asked)
+    assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("cfg", 24), ("guidance", 24)]
+    folder = Path(asked.folder)
+    for row in results["rows"]:
+        assert row["test"]["num_images"] == 64 and len(row["validation"]) == 3
+        assert bool(row["calibration"][0]) == (row["line"] == "ctrl")
+    fitted = json.loads((folder / "classifiers" / "pairs-0-24-0" / "jpeg_size" / "classifier.json").read_text())
+    rows = fitted["calibration"]["num_rows"]
+    assert sum(rows[split] for split in ("fitting", "selection", "temperature")) == 24
+    assert (folder / "label_budgets.png").stat().st_size > 0
+    assert set(results["ratios"]) == {"cfg", "guidance"}
+    monkeypatch.setattr(budget_run, "fit_classifier", None)
+    monkeypatch.setattr(drawing, "sample_policy", None)
+    assert numbers(compare(asked)) == numbers(results)

@@ -81,6 +81,16 @@ def test_columns_are_read_together_and_equal_images_share_a_side(rated: TrainCon
     assert not torch.equal(found.latents[0], found.latents[1])
 
 
+def test_pairs_have_no_prompts_and_all_else_is_the_same(config: TrainConfig) -> None:
+    few = dataclasses.replace(config, num_drawn_images=8)
+    pairs = dataclasses.replace(few, classifier=dataclasses.replace(few.classifier, ignore_prompts=True))
+    whole, found = read_labelled(few, ["jpeg_size"]), read_labelled(pairs, ["jpeg_size"])
+    assert found.prompts == ("",) * 8 and all(whole.prompts)
+    assert torch.equal(found.latents, whole.latents) and torch.equal(found.labels, whole.labels)
+    with pytest.raises(ConfigError, match="needs the prompts that classifier"):
+        dataclasses.replace(pairs.classifier, prompt_conditional=True)
+
+
 def test_progress_is_told(rated: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labelled, "_TELL_EVERY_S", 0.0)
     lines: list[str] = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctrl_ray.classifiers.worker import one_cycle
+from ctrl_ray.classifiers.worker import one_cycle, tells_epoch
 
 
 def rates(num_updates: int) -> list[float]:
@@ -30,3 +30,9 @@ def test_peak_after_a_quarter() -> None:
     assert used.index(max(used)) == 49  # 0.25 x 200 - 1
     assert used[0] == pytest.approx(1 / 25, rel=1e-3)
     assert used[-1] < 1e-3
+
+
+def test_a_fit_of_many_epochs_tells_of_about_fifty_and_the_last() -> None:
+    assert [epoch for epoch in range(1, 13) if tells_epoch(epoch, 12)] == list(range(1, 13))
+    told = [epoch for epoch in range(1, 304) if tells_epoch(epoch, 303)]
+    assert 50 <= len(told) <= 52 and told[-1] == 303

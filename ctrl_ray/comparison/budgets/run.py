@@ -1,0 +1,194 @@
+"""A comparison over label budgets, from the first classifier to the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctrl_ray.classifiers.calibration import calibration_metrics
+from ctrl_ray.classifiers.classifier import SETTINGS, ImageClassifier
+from ctrl_ray.cluster.connection import connected
+from ctrl_ray.comparison.bench import Bench, Question, Source
+from ctrl_ray.comparison.budgets import figure, report
+from ctrl_ray.comparison.budgets.lines import LINES, BudgetPlan, Line, fitting_config
+from ctrl_ray.comparison.budgets.needed import label_ratios
+from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifiers
+from ctrl_ray.comparison.methods import METHODS
+from ctrl_ray.comparison.results import CRITERION, over_seeds
+from ctrl_ray.comparison.training import Train, TrainedRun, noised_run, run_config, trained_run
+from ctrl_ray.config import TrainConfig
+from ctrl_ray.driver.classifier import fit_classifier
+from ctrl_ray.evaluation.judging import oracle_labels
+from ctrl_ray.evaluation.samples import EvaluationSamples
+from ctrl_ray.offline.prompts import training_prompts
+from ctrl_ray.policy.pipeline_sampler import PipelineSampler
+from ctrl_ray.reporting.facts import environment_facts
+from ctrl_ray.runs.files import write_whole
+
+RESULTS = "results.json"
+
+
+def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run it all and write results.json, the report and its picture; returns what results.json holds.
+
+    The target is that of classifiers fitted on all labelled images of the preset (or given): every line is judged by how near
+    it comes to what all labels would give. train: `training.Train`. What is drawn, fitted and trained is kept below the folder:
+    the same question, asked again, goes on from there.
+    """
+    started = time.monotonic()
+    say(budgets.to_text())
+    with connected():
+        folders = offline_classifiers(question.config, question.folder / "classifier", question.classifiers)
+        bench = Bench.made(question, folders, say)
+        numbers, plain = bench.test(budgets.plain, 1.0, [Source()])
+        rows = []
+        for line in budgets.lines:
+            for budget in budgets.budgets:
+                rows.append(_Row(bench, budgets, line, budget, plain, train).made())
+                say(report.line_of(rows[-1]))
+    results = {
+        "preset": question.preset,
+        "command": question.command,
+        "exponents": bench.exponents,
+        "criterion": CRITERION,
+        "budgets": list(budgets.budgets),
+        "num_seeds": len(budgets.seeds),
+        "common_test": question.plan.common_test,
+        "seed": question.seed,
+        "pre_trained": over_seeds(numbers),
+        "rows": rows,
+        "ratios": _ratios(budgets, rows),
+        "facts": environment_facts(),
+        "seconds": time.monotonic() - started,
+    }
+    picture = figure.plot_budgets(question.folder / "label_budgets.png", results)
+    results["figures"] = {} if picture is None else {figure.TITLE: picture.name}
+    text = json.dumps(results, indent=2) + "\n"
+    found: dict[str, Any] = json.loads(text)
+    write_whole(question.folder / RESULTS, text)
+    write_whole(question.folder / report.MARKDOWN, report.markdown(found))
+    write_whole(question.folder / report.PAGE, report.page(found, question.folder))
+    return found
+
+
+def _ratios(budgets: BudgetPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each other line the labels that it needs for CTRL's distance; only where all distances are known."""
+    worst: dict[str, list[list[float]]] = {}
+    for line in budgets.lines:
+        each = [[seed["common_distance"]["worst"] for seed in row["seeds"]] for row in rows if row["line"] == line]
+        if all(value is not None for values in each for value in values):
+            worst[line] = each
+    ours = worst.get("ctrl")
+    if ours is None:
+        return {}
+    return {
+        line: label_ratios(budgets.budgets, ours, theirs)
+        for line, theirs in worst.items()
+        if LINES[line].method != "ctrl"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One line at one budget."""
+
+    bench: Bench
+    budgets: BudgetPlan
+    name: str
+    budget: int
+    plain: EvaluationSamples
+    """The pre-trained model's test images, which judge the classifiers."""
+    train: Train
+
+    @property
+    def line(self) -> Line:
+        return LINES[self.name]
+
+    def made(self) -> dict[str, Any]:
+        """Fit, train, choose the knob's value over the seeds, test."""
+        plan = self.budgets.of(self.name, self.budget)
+        runs: list[TrainedRun] = []
+        sources, calibration = [], []
+        for seed in self.budgets.seeds:
+            source, own, figures = self._source(seed)
+            sources.append(source)
+            runs += own
+            calibration.append(figures)
+        value, validation = self.bench.choose(plan, sources)
+        numbers, _ = self.bench.test(plan, value, sources)
+        return {
+            "line": self.name,
+            "title": self.line.title,
+            "budget": self.budget,
+            "knob": plan.method.knob,
+            "chosen": value,
+            "validation": validation,
+            "test": over_seeds(numbers),
+            "seeds": numbers,
+            "calibration": calibration,
+            "training": [dataclasses.asdict(run) for run in runs],
+        }
+
+    def _source(self, seed: int) -> tuple[Source, list[TrainedRun], dict[str, Any]]:
+        """What one seed trains, and the figures of its classifiers, by control."""
+        folder, say = self.bench.question.folder, self.bench.say
+        config = fitting_config(self.bench.question.config, self.line, self.budget, seed)
+        name = f"{self.name}-{self.budget}-{seed}"
+        say(f"{self.line.title}: {self.budget} images, seed {seed}")
+        if self.line.method == "classifier_guidance":
+            runs = {
+                control: noised_run(config, control, folder / "noised" / name / control, say)
+                for control in config.controls
+            }
+            source = Source(noised=tuple(f"{control}={run.adapter}" for control, run in runs.items()))
+            return source, list(runs.values()), {}
+        folders = self._classifiers(config, folder / "classifiers" / self._classifier_name(seed))
+        training = METHODS[self.line.method].training
+        assert training is not None
+        given = run_config(with_classifiers(config, folders), training, folder / "runs" / name, seed)
+        run = trained_run(given, self.train)
+        figures = self._figures(folders) if self.line.method == "ctrl" else {}
+        return Source(run.adapter), [run], figures
+
+    def _classifier_name(self, seed: int) -> str:
+        """Of the classifiers: those on the same images are the same for every line (CFG fine-tuning only reports with one)."""
+        kind = "prompts" if self.line.with_prompts and self.line.method != "cfg" else "pairs"
+        return f"{kind}-{self.line.num_samples}-{self.budget}-{seed}"
+
+    def _classifiers(self, config: TrainConfig, folder: Path) -> dict[str, str]:
+        for control in config.controls:
+            if (folder / control / SETTINGS).is_file():
+                continue
+            samples = None
+            if config.classifier.num_pipeline_samples:
+                samples = PipelineSampler(config, tuple(training_prompts(config)))
+            fit_classifier(config, control, output_dir=folder / control, sample_pipeline=samples)
+        return {control: str(folder / control) for control in config.controls}
+
+    def _figures(self, folders: Mapping[str, str]) -> dict[str, Any]:
+        """`calibration_metrics` of each control's classifier on the pre-trained model's images, where an oracle knows them."""
+        found = {}
+        for name, folder in folders.items():
+            control = self.bench.config.controls[name]
+            if control.oracle:
+                truth = torch.from_numpy(oracle_labels(name, control, self.plain.images).classes)
+                found[name] = calibration_metrics(_beliefs(Path(folder), self.plain), truth)
+        return found
+
+
+@torch.no_grad()
+def _beliefs(folder: Path, samples: EvaluationSamples) -> torch.Tensor:
+    """log p̂(y|x), (N, K), of samples' images."""
+    classifier = ImageClassifier.from_pretrained(folder)
+    images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).float() / 255
+    parts = [
+        classifier(images[start : start + 128], samples.prompts[start : start + 128])
+        for start in range(0, len(images), 128)
+    ]
+    return torch.cat(parts)
