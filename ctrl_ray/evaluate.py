@@ -26,6 +26,8 @@ class EvaluateOptions:
 
     adapter: str | None = None
     """Adapter folder, such as RUN/adapter. Its controls, classes and thresholds are judged."""
+    controls: tuple[str, ...] = ()
+    """With --adapter: the names of those of its controls that are asked for; the others are null. Empty: all."""
     runs: tuple[str, ...] = ()
     """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a
     picture."""
@@ -67,7 +69,8 @@ class EvaluateOptions:
     precision: Precision | None = None
     """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
     output_dir: str | None = None
-    """Folder of the report. None: 'report' in the image folder, 'evaluation' beside the adapter, or runs/METHOD."""
+    """Folder of the report. None: 'report' in the image folder, 'evaluation' (with --controls: 'evaluation-NAMES') beside the
+    adapter, or runs/METHOD."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,6 +89,11 @@ class EvaluateOptions:
             got = "--images" if self.images is not None else "method.name plain"
             raise ConfigError(
                 f"--base-model judges a method that steers it, but got {got}; expected --method.name dps or another"
+            )
+        if self.controls and (self.adapter is None or self.images is not None):
+            raise ConfigError(
+                f"--controls {' '.join(self.controls)} says what an adapter is asked for; give --adapter RUN/adapter, and no "
+                "--images"
             )
         if self.before_images is not None and self.images is None:
             raise ConfigError(f"--before-images {self.before_images} needs --images; give both folders, or neither")
@@ -118,6 +126,7 @@ def evaluate_adapter(
     adapter: str | Path,
     output_dir: str | Path,
     *,
+    asked: Sequence[str] = (),
     num_samples: int = 512,
     log_z_samples: int = 512,
     max_log_z_samples: int = 4096,
@@ -132,6 +141,7 @@ def evaluate_adapter(
     to the target, and write the report; returns the page's path. ModelError when the adapter or its base model cannot be
     loaded.
 
+    asked: Those of its controls that have labels, the others are null; (): all. The target is that of these alone.
     precision: None, on a GPU the adapter's own. The KL's noise floor of the run is told where it is the run's.
     """
     from ctrl_ray.driver.before_after import Subject
@@ -141,7 +151,7 @@ def evaluate_adapter(
     _check_judge(clip_model)
     training = read_adapter_info(adapter).training
     subject = Subject.of_adapter(
-        adapter, prompts=prompts, batch_size=batch_size, classifiers=classifiers, precision=precision
+        adapter, asked=asked, prompts=prompts, batch_size=batch_size, classifiers=classifiers, precision=precision
     )
     floor = training.get("kl_noise_floor") if subject.precision == training.get("precision") else None
     return evaluate_subject(
@@ -241,7 +251,8 @@ def run(options: EvaluateOptions) -> Path:
     assert options.adapter is not None
     adapter = adapter_folder(options.adapter)
     controls = read_adapter_info(adapter).controls
-    beside = adapter.parent / "evaluation" if options.images is None else Path(options.images) / "report"
+    folder = "-".join(["evaluation", *options.controls])
+    beside = adapter.parent / folder if options.images is None else Path(options.images) / "report"
     output_dir = check_output(options.output_dir or beside)
     if options.images is not None:
         return evaluate_images(
@@ -255,6 +266,7 @@ def run(options: EvaluateOptions) -> Path:
     return evaluate_adapter(
         adapter,
         output_dir,
+        asked=options.controls,
         num_samples=options.num_samples,
         log_z_samples=options.log_z_samples,
         max_log_z_samples=options.max_log_z_samples,

@@ -62,17 +62,22 @@ class Subject:
         cls,
         adapter: str | Path,
         *,
+        asked: Sequence[str] = (),
         prompts: Sequence[str] | None = None,
         batch_size: int | None = None,
         classifiers: Mapping[str, str] | None = None,
         precision: Precision | None = None,
     ) -> Subject:
         """Prompts and classifiers default to those of the run around the adapter, the batch size to that of its evaluations,
-        and on a GPU the precision to its own. ModelError for an adapter that is damaged or of another denoiser; a warning is
-        printed for another VAE or text encoder."""
+        and on a GPU the precision to its own. asked: Those of its controls that have labels, the others are null; (): all.
+        ConfigError for a control that it does not have. ModelError for an adapter that is damaged or of another denoiser; a
+        warning is printed for another VAE or text encoder."""
         info = read_adapter_info(adapter)
         if (warning := check_adapter(adapter, info)) is not None:
             print(f"warning: {warning}", flush=True)
+        if unknown := sorted(set(asked) - set(info.controls)):
+            raise ConfigError(f"--controls names {unknown}; the adapter has the controls {list(info.controls)}")
+        controls = {name: control for name, control in info.controls.items() if name in asked or not asked}
         kl_coef = info.training.get("kl_coef", 0.0)
         known = kl_coef > 0 and info.training.get("latent_reduction", "sum") == "sum"
         return cls(
@@ -80,11 +85,11 @@ class Subject:
             adapter=str(Path(adapter).resolve()),
             base_model=info.base_model,
             revision=info.base_revision,
-            controls=info.controls,
+            controls=controls,
             kl_coef=kl_coef if known else None,
             sampler=info.sampler,
             prompts=tuple(prompts) if prompts else run_prompts(adapter, info.base_model),
-            classifiers=run_classifiers(adapter, list(info.controls), classifiers or {}),
+            classifiers=run_classifiers(adapter, list(controls), classifiers or {}),
             precision=sampling_precision(precision, info.training, _device()),
             batch_size=batch_size or info.training.get("evaluation_batch_size", _BATCH),
             decode_chunk_size=info.training.get("decode_chunk_size", _CHUNK),

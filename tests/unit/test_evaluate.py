@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from ctrl_ray.config import (
     ControlConfig,
     EvaluationConfig,
     LoraConfig,
+    MethodConfig,
     RewardPoolConfig,
     SamplerConfig,
     ScalingConfig,
     TrainConfig,
 )
 from ctrl_ray.distributed import worker
+from ctrl_ray.distributed.batches import evaluation_batch
+from ctrl_ray.distributed.sampling import load_policy
 from ctrl_ray.distributed.worker import TrainJob
 from ctrl_ray.driver import before_after
 from ctrl_ray.driver.before_after import BeforeAndAfter, Subject, check_pictures, sample_before_and_after
@@ -111,6 +115,35 @@ def test_the_runs_floor_is_told_in_the_runs_precision_alone(
     asked: dict[str, Any] = {"prompts": ["a cross"], "classifiers": {"jpeg_size": str(tmp_path)}}
     evaluate_adapter(tmp_path, tmp_path, precision=precision, **asked)
     assert told == [floor]
+
+
+def test_some_controls_alone_can_be_asked_for(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The others' labels are null in every sample, in the columns that the policy reads; one that is not there is an error."""
+    controls = {**CONTROLS, "hue": ControlConfig(classes=("red", "green", "blue"))}
+    lora = LoraConfig(rank=2)
+    info = make_adapter_info(
+        base_model=str(tiny_pipeline),
+        base_revision=None,
+        controls=controls,
+        sampler=SamplerConfig(num_steps=2),
+        lora=lora,
+        kind="gains",
+        training={"kl_coef": 1.0},
+    )
+    save_adapter(tmp_path, make_policy(str(tiny_pipeline), info.num_classes, lora=lora, kind="gains"), info)
+    given: dict[str, Any] = {"prompts": ["a cross"], "classifiers": {"hue": str(tmp_path)}}
+    subject = Subject.of_adapter(tmp_path, asked=["hue"], **given)
+    assert list(subject.controls) == ["hue"]
+    policy, columns, _ = load_policy(dataclasses.replace(subject.job(3, 0), reference=False))
+    assert list(columns) == list(policy.controls.names) == ["hue", "jpeg_size"]
+    batch = evaluation_batch(range(3), subject.prompts, columns, list(subject.controls))
+    assert batch.labels.tolist() == [[0, 2], [1, 2], [2, 2]]
+    with pytest.raises(
+        ConfigError, match=r"--controls names \['moon'\]; the adapter has the controls \['jpeg_size', 'hue'\]"
+    ):
+        Subject.of_adapter(tmp_path, asked=["moon"], **given)
+    with pytest.raises(ConfigError, match="says what an adapter is asked for"):
+        evaluate.EvaluateOptions(base_model="shapes", method=MethodConfig(name="dps"), controls=("hue",))
 
 
 def _samples(images: np.ndarray) -> EvaluationSamples:
