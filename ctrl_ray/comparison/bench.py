@@ -151,16 +151,12 @@ class Bench:
     def method_row(self, plan: MethodPlan, train: Train) -> dict[str, Any]:
         """Train it, choose its knob's value, judge it, time it: a row of results.json."""
         runs = [self.trained(plan, seed, train) for seed in plan.seeds]
-        noised = self._noised() if plan.method.noised else {}
-        adapters: list[str | None] = [*plan.adapters, *(run.adapter for run in runs)] or [None]
-        sources = [
-            Source(adapter, tuple(f"{name}={run.adapter}" for name, run in noised.items())) for adapter in adapters
-        ]
-        runs += noised.values()
+        sources = self.sources(plan, [*plan.adapters, *(run.adapter for run in runs)])
+        runs += self._noised().values() if plan.method.noised else ()
         value, validation = self.choose(plan, sources)
         seeds, self.shown[plan.method.title] = self.test(plan, value, sources)
         trains = bool(plan.adapters or runs)
-        has_adapter = adapters[0] is not None
+        has_adapter = sources[0].adapter is not None
         timed = functools.partial(self._timed, plan, value, sources[0])
         note = adapter_note(plan.adapters[0], self.config, plan.method.title) if plan.adapters else None
         return {
@@ -178,6 +174,12 @@ class Bench:
             "training": [dataclasses.asdict(run) for run in runs] if trains else None,
             "note": note,
         }
+
+    def sources(self, plan: MethodPlan, adapters: Sequence[str]) -> list[Source]:
+        """What each policy of a method draws with; one, the pre-trained model's, where there is no adapter."""
+        runs = self._noised() if plan.method.noised else {}
+        noised = tuple(f"{name}={run.adapter}" for name, run in runs.items())
+        return [Source(adapter, noised) for adapter in adapters] or [Source(noised=noised)]
 
     def choose(self, plan: MethodPlan, sources: Sequence[Source]) -> tuple[float, list[dict[str, Any]]]:
         """The value of the knob that is best on the validation images, and what each value came to."""

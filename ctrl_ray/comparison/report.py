@@ -155,6 +155,8 @@ def _parts(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         parts.append(("The shipped classifier beside the comparison's own", classifier_lines(results["classifiers"])))
     if results["held_out"]:
         parts.append(("CTRL on prompts that it was not trained on", held_out_lines(results["held_out"])))
+    if results["windows"]:
+        parts.append(("When the push begins later", window_lines(results["windows"])))
     parts.append(("Values of the knobs on the validation images", validation_lines(results["methods"])))
     return parts
 
@@ -188,6 +190,19 @@ def held_out_lines(held_out: Mapping[str, Any]) -> list[str]:
             f"{number_text(row['gap'], row['errors']['gap'], 2)} nats, fidelity "
             f"{number_text(row['prompt_fidelity'], row['errors']['prompt_fidelity'], 3)} ({row['num_images']} images)"
         )
+    return lines
+
+
+def window_lines(windows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each method that pushes steps: accuracy and distance by the share of the steps, noise first, that it leaves alone."""
+    lines = []
+    for method in windows:
+        cells = []
+        for row in method["starts"]:
+            worst = "–" if row["worst"] is None else f"{row['worst']:.2f}"
+            accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+            cells.append(f"from {row['start']:.0%} of the steps on {accuracy}, {worst} floors")
+        lines.append(f"{method['title']}: {'; '.join(cells)}")
     return lines
 
 

@@ -15,6 +15,7 @@ from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifier
 from ctrl_ray.comparison.plan import held_out_prompts
 from ctrl_ray.comparison.results import CRITERION, verdicts
 from ctrl_ray.comparison.training import Train, run_config
+from ctrl_ray.comparison.windows import windows_of
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.facts import environment_facts
@@ -45,6 +46,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
             bench.progress.reached(reached)
             say(_line(rows[-1]))
         held_out = bench.held_out(rows, train) if question.plan.held_out else None
+        windows = [] if question.plan.quick else windows_of(bench, rows)
         difference = bench.shipped_difference()
     results = {
         "preset": question.preset,
@@ -65,6 +67,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
         "classifiers": difference,
         "methods": rows,
         "held_out": held_out,
+        "windows": windows,
         "verdicts": verdicts(rows),
         "facts": environment_facts(),
         "seconds": time.monotonic() - started,

@@ -27,6 +27,7 @@ def results(*methods: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "classifiers": {},
         "methods": list(methods),
         "held_out": None,
+        "windows": [],
         "verdicts": verdicts(methods),
         "facts": {"processor": "two cores", "written": "2026-01-01 10:00 UTC"},
         "seconds": 612.0,
@@ -108,6 +109,16 @@ def test_without_ctrl_nobody_wins() -> None:
 def test_the_knobs_values_are_listed_with_the_chosen_one() -> None:
     method = {**row("dps"), "validation": [{"value": 1.0, "worst": None}, {"value": 2.0, "worst": 1.234}]}
     assert "- dps (scale): 1: –, 2: 1.23 (chosen)" in markdown(results(row("plain"), method))
+
+
+def test_the_windows_are_listed_by_where_they_begin() -> None:
+    starts = [
+        {"start": 0.0, "accuracy": 0.82, "error": 0.02, "worst": 9.4},
+        {"start": 0.4, "accuracy": 0.5, "error": 0.02, "worst": None},
+    ]
+    text = markdown(results(row("plain"), windows=[{"name": "dps", "title": "DPS", "starts": starts}]))
+    assert "DPS: from 0% of the steps on 0.820, 9.40 floors; from 40% of the steps on 0.500, – floors" in text
+    assert "When the push begins later" not in markdown(results(row("plain")))
 
 
 def test_classifiers_and_held_out_prompts_have_their_sections() -> None:
