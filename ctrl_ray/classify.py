@@ -37,7 +37,8 @@ class ClassifyConfig:
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending."""
     oracle: str | None = None
-    """What measures the decoded images again: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle'."""
+    """What measures the decoded images again: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (`ctrl_ray.classifiers.clip_head`)
+    or 'my_module:my_oracle'."""
     classes: tuple[str, ...] = ()
     """Class names. You must give them when the column holds integer labels."""
     unit: str | None = None

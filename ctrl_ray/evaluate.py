@@ -64,8 +64,11 @@ class EvaluateOptions:
     """NAME=FOLDER for each control: the classifier whose belief is compared with the truth, and which steers a method. Empty:
     RUN/classifier/NAME."""
     clip_model: str | None = None
-    """Judge prompts by this CLIP model (folder or hub id). None: by the shapes recogniser, if the prompts are of its
-    kind."""
+    """Measure clip_score with this CLIP model (folder or hub id, in safetensors). It also judges the prompts where the shapes
+    recogniser cannot. None: no clip_score."""
+    brisque_model: str | None = None
+    """Folder with `allmodel` and `allrange`, the regression of BRISQUE's authors (`ctrl_ray.evaluation.brisque`): measure
+    brisque. None: no brisque."""
     precision: Precision | None = None
     """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
     output_dir: str | None = None
@@ -106,6 +109,7 @@ def evaluate_images(
     *,
     before_images: str | Path | None = None,
     clip_model: str | None = None,
+    brisque_model: str | None = None,
     adapter: str = "RUN/adapter",
 ) -> Path:
     """Judge a folder of sampled PNGs by its manifest alone and write the report; returns the page's path.
@@ -119,7 +123,9 @@ def evaluate_images(
     before = None if before_images is None else read_sample_folder(before_images, controls)
     check_pictures(after, f"--images {images}")
     check_pictures(before, f"--before-images {before_images}")
-    return report_on(after, controls, output_dir, before=before, clip_model=clip_model, adapter=adapter)
+    return report_on(
+        after, controls, output_dir, before=before, clip_model=clip_model, brisque_model=brisque_model, adapter=adapter
+    )
 
 
 def evaluate_adapter(
@@ -134,6 +140,7 @@ def evaluate_adapter(
     seed: int = 1_000_003,
     batch_size: int | None = None,
     clip_model: str | None = None,
+    brisque_model: str | None = None,
     classifiers: Mapping[str, str] | None = None,
     precision: Precision | None = None,
 ) -> Path:
@@ -145,10 +152,11 @@ def evaluate_adapter(
     precision: None, on a GPU the adapter's own. The KL's noise floor of the run is told where it is the run's.
     """
     from ctrl_ray.driver.before_after import Subject
+    from ctrl_ray.evaluation.fidelity import choose_judges
     from ctrl_ray.policy.adapter_info import read_adapter_info
 
     counts = EvaluationConfig(log_z_samples=log_z_samples, max_log_z_samples=max_log_z_samples)
-    _check_judge(clip_model)
+    choose_judges((), (0, 0), clip_model, brisque_model)  # whether they can be loaded: before the sampling
     training = read_adapter_info(adapter).training
     subject = Subject.of_adapter(
         adapter, asked=asked, prompts=prompts, batch_size=batch_size, classifiers=classifiers, precision=precision
@@ -161,6 +169,7 @@ def evaluate_adapter(
         counts=counts,
         seed=seed,
         clip_model=clip_model,
+        brisque_model=brisque_model,
         kl_noise_floor=floor,
     )
 
@@ -173,6 +182,7 @@ def evaluate_subject(
     counts: EvaluationConfig | None = None,
     seed: int = 1_000_003,
     clip_model: str | None = None,
+    brisque_model: str | None = None,
     kl_noise_floor: float | None = None,
 ) -> Path:
     """`evaluate_adapter` of an adapter or of a method of `ctrl_ray.baselines`. counts: how many samples log Z has.
@@ -193,19 +203,12 @@ def evaluate_subject(
         output_dir,
         before=drawn.before,
         clip_model=clip_model,
+        brisque_model=brisque_model,
         adapter=subject.adapter or "",
         source=subject.source,
         kl_noise_floor=kl_noise_floor,
         certificate=certificate,
     )
-
-
-def _check_judge(clip_model: str | None) -> None:
-    """ModelError for a CLIP model that cannot be loaded: before the sampling."""
-    from ctrl_ray.evaluation.fidelity import choose_fidelity
-
-    if clip_model is not None:
-        choose_fidelity((), (0, 0), clip_model)
 
 
 def report_on(
@@ -215,6 +218,7 @@ def report_on(
     *,
     before: EvaluationSamples | None = None,
     clip_model: str | None = None,
+    brisque_model: str | None = None,
     adapter: str = "RUN/adapter",
     **report_options: Any,
 ) -> Path:
@@ -222,19 +226,18 @@ def report_on(
 
     `report_options` go to `write_report` (config, metrics_rows, facts, ...).
     """
-    from ctrl_ray.evaluation.fidelity import choose_fidelity
+    from ctrl_ray.evaluation.fidelity import choose_judges
     from ctrl_ray.evaluation.judging import judge
     from ctrl_ray.reporting.report import write_report
     from ctrl_ray.reporting.summary import Evaluation
 
-    height, width = after.images.shape[1:3]
     prompts = after.prompts if before is None else after.prompts + before.prompts
-    fidelity = choose_fidelity(prompts, (height, width), clip_model)
+    judges = choose_judges(prompts, after.image_size, clip_model, brisque_model)._asdict()
     return write_report(
         output_dir,
         controls=controls,
-        after=Evaluation(judge(after, controls, fidelity=fidelity, by="label"), after),
-        before=None if before is None else Evaluation(judge(before, controls, fidelity=fidelity, by="oracle"), before),
+        after=Evaluation(judge(after, controls, **judges, by="label"), after),
+        before=None if before is None else Evaluation(judge(before, controls, **judges, by="oracle"), before),
         adapter=adapter,
         **report_options,
     )
@@ -261,6 +264,7 @@ def run(options: EvaluateOptions) -> Path:
             output_dir,
             before_images=options.before_images,
             clip_model=options.clip_model,
+            brisque_model=options.brisque_model,
             adapter=str(adapter),
         )
     return evaluate_adapter(
@@ -274,6 +278,7 @@ def run(options: EvaluateOptions) -> Path:
         seed=options.seed,
         batch_size=options.batch_size,
         clip_model=options.clip_model,
+        brisque_model=options.brisque_model,
         classifiers=command.named_values("--classifier", options.classifier, command.CLASSIFIER_EXAMPLE),
         precision=options.precision,
     )
@@ -281,12 +286,13 @@ def run(options: EvaluateOptions) -> Path:
 
 def _evaluate_method(options: EvaluateOptions) -> Path:
     from ctrl_ray.driver.before_after import Subject
+    from ctrl_ray.evaluation.fidelity import choose_judges
     from ctrl_ray.offline.prompts import read_prompts
     from ctrl_ray.runs.outputs import check_output
 
     output_dir = check_output(options.output_dir or f"runs/{options.method.name}")
     counts = EvaluationConfig(log_z_samples=options.log_z_samples, max_log_z_samples=options.max_log_z_samples)
-    _check_judge(options.clip_model)
+    choose_judges((), (0, 0), options.clip_model, options.brisque_model)
     call = CallConfig(num_inference_steps=options.num_steps, guidance_scale=options.guidance_scale)
     subject = Subject.of_method(
         options.method,
@@ -305,6 +311,7 @@ def _evaluate_method(options: EvaluateOptions) -> Path:
         counts=counts,
         seed=options.seed,
         clip_model=options.clip_model,
+        brisque_model=options.brisque_model,
     )
 
 

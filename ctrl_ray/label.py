@@ -28,8 +28,9 @@ class LabelConfig:
     output: str
     """What to write: a Parquet file when the name ends in .parquet, else a folder of Parquet files."""
     controls: tuple[str, ...] = ("jpeg_size",)
-    """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', or your own 'my_module:my_oracle', a
-    function from a PIL image to a number. Each becomes a column."""
+    """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
+    features, `ctrl_ray.classifiers.clip_head`), or your own 'my_module:my_oracle', a function from a PIL image to a number.
+    Each becomes a column."""
     columns: str | None = None
     """Table (.csv or .jsonl) of labels that you already have. Its column 'file' names the image, relative to the
     folder; the other columns hold integer labels or numbers, and may include 'prompt'."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ctrl_ray.config.paths import CLIP_HEAD
 from ctrl_ray.errors import ConfigError, DataError
 
 Oracle = Callable[[Image.Image], float]
@@ -105,22 +106,34 @@ def colourfulness(image: Image.Image) -> float:
 ORACLES: dict[str, Oracle] = {"jpeg_size": jpeg_size, "colourfulness": colourfulness}
 """The oracles that ship, by name."""
 
+_KINDS = {CLIP_HEAD: "ctrl_ray.classifiers.clip_head"}
+"""Oracles that a file makes, as 'KIND:FILE': the module whose `load(FILE)` returns one. It is imported by its name, as a
+user's module is, so that nothing here needs torch."""
+
 UNITS: dict[str, str] = {"jpeg_size": "bytes", "colourfulness": ""}
 """Unit of each shipped oracle's number; "" = none."""
 
 
 def control_name(oracle: str) -> str:
-    """What the control of an oracle is called, and its column: 'my_module:my_oracle' becomes 'my_oracle'."""
-    return oracle.rpartition(":")[2]
+    """What the control of an oracle is called, and its column: 'my_module:my_oracle' becomes 'my_oracle', and
+    'clip_head:heads/aesthetic.safetensors' 'aesthetic'."""
+    kind, _, spec = oracle.partition(":")
+    return PurePath(spec.partition("@")[0]).stem if kind in _KINDS else oracle.rpartition(":")[2]
 
 
 def load_oracle(name: str) -> Oracle:
-    """The oracle called `name`: one of `ORACLES`, or 'module:function'; modules of the working directory are found.
+    """The oracle called `name`: one of `ORACLES`, 'clip_head:FILE', or 'module:function'; modules of the working directory are
+    found.
 
-    Raises ConfigError when there is no such oracle, its module does not import, or the function is not one.
+    Raises ConfigError when there is no such oracle, its module does not import, the function is not one, or the file cannot
+    be used.
     """
     if name in ORACLES:
         return ORACLES[name]
+    kind, _, spec = name.partition(":")
+    if kind in _KINDS and spec:
+        made: Oracle = importlib.import_module(_KINDS[kind]).load(spec)
+        return made
     module_name, colon, function = name.partition(":")
     if not colon or not module_name or not function:
         near = difflib.get_close_matches(name, ORACLES, n=1)

@@ -19,7 +19,10 @@ from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
 from ctrl_ray.wording import duration, no_file
 
-_END_METRICS = ("accuracy", "joint_accuracy", "macro_f1", "prompt_fidelity", "kl", "gap", "diversity")
+_END_METRICS = (
+    *("accuracy", "joint_accuracy", "macro_f1", "prompt_fidelity", "clip_score", "brisque"),
+    *("kl", "gap", "diversity"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

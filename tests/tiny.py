@@ -7,8 +7,17 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 WORDS = (
     *("a", "red", "green", "blue", "yellow", "purple", "white"),
@@ -64,6 +73,37 @@ def make_tiny_pipeline(
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+CLIP_FEATURES = 8
+"""Width of the tiny CLIP's embeddings."""
+
+
+def make_tiny_clip(folder: str | Path) -> Path:
+    """Write a CLIP of random weights, for 32-px images, with its tokenizer and image processor; returns `folder`."""
+    folder = Path(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"projection_dim": CLIP_FEATURES}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = _tokenizer()
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_factor=10.0, **sizes,
+        )  # fmt: skip
+        vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+        config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=CLIP_FEATURES)
+        CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_head(file: str | Path) -> Path:
+    """Write a linear head on the tiny CLIP's features, as `clip_head:FILE@CLIP` reads it; returns `file`."""
+    generator = torch.Generator().manual_seed(0)
+    save_file({"weight": torch.randn(1, CLIP_FEATURES, generator=generator), "bias": torch.tensor([5.0])}, file)
+    return Path(file)
 
 
 def _tokenizer() -> CLIPTokenizer:

@@ -26,6 +26,7 @@ from ctrl_ray.classifiers.networks import ClassHead, HashedText
 from ctrl_ray.errors import ModelError
 
 _TEXT_WIDTH = 32
+_CLIPS = ("clip", "clip_vision_model")
 
 
 class Preprocessing(nn.Module):
@@ -147,7 +148,7 @@ def load_pretrained(network: str, num_classes: int, *, prompt_conditional: bool)
     kind, _, source = network.partition(":")
     try:
         config = AutoConfig.from_pretrained(source)
-        if kind == "clip" and config.model_type not in ("clip", "clip_vision_model"):
+        if kind == "clip" and config.model_type not in _CLIPS:
             raise ModelError(
                 f"classifier network {network!r} is a {config.model_type!r} model; 'clip:' expects a CLIP model, use "
                 f"'transformers:{source}'"
@@ -192,8 +193,32 @@ def _transformers(source: str, num_classes: int, arguments: dict[str, Any]) -> n
     return network
 
 
+def load_vision(source: str) -> tuple[Preprocessing, Any]:
+    """The image side of a CLIP (folder or hub id): its preprocessing, and its vision tower with the projection.
+
+    ModelError where it cannot be found or read, or is no CLIP.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in _CLIPS:
+            raise ModelError(f"{source} is a {config.model_type!r} model; expected a CLIP")
+        with _quiet():
+            return Preprocessing(**_preprocessing(source, config)), _vision(source)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"CLIP model {source!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); expected a folder "
+            "or hub id with safetensors weights and an image-processor configuration"
+        ) from error
+
+
+def _vision(source: str) -> Any:
+    return CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+
+
 def _clip(source: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
-    vision = CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    vision = _vision(source)
     arguments["backbone"] = {"vision": vision.config.to_dict()}
     if arguments["prompt_conditional"]:
         text = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=True, dtype=torch.float32)

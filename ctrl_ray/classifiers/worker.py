@@ -79,14 +79,15 @@ def _fit(job: FitJob, folder: Path) -> None:
     examples = _prepare(job, folder, rank, num_workers, device)
     torch.manual_seed(job.config.seed)
     spec, settings = job.config.controls[job.control], job.config.classifier
-    network, arguments = new_network(settings.network, spec.num_classes, prompt_conditional=settings.prompt_conditional)
+    named = spec.network or settings.network
+    network, arguments = new_network(named, spec.num_classes, prompt_conditional=settings.prompt_conditional)
     fitter = _Fitter(job, examples, network.to(device), rank, num_workers, device)
     best = fitter.fit()
     network.load_state_dict(best.weights)
     logits, labels, rows = fitter.gather(examples.rows["temperature"])
     classifier = ImageClassifier(
         network.eval(),
-        kind=settings.network.partition(":")[0],
+        kind=named.partition(":")[0],
         arguments=arguments,
         control=job.control,
         spec=spec,

@@ -136,7 +136,7 @@ class Bench:
                 classes=classes,
                 controls=config.controls,
                 exponents=exponents,
-                fidelity=choose_fidelity(base.prompts, (side, side)),
+                fidelity=choose_fidelity(base.prompts, (side, side), config.evaluation.clip_model),
                 seed=question.seed,
             ),
             progress=progress,

@@ -64,6 +64,15 @@ def check_control_name(name: str) -> None:
     require(name not in _TAKEN, f"control name {name!r} is taken by torch's modules; call the control otherwise")
 
 
+def check_network(what: str, network: str) -> None:
+    """ConfigError unless it names a kind of classifier network, and for a pre-trained one the model."""
+    kind, colon, source = network.partition(":")
+    require(
+        network == "cnn" or (kind in ("clip", "transformers") and bool(colon and source)),
+        f"{what} {network!r} is unknown; expected 'cnn', 'clip:NAME_OR_FOLDER' or 'transformers:NAME_OR_FOLDER'",
+    )
+
+
 def control_name_of(column: str) -> str:
     """A name that `check_control_name` takes, as near as can be to a column's: 'my stars' becomes 'my_stars'."""
     name = "".join(sign if f"a{sign}".isidentifier() else "_" for sign in column).lstrip("_")
@@ -80,8 +89,9 @@ class ControlConfig:
     """gamma, how hard this control pulls. The target is p_pre(x|c) p(y|x,c)^(guidance_strength / kl_coef), so with
     kl_coef = 1 it is the exponent itself. Higher: more accurate, more KL, less diverse."""
     oracle: str | None = None
-    """What measures the true value of an image: 'jpeg_size', 'colourfulness' or 'my_module:my_oracle' (a function
-    from a PIL image to a number). None: nothing does; then only a classifier can judge the accuracy after training."""
+    """What measures the true value of an image: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
+    features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number). None:
+    nothing does; then only a classifier can judge the accuracy after training."""
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending: class i is [thresholds[i-1], thresholds[i]). Empty: the data
     column already holds integer labels."""
@@ -94,6 +104,8 @@ class ControlConfig:
     """Column of the offline data set. None: the control's name."""
     classifier: str | None = None
     """Folder of a fitted classifier. None: stage 1 fits one from `data`."""
+    network: str | None = None
+    """Network of the classifier that stage 1 fits, such as 'clip:NAME_OR_FOLDER'. None: classifier.network."""
     label_weights: Annotated[tuple[float, ...], at_least(0)] = ()
     """How often training draws each class, as relative weights. Empty: all classes equally often."""
 
@@ -111,6 +123,8 @@ class ControlConfig:
             )
         check_class_names(self.classes)
         check_text("unit", self.unit)
+        if self.network is not None:
+            check_network("network of a control", self.network)
         if self.label_weights:
             require(
                 len(self.label_weights) == self.num_classes and sum(self.label_weights) > 0,
@@ -180,9 +194,4 @@ class ClassifierConfig:
             not (self.ignore_prompts and self.prompt_conditional),
             "classifier.prompt_conditional needs the prompts that classifier.ignore_prompts leaves out; give one of the two",
         )
-        kind = self.network.partition(":")[0]
-        require(
-            self.network == "cnn" or (kind in ("clip", "transformers") and ":" in self.network),
-            f"classifier network {self.network!r} is unknown; expected 'cnn', 'clip:NAME_OR_FOLDER' or "
-            "'transformers:NAME_OR_FOLDER'",
-        )
+        check_network("classifier network", self.network)

@@ -33,6 +33,12 @@ class EvaluationConfig:
     """Samples drawn at a time by each worker. 'auto': up to 16, as they fit."""
     prompts_file: str | None = None
     """File of prompts to evaluate on, one per line. None: the training prompts, with seeds that training never uses."""
+    clip_model: str | None = None
+    """CLIP model (folder or hub id, in safetensors) of clip_score before and after training. It also judges the prompts
+    (prompt_fidelity) where the recogniser of the built-in example cannot. None: no clip_score."""
+    brisque_model: str | None = None
+    """Folder with `allmodel` and `allrange`, the regression of BRISQUE's authors, for brisque before and after training
+    (`ctrl_ray.evaluation.brisque` says where it comes from). None: no brisque."""
     seed: Annotated[int, at_least(0)] = 1_000_003
     """Seed of the evaluation's noise. Training never uses it."""
     asynchronous: bool = False

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ctrl_ray.config import TrainConfig
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
+
+CLIP_HEAD = "clip_head"
+"""Kind of the oracles that a file of weights makes: 'clip_head:FILE' (`ctrl_ray.classifiers.clip_head`)."""
 
 
 def absolute_path(path: str) -> str:
@@ -36,25 +39,48 @@ def absolute_model(base_model: str) -> str:
     return absolute_path(base_model) if is_here else base_model
 
 
+def absolute_network(network: str) -> str:
+    """'KIND:NAME_OR_FOLDER' of a classifier's network, as `absolute_model`."""
+    kind, colon, source = network.partition(":")
+    return f"{kind}{colon}{absolute_model(source) if source else ''}"
+
+
+def absolute_oracle(oracle: str) -> str:
+    """'clip_head:FILE' or 'clip_head:FILE@NAME_OR_FOLDER' with the file and the folder absolute; any other oracle as it is."""
+    kind, _, spec = oracle.partition(":")
+    if kind != CLIP_HEAD or not spec:
+        return oracle
+    file, at, model = spec.partition("@")
+    return f"{kind}:{absolute_path(file)}{at}{absolute_model(model) if model else ''}"
+
+
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with every input's path absolute."""
 
     def absolute(path: str | None) -> str | None:
         return None if path is None else absolute_path(path)
 
-    kind, colon, source = config.classifier.network.partition(":")
+    def control(given: ControlConfig) -> ControlConfig:
+        return dataclasses.replace(
+            given,
+            classifier=absolute(given.classifier),
+            oracle=None if given.oracle is None else absolute_oracle(given.oracle),
+            network=None if given.network is None else absolute_network(given.network),
+        )
+
+    beside = config.evaluation
     return dataclasses.replace(
         config,
         base_model=absolute_model(config.base_model),
         data=absolute(config.data),
         prompts_file=absolute(config.prompts_file),
         init_adapter=absolute(config.init_adapter),
-        evaluation=dataclasses.replace(config.evaluation, prompts_file=absolute(config.evaluation.prompts_file)),
-        classifier=dataclasses.replace(
-            config.classifier, network=f"{kind}{colon}{absolute_model(source) if source else ''}"
+        evaluation=dataclasses.replace(
+            beside,
+            prompts_file=absolute(beside.prompts_file),
+            clip_model=None if beside.clip_model is None else absolute_model(beside.clip_model),
+            brisque_model=absolute(beside.brisque_model),
         ),
-        controls={
-            name: dataclasses.replace(control, classifier=absolute(control.classifier))
-            for name, control in config.controls.items()
-        },
+        classifier=dataclasses.replace(config.classifier, network=absolute_network(config.classifier.network)),
+        controls={name: control(given) for name, given in config.controls.items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from ctrl_ray import embedded
 from ctrl_ray.config import (
@@ -29,6 +30,18 @@ JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
 
 COLOURFULNESS_THRESHOLDS = (67.0,)
 """Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
+
+ANIMALS = Path(embedded.__file__).with_name("prompts") / "animals.txt"
+"""45 common animals, one a line: what the paper's experiments are trained on."""
+
+ANIMALS_HELD_BACK = ANIMALS.with_name("animals_held_back.txt")
+"""15 other animals, which training never sees."""
+
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+"""The paper's judge of prompts, and what its aesthetic classifier looks at images through."""
+
+AESTHETIC_HEAD = "aesthetic.safetensors"
+"""Where `paper-multi-task` looks for the head that scores beauty (`ctrl_ray.classifiers.clip_head`): the working directory."""
 
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut")
 """A small denoiser has few attention layers. LoRA on its convolutions alone comes as near as on every layer, in four fifths
@@ -169,12 +182,89 @@ def stable_diffusion() -> TrainConfig:
     )
 
 
+def paper_compressibility() -> TrainConfig:
+    """The paper's single-task experiment: Stable Diffusion 1.5 controlled by the JPEG size of its 512-px images, in four
+    classes with borders at 60, 85 and 110 kB (1000 bytes each; Pillow, quality 95). Add --data with labelled images.
+
+    Rates, batch, weight decay, clipping and LoRA's rank are the public code's, and so is the sampler: DDIM, 50 steps, eta 1,
+    guidance 7.5 of policy and reference. Four things are not.
+
+    - Its reward and KL weights, 0.1 and 0.01, are an exponent of 10 by the paper's formula; but its KL is the mean over 16,384
+      latent dimensions, so that what it trained for was 0.1 · 16384 / 0.01 = 163,840, hardly any KL at all. Here the KL is the
+      sum, and the exponent is the 10 that is stated. The weights stay as they were, in place of 10 and 1, because clipping at
+      5.0 was chosen for rewards of that size.
+    - The gradient goes through all steps. There it is cut off at a random one, which biases it.
+    - The pre-trained model takes the last step, which has too little noise to be worth its KL (--sampler.reference-steps 0: the
+      policy takes all 50).
+    - The released checkpoint has about 18 updates; this run goes on for twice as many, and exports the best.
+    """
+    base = stable_diffusion()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/paper-compressibility",
+        controls={
+            "jpeg_size": ControlConfig(
+                guidance_strength=0.1, oracle="jpeg_size", thresholds=(60e3, 85e3, 110e3), unit="bytes"
+            )
+        },
+        kl_coef=0.01,
+        prompts_file=str(ANIMALS),
+        num_updates=36,
+        global_batch_size=256,
+        lora=LoraConfig(rank=4, alpha=4.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            embedding_learning_rate=1e-2,
+            weight_decay=0.1,
+            beta1=0.9,
+            beta2=0.999,
+            gradient_clipping=5.0,
+            warmup_updates=0,
+            final_learning_rate_fraction=1.0,
+        ),
+        evaluation=dataclasses.replace(
+            base.evaluation, every_updates=6, prompts_file=str(ANIMALS_HELD_BACK), clip_model=CLIP_MODEL
+        ),
+        checkpoint_every_updates=2,
+    )
+
+
+def paper_multi_task() -> TrainConfig:
+    """The paper's two controls at once: a JPEG size below or above 70 kB, and an aesthetic score below or above 5.7. Add
+    --data, and put the score's head, a linear layer or an MLP on CLIP ViT-L/14 image features, into the file
+    aesthetic.safetensors of the working directory (`ctrl_ray.classifiers.clip_head` says how).
+
+    As `paper_compressibility`, with the public code's rate, batch, updates and weights for this task: the JPEG size counts
+    twice. One label table for the four pairs of classes is there, a table for each control here.
+    """
+    base = paper_compressibility()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/paper-multi-task",
+        controls={
+            "jpeg_size": ControlConfig(guidance_strength=0.2, oracle="jpeg_size", thresholds=(70e3,), unit="bytes"),
+            "aesthetic": ControlConfig(
+                guidance_strength=0.1,
+                oracle=f"clip_head:{AESTHETIC_HEAD}@{CLIP_MODEL}",
+                thresholds=(5.7,),
+                network=f"clip:{CLIP_MODEL}",
+            ),
+        },
+        num_updates=96,
+        global_batch_size=512,
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=3e-4),
+        evaluation=dataclasses.replace(base.evaluation, every_updates=16),
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "shapes": shapes,
     "shapes-two-controls": shapes_two_controls,
     "shapes-exact": shapes_exact,
     "shapes-cfg": shapes_cfg,
     "stable-diffusion": stable_diffusion,
+    "paper-compressibility": paper_compressibility,
+    "paper-multi-task": paper_multi_task,
 }
 
 

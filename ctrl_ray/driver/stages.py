@@ -31,7 +31,7 @@ from ctrl_ray.driver.remedies import with_remedies
 from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.driver.structural import measure_structural
 from ctrl_ray.evaluation.certificate import certificate_row, certify_evaluation
-from ctrl_ray.evaluation.fidelity import choose_fidelity
+from ctrl_ray.evaluation.fidelity import choose_judges
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.offline.reading import OnBadRow
@@ -191,7 +191,7 @@ def evaluate_and_report(
     updates_done, floor = trained.updates_done, trained.kl_noise_floor
     config = checked.config
     job = reference_job(checked)
-    evaluations = {}
+    evaluations, judges = {}, None
     for name, reference in (("before", True), ("after", False)):
         if reference and pre_trained.shown is not None:
             samples = pre_trained.shown
@@ -199,9 +199,13 @@ def evaluate_and_report(
             part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
             with with_remedies(checked):
                 samples = sample_policy(part, rewards, config.scaling)
-        height, width = samples.images.shape[1:3]
-        fidelity = choose_fidelity(checked.evaluation_prompts, (height, width))
-        judged = judge(samples, config.controls, fidelity=fidelity, by="oracle" if reference else "label")
+        judges = judges or choose_judges(
+            checked.evaluation_prompts,
+            samples.image_size,
+            config.evaluation.clip_model,
+            config.evaluation.brisque_model,
+        )
+        judged = judge(samples, config.controls, **judges._asdict(), by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     scored = pre_trained.scored or evaluations["before"].samples
     after = evaluations["after"].samples

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ctrl_ray.embedded import RECOGNISER
 from ctrl_ray.errors import ModelError
+from ctrl_ray.evaluation.brisque import Brisque
+from ctrl_ray.evaluation.judging import ImageScore
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
 
@@ -77,10 +80,7 @@ class ClipFidelity:
             model = CLIPModel.from_pretrained(name_or_folder, revision=revision or "main", use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision or "main")
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"CLIP model {name_or_folder!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id "
-                "that holds a CLIPModel in safetensors and its tokenizer"
-            ) from error
+            raise _cannot_be_loaded(name_or_folder, error) from error
         self.model = model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -124,13 +124,58 @@ class ClipFidelity:
         return (cut - mean) / std
 
 
+def check_clip_model(name_or_folder: str) -> None:
+    """ModelError unless a CLIP model's configuration and tokenizer can be read; no weights are."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        kind = AutoConfig.from_pretrained(name_or_folder).model_type
+        AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise _cannot_be_loaded(name_or_folder, error) from error
+    if kind != "clip":
+        raise ModelError(f"CLIP model {name_or_folder!r} is a {kind!r} model; give a folder or hub id of a CLIPModel")
+
+
+def _cannot_be_loaded(name_or_folder: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"CLIP model {name_or_folder!r} cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id that holds a "
+        "CLIPModel in safetensors and its tokenizer, or no clip_model"
+    )
+
+
+class Judges(NamedTuple):
+    """What scores images beside the oracles, as `judge` takes it."""
+
+    fidelity: RecogniserFidelity | ClipFidelity | None
+    """None: nothing that was given can judge these prompts, and `judge` notes it."""
+    scorers: Mapping[str, ImageScore]
+
+
+def choose_judges(
+    prompts: Sequence[str],
+    image_size: tuple[int, int],
+    clip_model: str | None = None,
+    brisque_model: str | None = None,
+) -> Judges:
+    """The judges of images (height, width) of these prompts.
+
+    Prompts are judged by the shapes recogniser where every one is of its grammar and the images are of its size, else by the
+    CLIP model, if one is named. clip_model, brisque_model: see `EvaluationConfig`. ModelError for one that cannot be loaded.
+    """
+    scorers: dict[str, ImageScore] = {}
+    clip = None if clip_model is None else ClipFidelity(clip_model)
+    if clip is not None:
+        scorers["clip_score"] = clip
+    if brisque_model is not None:
+        scorers["brisque"] = Brisque.from_folder(brisque_model)
+    known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
+    recogniser = RecogniserFidelity() if known and (RECOGNISER / "config.json").is_file() else None
+    return Judges(recogniser or clip, scorers)
+
+
 def choose_fidelity(
     prompts: Sequence[str], image_size: tuple[int, int], clip_model: str | None = None
 ) -> RecogniserFidelity | ClipFidelity | None:
-    """The judge of prompts: a CLIP model when one is named, else the shapes recogniser when every prompt is of its
-    grammar and the images (height, width) are of its size, else None (`judge` then notes that nothing was measured).
-    """
-    if clip_model is not None:
-        return ClipFidelity(clip_model)
-    known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
-    return RecogniserFidelity() if known and (RECOGNISER / "config.json").is_file() else None
+    """The judge of prompts alone, see `choose_judges`."""
+    return choose_judges(prompts, image_size, clip_model).fidelity

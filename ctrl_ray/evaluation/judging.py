@@ -18,8 +18,10 @@ from ctrl_ray.oracles import Oracle, load_oracle, measure
 
 HeldOutJudge = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """Images (N, H, W, 3) uint8 and prompts to classes (N,), by a classifier that had no part in training."""
-PromptFidelity = Callable[[np.ndarray, Sequence[str]], np.ndarray]
-"""Images (N, H, W, 3) uint8 and prompts to scores (N,): how well each image shows its prompt."""
+ImageScore = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+"""Images (N, H, W, 3) uint8 and prompts to scores (N,); NaN of an image that has none."""
+PromptFidelity = ImageScore
+"""How well each image shows its prompt; never NaN."""
 
 NUM_CALIBRATION_BINS = 10
 
@@ -40,6 +42,7 @@ def judge(
     controls: Mapping[str, ControlConfig],
     *,
     fidelity: PromptFidelity | None = None,
+    scorers: Mapping[str, ImageScore] | None = None,
     by: Literal["label", "oracle"] = "label",
     oracles: Mapping[str, Oracle] | None = None,
     judges: Mapping[str, HeldOutJudge] | None = None,
@@ -50,6 +53,7 @@ def judge(
         samples: The decoded samples; column i of its labels belongs to the i-th of `controls`.
         controls: Name to settings; a control's oracle measures the truth.
         fidelity: Scores prompts; None leaves `prompt_fidelity` at None.
+        scorers: What measures `metric_names.SCORES`, by name; a name that is missing is None.
         by: Classes within which diversity is measured: those asked for ("label", for a trained policy) or the true
             ones ("oracle", for the pre-trained model, which was not told the label).
         oracles: Oracles by control, in place of those the controls name.
@@ -86,11 +90,19 @@ def judge(
         result["kl"], errors["kl"] = float(known_kl.mean()), _or_none(metrics.mean_standard_error(known_kl))
     else:
         notes.append("kl: not measured; images alone do not hold the trajectory that it is summed over")
+    scored = _scored(samples, scorers or {}, notes)
+    for name, values in scored.items():
+        known = values[np.isfinite(values)]
+        result[name], errors[name] = (
+            float(known.mean()) if len(known) else None,
+            _or_none(metrics.mean_standard_error(known)),
+        )
     scores = None
     if fidelity is None:
         notes.append("prompt_fidelity: not measured; no judge of these prompts was given")
     elif len(samples):
-        scores = np.asarray(fidelity(samples.images, samples.prompts), dtype=np.float64)
+        same = next((name for name, scorer in (scorers or {}).items() if scorer is fidelity), None)
+        scores = scored[same] if same else np.asarray(fidelity(samples.images, samples.prompts), dtype=np.float64)
         result["prompt_fidelity"] = float(scores.mean())
         errors["prompt_fidelity"] = _or_none(metrics.mean_standard_error(scores))
     result["num_samples"] = len(samples)
@@ -103,6 +115,7 @@ def judge(
             "values": {name: m.values for name, m in measured.items() if m is not None and m.values is not None},
             "classes": {name: m.classes for name, m in measured.items() if m is not None},
             "prompt_scores": scores,
+            "scores": scored,
         },
     }
 
@@ -118,6 +131,19 @@ def evaluation_row(judged: Mapping[str, Any]) -> dict[str, float]:
     for name, control in judged["controls"].items():
         row |= {f"{key}/{name}": control[key] for key in ("accuracy", "macro_f1", "belief_gap")}
     return {key: value for key, value in row.items() if value is not None}
+
+
+def _scored(samples: EvaluationSamples, scorers: Mapping[str, ImageScore], notes: list[str]) -> dict[str, np.ndarray]:
+    """(N,) float64 of each scorer; what has no score is noted."""
+    if not len(samples):
+        return {}
+    scored = {
+        name: np.asarray(scorer(samples.images, samples.prompts), dtype=np.float64) for name, scorer in scorers.items()
+    }
+    for name, values in scored.items():
+        if not np.isfinite(values).all():
+            notes.append(f"{name}: {np.sum(~np.isfinite(values))} of {len(values)} samples have none and are left out")
+    return scored
 
 
 def _check(samples: EvaluationSamples, controls: Mapping[str, ControlConfig]) -> None:

@@ -94,6 +94,18 @@ METRICS: dict[str, MetricDefinition] = {
         "1",
         True,
     ),
+    "clip_score": MetricDefinition(
+        "cosine similarity of a CLIP model's embeddings of image and prompt (Hessel et al. 2021, unscaled), mean over samples "
+        "(evaluation.clip_model)",
+        "1",
+        True,
+    ),
+    "brisque": MetricDefinition(
+        "BRISQUE (Mittal et al. 2012), how unlike a natural image's the local statistics of a sample are: about 0, natural, to "
+        "100, distorted; mean over samples (evaluation.brisque_model)",
+        "1",
+        False,
+    ),
     "diversity": MetricDefinition(
         "mean RMS pixel distance (pixels in [0, 1]) between two images of the same class, averaged over classes; "
         "classes are those asked for after training, and the true ones before",
@@ -137,11 +149,15 @@ METRICS |= {
     for name in CERTIFICATE_METRICS
 }
 
+SCORES = ("clip_score", "brisque")
+"""Numbers of each image that an evaluation has where a model for them is given."""
+
 EVALUATION_METRICS: tuple[str, ...] = (
     "accuracy",
     "joint_accuracy",
     "macro_f1",
     "prompt_fidelity",
+    *SCORES,
     "kl",
     "diversity",
     "belief_gap",

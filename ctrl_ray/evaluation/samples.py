@@ -46,6 +46,11 @@ class EvaluationSamples:
     """(N,) float64 in nats: what fixed step variances cost on the path (`gradients.variance_cost`); None where it was not
     measured."""
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return int(self.images.shape[1]), int(self.images.shape[2])
+
     def __post_init__(self) -> None:
         n = len(self.images)
         expected = {

@@ -19,6 +19,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from ctrl_ray.config.control import check_control_name
+from ctrl_ray.config.paths import absolute_oracle
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.annotations import (
     Prompts,
@@ -174,7 +175,7 @@ class _Written:
 def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
     """Control name -> oracle, each of which loads."""
     oracles: dict[str, str] = {}
-    for oracle in controls:
+    for oracle in map(absolute_oracle, controls):
         load_oracle(oracle)
         name = control_name(oracle)
         check_control_name(name)

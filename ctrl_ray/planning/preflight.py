@@ -23,6 +23,8 @@ from ctrl_ray.config.json import to_json
 from ctrl_ray.config.paths import absolute_paths
 from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.evaluation.brisque import Brisque
+from ctrl_ray.evaluation.fidelity import check_clip_model
 from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
@@ -102,7 +104,7 @@ def preflight(
             check_fit(config, name, has_sampler=True)
     if not config.draws_trajectories and stated is None:
         check_labelled_images(config)
-    _check_evaluation(config)
+    _check_evaluation(config, elsewhere=stated is not None)
     controls = policy_controls(config)
     prompts = training_prompts(config)
     own = config.evaluation.prompts_file
@@ -212,8 +214,13 @@ def _check_control(name: str, control: ControlConfig, config: TrainConfig) -> No
             raise ConfigError(f"control {name!r} has the oracle {control.oracle!r} but no thresholds; give them")
 
 
-def _check_evaluation(config: TrainConfig) -> None:
+def _check_evaluation(config: TrainConfig, *, elsewhere: bool) -> None:
+    """elsewhere: the run will be started on other machines, whose files are not here."""
     beside = config.evaluation
+    if beside.brisque_model is not None and not elsewhere:
+        Brisque.from_folder(beside.brisque_model)
+    if beside.clip_model is not None and not elsewhere:
+        check_clip_model(beside.clip_model)
     if beside.asynchronous and config.scaling.use_gpu and beside.num_gpus == 0:
         raise ConfigError(
             "evaluation.asynchronous with scaling.use_gpu, but evaluation.num_gpus is 0: the evaluations would run on the CPU, "

@@ -36,7 +36,8 @@ def make_summary(
     method: of `ctrl_ray.baselines`, where nothing was trained.
 
     `changes` holds, for the same samples before and after, the paired difference of accuracy (the mean over controls, and
-    `accuracy/CONTROL`) and prompt_fidelity ({"mean", "standard_error", "num_pairs"}), and `diversity_ratio`, after / before.
+    `accuracy/CONTROL`), prompt_fidelity and `metric_names.SCORES` ({"mean", "standard_error", "num_pairs"}), and
+    `diversity_ratio`, after / before.
     `after` has the certificate's numbers and `not_learned` beside those of `judge`, where they are known.
     """
     summary: dict[str, Any] = {} if before is None else {"before": summary_of(before.judged)}
@@ -69,6 +70,11 @@ def _changes(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     was, now = (evaluation.judged["per_sample"]["prompt_scores"] for evaluation in (before, after))
     if was is not None and now is not None:
         changes["prompt_fidelity"] = paired_difference(was, now)._asdict()
+    scored = after.judged["per_sample"].get("scores", {})
+    for name, earlier in before.judged["per_sample"].get("scores", {}).items():
+        both_known = np.isfinite(earlier) & np.isfinite(scored.get(name, np.nan))
+        if both_known.any():
+            changes[name] = paired_difference(earlier[both_known], scored[name][both_known])._asdict()
     if np.array_equal(before.samples.labels, after.samples.labels):
         was_right, now_right = _right(before), _right(after)
         both = [name for name in now_right if name in was_right]

@@ -12,7 +12,7 @@ from typing import Any
 from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.driver.pre_trained import PreTrained, reference_job, sample_pre_trained
 from ctrl_ray.driver.stages import ADAPTER, Scorer
-from ctrl_ray.evaluation.fidelity import choose_fidelity
+from ctrl_ray.evaluation.fidelity import choose_judges
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
 from ctrl_ray.planning.preflight import CheckedRun
@@ -122,8 +122,12 @@ class _Evaluations:
 
     def judged(self, samples: EvaluationSamples, *, reference: bool = False) -> Evaluation:
         """The samples with their judgement."""
-        height, width = samples.images.shape[1:3]
-        fidelity = choose_fidelity(self._checked.evaluation_prompts, (height, width))
-        controls = self._checked.config.controls
-        judged = judge(samples, controls, fidelity=fidelity, by="oracle" if reference else "label")
+        config = self._checked.config
+        judges = choose_judges(
+            self._checked.evaluation_prompts,
+            samples.image_size,
+            config.evaluation.clip_model,
+            config.evaluation.brisque_model,
+        )
+        judged = judge(samples, config.controls, **judges._asdict(), by="oracle" if reference else "label")
         return Evaluation(judged, samples)

@@ -3,22 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
 from ctrl_ray.classifiers.classifier import ImageClassifier, new_network
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.errors import ModelError
+from tests.tiny import make_tiny_clip
 
 SPEC = ControlConfig(oracle="jpeg_size", thresholds=(1500.0, 1700.0, 1900.0), unit="bytes")
 PROMPTS = ["a red circle", "a blue cross"]
@@ -38,22 +29,8 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_pipeline, subfolder="tokenizer")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"projection_dim": 8}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_factor=10.0, **sizes,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(params=["cnn", "cnn+prompt", "vit", "vit+prompt", "clip", "clip+prompt"])

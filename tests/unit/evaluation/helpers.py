@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
 from ctrl_ray.config import ControlConfig
+from ctrl_ray.evaluation.brisque import NUM_FEATURES
 from ctrl_ray.evaluation.samples import EvaluationSamples
 
 CONTROL = ControlConfig(thresholds=(64.0, 128.0), classes=("dark", "grey", "light"), unit="of 255", oracle="jpeg_size")
@@ -31,3 +34,12 @@ def flat_samples(values: list[int], labels: list[int], *, log_probs: np.ndarray 
         sample_ids=np.arange(count, dtype=np.int64),
         kl_per_step=np.full((count, 4), 0.25),
     )
+
+
+def write_model(folder: Path, *, rho: float = -50.0) -> None:
+    """A folder of BRISQUE's: two support vectors, at 0 and at (1, 0, …), and features that are scaled from 0 … 2 to -1 … 1."""
+    (folder / "allmodel").write_text(
+        f"svm_type epsilon_svr\nkernel_type rbf\ngamma 0.5\nnr_class 2\ntotal_sv 2\nrho {rho}\nSV\n10 \n-4 1:1 36:0\n"
+    )
+    ranges = "".join(f"{number} 0 2\n" for number in range(1, NUM_FEATURES + 1))
+    (folder / "allrange").write_text(f"x\n-1 1\n{ranges}")

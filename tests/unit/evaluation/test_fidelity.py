@@ -8,9 +8,16 @@ import torch
 
 from ctrl_ray.errors import ModelError
 from ctrl_ray.evaluation import fidelity
-from ctrl_ray.evaluation.fidelity import ClipFidelity, RecogniserFidelity, choose_fidelity
+from ctrl_ray.evaluation.fidelity import (
+    ClipFidelity,
+    RecogniserFidelity,
+    check_clip_model,
+    choose_fidelity,
+    choose_judges,
+)
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
+from tests.unit.evaluation.helpers import write_model
 
 
 def test_recogniser_scores_are_its_answers_in_batches():
@@ -75,3 +82,27 @@ def test_a_clip_model_that_is_not_there(tmp_path):
         ClipFidelity(str(tmp_path / "nothing"))
     with pytest.raises(ModelError, match="cannot be loaded"):
         ClipFidelity(str(tmp_path))
+
+
+def test_a_clip_model_is_checked_without_its_weights(clip_folder, tmp_path):
+    """What a run looks at before it starts."""
+    check_clip_model(str(clip_folder))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
+    check_clip_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ModelError, match="is a 'vit' model; give a folder or hub id of a CLIPModel"):
+        check_clip_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"CLIP model '.*nothing' cannot be loaded .*or no clip_model"):
+        check_clip_model(str(tmp_path / "nothing"))
+
+
+def test_the_recogniser_judges_its_prompts_and_clip_all_others(clip_folder, tmp_path):
+    """clip_score is there either way; brisque with its folder alone."""
+    write_model(tmp_path)
+    drawn = choose_judges(["a red circle"], (64, 64), str(clip_folder), str(tmp_path))
+    assert isinstance(drawn.fidelity, RecogniserFidelity) and set(drawn.scorers) == {"clip_score", "brisque"}
+    animals = choose_judges(["a cat"], (64, 64), str(clip_folder))
+    assert animals.fidelity is animals.scorers["clip_score"] and set(animals.scorers) == {"clip_score"}
+    assert choose_judges(["a cat"], (64, 64), None, str(tmp_path)).fidelity is None
+    assert choose_judges(["a cat"], (64, 64)) == (None, {})

@@ -105,6 +105,27 @@ def test_fidelity_is_the_mean_score_and_the_summary_is_strict_json():
     assert "per_sample" not in summary
 
 
+def test_scores_are_means_over_the_samples_that_have_one():
+    """And a judge of prompts that is one of the scorers is asked once."""
+    asked = []
+
+    def clip(images, prompts):
+        asked.append(prompts)
+        return np.array([0.2, 0.3, 0.1, 0.2, 0.4, 0.3])
+
+    brisque = lambda images, prompts: np.array([10.0, np.nan, 20.0, 30.0, np.nan, 40.0])  # noqa: E731
+    samples = flat_samples(VALUES, TRUE)
+    judged = judge(samples, CONTROLS, oracles=ORACLES, fidelity=clip, scorers={"clip_score": clip, "brisque": brisque})
+    assert judged["clip_score"] == judged["prompt_fidelity"] == pytest.approx(0.25) and asked == [samples.prompts]
+    assert judged["brisque"] == pytest.approx(25)
+    assert judged["standard_errors"]["brisque"] == pytest.approx(math.sqrt(500 / 3 / 4))
+    assert judged["notes"] == ["brisque: 2 of 6 samples have none and are left out"]
+    row = evaluation_row(judged)
+    check_names(row)
+    assert row["clip_score"] == pytest.approx(0.25) and "per_sample" not in summary_of(judged)
+    assert judge(samples, CONTROLS, oracles=ORACLES)["brisque"] is None
+
+
 @pytest.mark.parametrize(
     ("labels", "controls", "message"),
     [
@@ -153,5 +174,5 @@ def test_definitions_are_found_by_family_and_differ():
             "macro_f1",
             "macro_f1/*",
         ),
-        *("prompt_fidelity", "diversity", "objective", "objective/*", "ess", "ess/*"),
+        *("prompt_fidelity", "clip_score", "diversity", "objective", "objective/*", "ess", "ess/*"),
     }

@@ -298,3 +298,25 @@ def test_thumbnail_keeps_pixels_and_the_aspect():
     assert (small[6:] == 255).all()
     assert (small[2:4] == (200, 10, 30)).all()
     assert (small[4:6] == 0).all()
+
+
+def test_scores_of_images_are_shown_with_their_change():
+    """Pairs of images that have one on both sides; what was not measured is on no line."""
+    values, brisque = [10, 100, 200, 12, 110, 210, 60, 120], [np.full(8, 30.0), np.arange(8) + 20.0]
+    brisque[0][0] = brisque[1][7] = np.nan
+    before, after = (
+        Evaluation(judged, samples)
+        for scores in brisque
+        for samples in [flat_samples(values, LABELS)]
+        for judged in [
+            judge(samples, CONTROLS, oracles={"light": brightness}, scorers={"brisque": lambda *_, s=scores: s})
+        ]
+    )
+    summary = make_summary(before, after)
+    assert summary["before"]["brisque"] == 30 and summary["after"]["brisque"] == 23
+    change = summary["changes"]["brisque"]
+    assert (change["mean"], change["num_pairs"]) == (pytest.approx(np.mean(np.arange(1, 7) + 20.0) - 30), 6)
+    page = render_page(
+        summary, [], controls=CONTROLS, prompt="p", source=Source.of_adapter("a"), facts={}, config_json=None
+    )
+    assert "<td>brisque</td>" in page and "-6.500" in page and "<td>clip score</td>" not in page
