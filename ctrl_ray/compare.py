@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ctrl_ray import command
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.config.fields import at_least, check_fields
+from ctrl_ray.config.fields import above, at_least, check_fields
+from ctrl_ray.config.paths import absolute_paths
 from ctrl_ray.config.presets import DEFAULT_PRESET, preset
 from ctrl_ray.errors import ConfigError, InterruptedRunError
 
@@ -53,8 +54,21 @@ class CompareOptions:
     output_dir: str | None = None
     """Folder of results.json, report.md, report.html, and of everything that is drawn and trained. None: runs/compare, with
     --label-budgets runs/label-budgets."""
+    base_model: str | None = None
+    """'shapes', a folder in the diffusers format, or a hub id, in the place of the preset's."""
+    data: str | None = None
+    """Labelled images, a Parquet file or folder, in the place of the preset's."""
     dry_run: bool = False
-    """Print what would be drawn and stop."""
+    """Print what would be drawn and what that takes, and stop. Nothing is loaded or fetched."""
+    card: str = "A100"
+    """With --dry-run, for a preset on GPUs: the kind of card that is planned for."""
+    num_cards: Annotated[int, at_least(1)] = 4
+    """With --dry-run: how many of them. The paper had four."""
+    teraflops: Annotated[float | None, above(0)] = None
+    """With --dry-run: 10^12 operations a second that one card (on CPUs: one core) keeps up in the denoiser. None: a share of
+    the card's peak; the cores are measured."""
+    dollars_per_hour: Annotated[float | None, at_least(0)] = None
+    """With --dry-run: what an hour of all cards together costs. None: a remembered price of the cards."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -90,6 +104,7 @@ def compare(options: CompareOptions, command_line: str = "python -m ctrl_ray.com
     plan = _plan(options, config, adapters) if budgets is None else budgets.plan
     if options.dry_run:
         print((budgets or plan).to_text())
+        print(_estimate(options, config, plan))
         return {}
     from ctrl_ray.comparison.bench import Question
     from ctrl_ray.comparison.budgets.run import run_budgets
@@ -125,7 +140,21 @@ def _config(options: CompareOptions) -> TrainConfig:
         )
     if config.latent_reduction != "sum" or config.kl_coef == 0:
         raise ConfigError(f"preset {options.preset!r} has no target that all methods could be compared with")
-    return dataclasses.replace(config, aim=False)
+    given = {name: getattr(options, name) for name in ("base_model", "data") if getattr(options, name) is not None}
+    return absolute_paths(dataclasses.replace(config, aim=False, **given))
+
+
+def _estimate(options: CompareOptions, config: TrainConfig, plan: Plan) -> str:
+    from ctrl_ray.comparison.estimate import estimate_text, hardware, row_flops
+
+    on = hardware(
+        config,
+        card=options.card,
+        num_cards=options.num_cards,
+        teraflops=options.teraflops,
+        dollars_per_hour=options.dollars_per_hour,
+    )
+    return estimate_text(plan, config, on, row_flops(config))
 
 
 def _num_classes(config: TrainConfig) -> int:

@@ -17,7 +17,15 @@ from ctrl_ray.comparison.classifiers import classifier_difference, shipped_class
 from ctrl_ray.comparison.cost import Cost
 from ctrl_ray.comparison.drawing import Desk, job_of
 from ctrl_ray.comparison.methods import METHODS, PLAIN
-from ctrl_ray.comparison.plan import FIRST_TEST, FIRST_VALIDATION, MethodPlan, Plan, held_out_prompts
+from ctrl_ray.comparison.plan import (
+    EXACT_A_TEST_IMAGE,
+    FIRST_TEST,
+    FIRST_VALIDATION,
+    MOST_POOL,
+    MethodPlan,
+    Plan,
+    held_out_prompts,
+)
 from ctrl_ray.comparison.progress import Progress
 from ctrl_ray.comparison.results import Target, choose, distance_of, numbers_of, over_seeds
 from ctrl_ray.comparison.training import (
@@ -48,10 +56,6 @@ TIMED_IMAGES = 16
 _VALIDATION_SEED, _TEST_SEED, _POOL_SEED = 3_000_017, 4_000_037, 5_000_011
 """Added to the comparison's seed: noise that no run, no evaluation and no verification draws."""
 _FIRST_POOL = 1 << 26
-_EXACT_A_TEST_IMAGE = 4
-"""Exact samples of a class that are wanted for each of its test images: two halves, and prompts that suit it less."""
-_MOST_POOL = 96
-"""Pre-trained samples at most, for each test image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +122,8 @@ class Bench:
             classes,
             unit=len(classes) * len(base.prompts),
             worth=fewest(len(base.prompts)),
-            wanted=_EXACT_A_TEST_IMAGE * test // len(classes),
-            limit=_MOST_POOL * test,
+            wanted=EXACT_A_TEST_IMAGE * test // len(classes),
+            limit=MOST_POOL * test,
             seed=question.seed,
             say=say,
         )

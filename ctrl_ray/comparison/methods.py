@@ -18,7 +18,8 @@ from ctrl_ray.config.presets import as_cfg
 _BACKWARD, _DECODE, _DECODE_GRADIENT = 2.0, 3.4, 5.9
 """Forwards of the denoiser that a backward, a decode with its classification, and one with its gradient take on `shapes`: for
 the order of the work and for what counts as dear. The report's costs are measured."""
-_NOMINAL_TRIES = 12.0
+NOMINAL_TRIES = 12.0
+"""Samples that rejection takes for an image: nobody knows before they are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ METHODS: dict[str, Method] = {
         cost=_whole_samples(lambda value: value),
     ),
     "rejection": Method(
-        title="rejection", setting=_sampler("rejection"), cost=_whole_samples(lambda value: _NOMINAL_TRIES)
+        title="rejection", setting=_sampler("rejection"), cost=_whole_samples(lambda value: NOMINAL_TRIES)
     ),
     "mpgd": Method(
         title="MPGD",

@@ -15,6 +15,10 @@ DEAR = 32.0
 """A method with a setting above this nominal cost, in plain samples, gets fewer images."""
 FEWEST_A_CLASS = 16
 """Images of each joint class at least, so that a distance can be measured."""
+EXACT_A_TEST_IMAGE = 4
+"""Exact samples of a class that are wanted for each of its test images: two halves, and prompts that suit it less."""
+MOST_POOL = 96
+"""Pre-trained samples at most, for each test image."""
 FIRST_TEST, FIRST_VALIDATION = 1 << 25, 1 << 24
 """Ids of the images; no run and no other command reaches them."""
 

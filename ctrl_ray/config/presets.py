@@ -138,13 +138,13 @@ def shapes_cfg() -> TrainConfig:
 
 
 def as_cfg(config: TrainConfig) -> TrainConfig:
-    """A run on a small pipeline with CFG fine-tuning in the place of CTRL: its batches, rates and number of updates."""
+    """A run with CFG fine-tuning in the place of CTRL: the batches, rates and number of updates that suit a small pipeline."""
     return dataclasses.replace(
         config,
         training_method="cfg",
         num_updates=400,
         global_batch_size=64,
-        micro_batch_size_per_worker=64,
+        micro_batch_size_per_worker="auto" if config.micro_batch_size_per_worker == "auto" else 64,
         label_draws="independent",
         adapter=AdapterConfig(kind="embedding"),
         estimator=EstimatorConfig(name="full"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import Precision, TrainConfig
@@ -57,8 +58,10 @@ AWS_MACHINES = (
 HEAD_DOLLARS_PER_HOUR = 0.38
 """m6i.2xlarge."""
 
-GPU_UTILISATION = 0.25
-"""Share of a GPU's peak that a denoiser of diffusers reaches at the presets' batch sizes. Stated, not measured by us."""
+GPU_UTILISATION = 0.19
+"""Share of a GPU's peak that a denoiser of diffusers reaches. Measured on one H200 with a UNet of Stable Diffusion's shape in
+bf16, 8 samples with guidance: 0.19 in a forward, 0.20 in a step of the adjoint pass (the times in
+tests/gpu/sessions/2026-11-27-h200-runs.json under the counted operations). Other cards are taken to be alike."""
 CPU_UTILISATION = 0.3
 """Share of the rate of `measured_cpu_flops` that the example reaches on two cores (`python -m tests.benchmarks.estimate`)."""
 _START_S = 60.0
@@ -100,16 +103,36 @@ def work_of(config: TrainConfig, plan: RunPlan, flops: StepFlops, decoder: Decod
         scored = share
     elif shares_cards(config):
         scored = config.global_batch_size / config.rewards.num_actors
-    every, beside = config.evaluation.every_updates, config.evaluation
-    during = (1 + config.num_updates // every) * beside.num_samples if every else 0
-    pairs = beside.num_pairs * (1.25 if config.sampler.reference_steps else 1)
-    samples = during + beside.fewest_pre_trained + beside.final_num_samples + pairs
     rows = Guidance.of(config.sampler).num_branches / num_branches(config)
     per_sample = config.sampler.num_steps * rows * flops.forward / size
     return Work(
         update_flops=update,
-        evaluation_flops=samples * per_sample / config.scaling.fixed_num_workers,
+        evaluation_flops=sum(evaluated_samples(config)) * per_sample / config.scaling.fixed_num_workers,
         scoring_flops=scored * decoder.operations,
+    )
+
+
+class EvaluatedSamples(NamedTuple):
+    """Samples that a run draws to be judged."""
+
+    during: int
+    """Of the policy, in all evaluations during training."""
+    pre_trained: int
+    """Of the pre-trained model, at least."""
+    after: int
+    """Of the policy, after training."""
+    pairs: float
+    """Drawn again, or a part of their steps, for what no training removes."""
+
+
+def evaluated_samples(config: TrainConfig) -> EvaluatedSamples:
+    """Of a whole run."""
+    every, beside = config.evaluation.every_updates, config.evaluation
+    return EvaluatedSamples(
+        during=(1 + config.num_updates // every) * beside.num_samples if every else 0,
+        pre_trained=beside.fewest_pre_trained,
+        after=beside.final_num_samples,
+        pairs=beside.num_pairs * (1.25 if config.sampler.reference_steps else 1),
     )
 
 
@@ -166,8 +189,8 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: Cluste
             "2 where the cores are shared"
         ]
     lines = [
-        f"estimate   {counted} at {GPU_UTILISATION:.0%} of a GPU's peak (stated), {updates} with evaluation; prices "
-        f"{PRICES_OF}, spot is cheaper:"
+        f"estimate   {counted} at {GPU_UTILISATION:.0%} of a GPU's peak (as measured on an H200), {updates} with evaluation; "
+        f"prices {PRICES_OF}, spot is cheaper:"
     ]
     precision = config.scaling.precision
     if work.scoring_flops:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_ray.comparison.estimate import STABLE_DIFFUSION, row_flops
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import CLIP_MODEL, preset
 from ctrl_ray.errors import ConfigError, ModelError
@@ -97,3 +98,11 @@ def test_a_machine_that_is_stated_is_planned_for(name: str, tiny_pipeline: Path,
     assert checked.config.scaling.num_workers == 4 and checked.work is not None
     assert f"batch      {config.global_batch_size} trajectories per update = 4 workers ×" in checked.summary
     assert "$" in checked.summary
+
+
+@pytest.mark.full
+def test_what_is_kept_of_stable_diffusion_is_what_is_counted(stable_diffusion: Path) -> None:
+    """The operations by which `compare --dry-run` tells hours without the model."""
+    config = dataclasses.replace(preset("paper-compressibility"), base_model=str(stable_diffusion))
+    counted = row_flops(config)
+    assert dataclasses.astuple(counted) == pytest.approx(dataclasses.astuple(STABLE_DIFFUSION), rel=1e-3)
