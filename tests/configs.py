@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 from ctrl_ray.config import (
@@ -28,7 +28,7 @@ EVERY_LAYER = (
 def shapes_of_the_paper() -> TrainConfig:
     """The built-in example with the paper's adapter and gradient, which every sharding and precision trains: a label embedding,
     LoRA on every layer, no graphs kept."""
-    return dataclasses.replace(
+    return replace(
         preset("shapes"),
         global_batch_size=64,
         micro_batch_size_per_worker=64,
@@ -61,4 +61,32 @@ def tiny_run(pipeline: Path) -> TrainConfig:
             every_updates=0, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, num_pairs=0, batch_size=8
         ),
         aim=False,
+    )
+
+
+def tiny_experiment(name: str, pipeline: Path, clip: Path, head: Path) -> TrainConfig:
+    """A preset of the paper's experiments with its models replaced by tiny ones, and the drawn images for data; nothing else
+    is changed."""
+    config = preset(name)
+    controls = dict(config.controls)
+    if "aesthetic" in controls:
+        controls["aesthetic"] = replace(
+            controls["aesthetic"], oracle=f"clip_head:{head}@{clip}", network=f"clip:{clip}"
+        )
+    return replace(
+        config,
+        base_model=str(pipeline),
+        data="shapes",
+        controls=controls,
+        evaluation=replace(config.evaluation, clip_model=str(clip)),
+    )
+
+
+def on_a_cpu(config: TrainConfig) -> TrainConfig:
+    """A preset for GPUs where there is none."""
+    return replace(
+        config,
+        micro_batch_size_per_worker=32,
+        scaling=ScalingConfig(max_failures=0),
+        rewards=replace(config.rewards, gpus_per_actor=0.0, decode_chunk_size=8),
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from ctrl_ray.comparison.estimate import STABLE_DIFFUSION, row_flops
-from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.config.presets import CLIP_MODEL, preset
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.planning.machines import stated_machines
 from ctrl_ray.planning.preflight import preflight
+from tests.configs import on_a_cpu, tiny_experiment
 from tests.tiny import make_tiny_clip, make_tiny_head
 
 
@@ -21,34 +21,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
-def tiny(config: TrainConfig, pipeline: Path, clip: Path, head: Path | None = None) -> TrainConfig:
-    """The preset with its models replaced by tiny ones, and the drawn images for data; nothing else is changed."""
-    controls = dict(config.controls)
-    if head is not None:
-        controls["aesthetic"] = dataclasses.replace(
-            controls["aesthetic"], oracle=f"clip_head:{head}@{clip}", network=f"clip:{clip}"
-        )
-    return dataclasses.replace(
-        config,
-        base_model=str(pipeline),
-        data="shapes",
-        controls=controls,
-        evaluation=dataclasses.replace(config.evaluation, clip_model=str(clip)),
-    )
-
-
-def on_a_cpu(config: TrainConfig) -> TrainConfig:
-    """Where there is no card."""
-    return dataclasses.replace(
-        config,
-        micro_batch_size_per_worker=32,
-        scaling=ScalingConfig(),
-        rewards=dataclasses.replace(config.rewards, gpus_per_actor=0.0, decode_chunk_size=8),
-    )
-
-
 def test_compressibility_passes_all_checks(tiny_pipeline: Path, clip: Path) -> None:
-    checked = preflight(on_a_cpu(tiny(preset("paper-compressibility"), tiny_pipeline, clip)))
+    checked = preflight(on_a_cpu(tiny_experiment("paper-compressibility", tiny_pipeline, clip, Path())))
     assert len(checked.prompts) == 45 and len(checked.evaluation_prompts) == 15
     assert checked.controls["jpeg_size"].num_classes == 4
     # 50 steps with guidance: the rollout's forward, and policy and reference in the adjoint pass; the last step is the
@@ -63,7 +37,7 @@ def test_multi_task_passes_all_checks_with_a_head_in_the_working_directory(
     """As the preset names it: aesthetic.safetensors."""
     monkeypatch.chdir(tmp_path)
     make_tiny_head(tmp_path / "aesthetic.safetensors")
-    config = on_a_cpu(tiny(preset("paper-multi-task"), tiny_pipeline, clip, Path("aesthetic.safetensors")))
+    config = on_a_cpu(tiny_experiment("paper-multi-task", tiny_pipeline, clip, Path("aesthetic.safetensors")))
     checked = preflight(config)
     control = checked.config.controls["aesthetic"]
     assert control.oracle == f"clip_head:{tmp_path / 'aesthetic.safetensors'}@{clip}"
@@ -76,11 +50,11 @@ def test_without_its_head_multi_task_says_what_is_missing(tiny_pipeline: Path, c
     with pytest.raises(
         ConfigError, match=r"the head .*nothing\.safetensors does not exist; expected a safetensors file"
     ):
-        preflight(on_a_cpu(tiny(preset("paper-multi-task"), tiny_pipeline, clip, Path("nothing.safetensors"))))
+        preflight(on_a_cpu(tiny_experiment("paper-multi-task", tiny_pipeline, clip, Path("nothing.safetensors"))))
 
 
 def test_what_judges_is_looked_for_before_anything_starts(tiny_pipeline: Path, clip: Path, tmp_path: Path) -> None:
-    config = on_a_cpu(tiny(preset("paper-compressibility"), tiny_pipeline, clip))
+    config = on_a_cpu(tiny_experiment("paper-compressibility", tiny_pipeline, clip, Path()))
     for changes, message in (
         ({"clip_model": str(tmp_path)}, "CLIP model .* cannot be loaded"),
         ({"brisque_model": str(tmp_path)}, "BRISQUE's allmodel cannot be read"),
@@ -92,8 +66,7 @@ def test_what_judges_is_looked_for_before_anything_starts(tiny_pipeline: Path, c
 @pytest.mark.parametrize("name", ["paper-compressibility", "paper-multi-task"])
 def test_a_machine_that_is_stated_is_planned_for(name: str, tiny_pipeline: Path, clip: Path, tmp_path: Path) -> None:
     """Four cards: a worker on each, every 'auto' decided, a price."""
-    head = make_tiny_head(tmp_path / "head.safetensors") if name == "paper-multi-task" else None
-    config = tiny(preset(name), tiny_pipeline, clip, head)
+    config = tiny_experiment(name, tiny_pipeline, clip, make_tiny_head(tmp_path / "head.safetensors"))
     checked = preflight(config, stated=stated_machines("1x4xA100"), with_estimate=True)
     assert checked.config.scaling.num_workers == 4 and checked.work is not None
     assert f"batch      {config.global_batch_size} trajectories per update = 4 workers ×" in checked.summary
