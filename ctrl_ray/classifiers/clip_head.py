@@ -5,6 +5,8 @@ that on another CLIP (folder or hub id). The file is safetensors: for each linea
 (out,), taken in the order of their names (2 before 10), the last with one output. Between them stands what the file's metadata
 names as "activation": "none" (as in LAION's predictor, Schuhmann 2022, whose layers are linear throughout), "relu" or "gelu".
 
+Processes of other hosts read the file under the same path.
+
     from safetensors.torch import save_file
     save_file(torch.load("sac+logos+ava1-l14-linearMSE.pth", weights_only=True), "aesthetic.safetensors")
 """

@@ -40,7 +40,7 @@ from ctrl_ray.comparison.training import (
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.distributed.sampling import SamplingJob
 from ctrl_ray.evaluation.certificate import exponents_of
-from ctrl_ray.evaluation.fidelity import choose_fidelity
+from ctrl_ray.evaluation.fidelity import choose_judges
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import training_prompts
@@ -140,7 +140,9 @@ class Bench:
                 classes=classes,
                 controls=config.controls,
                 exponents=exponents,
-                fidelity=choose_fidelity(base.prompts, (side, side), config.evaluation.clip_model),
+                **choose_judges(
+                    base.prompts, (side, side), config.evaluation.clip_model, config.evaluation.brisque_model
+                )._asdict(),
                 seed=question.seed,
             ),
             progress=progress,

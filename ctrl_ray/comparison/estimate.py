@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_ray.comparison.methods import NOMINAL_TRIES, Setting
-from ctrl_ray.comparison.plan import EXACT_A_TEST_IMAGE, MOST_POOL, MethodPlan, Plan
+from ctrl_ray.comparison.plan import DEAR, EXACT_A_TEST_IMAGE, MOST_POOL, MethodPlan, Plan
+from ctrl_ray.comparison.windows import STARTS, has_window, starting_at
 from ctrl_ray.comparison.work import Rows, image_rows, training_rows
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.paths import absolute_model
@@ -101,7 +102,8 @@ class MethodEstimate:
 
 
 def estimate_plan(plan: Plan, config: TrainConfig) -> list[MethodEstimate]:
-    """The line of every method; before them what all share, the exact samples, and after them CTRL with prompts held back."""
+    """The line of every method, with a line before them for what all share, the exact samples, one after CTRL for the prompts
+    that are held back, and a last one for methods that push each step and begin later."""
     largest = max(method.counts.test for method in plan.methods)
     num_classes = math.prod(control.num_classes for control in config.controls.values())
     plain = image_rows(Setting(), config)
@@ -115,7 +117,22 @@ def estimate_plan(plan: Plan, config: TrainConfig) -> list[MethodEstimate]:
             one = _method(dataclasses.replace(held_out, seeds=(0,), adapters=(), values=(1.0,)), config, plain)
             twice = dataclasses.replace(one, title="CTRL, prompts held back", drawn=one.drawn * 2)
             lines.append(twice)
+    later = [] if plan.quick else [method for method in plan.methods if _begins_later(method)]
+    if later:
+        drawn = sum((_later(method, config) for method in later), Rows()) * plan.common_test
+        lines.append(MethodEstimate(title="pushes that begin later", image=Rows(), drawn=drawn, trained=Rows()))
     return lines
+
+
+def _begins_later(plan: MethodPlan) -> bool:
+    return has_window(plan) and max(map(plan.cost, plan.values)) <= DEAR
+
+
+def _later(plan: MethodPlan, config: TrainConfig) -> Rows:
+    """An image from each of STARTS on, judged."""
+    value = max(plan.values, key=plan.cost)
+    later = (dataclasses.replace(plan, method=starting_at(plan.method, start)) for start in STARTS)
+    return sum((image_rows(_setting(method, value, config), config, judged=True) for method in later), Rows())
 
 
 def _method(plan: MethodPlan, config: TrainConfig, plain: Rows) -> MethodEstimate:
@@ -229,7 +246,7 @@ def estimate_text(plan: Plan, config: TrainConfig, on: Hardware, flops: RowFlops
     hours, operations = on.hours(total, flops), flops.denoiser(total) + flops.decoder(total)
     rows = [["method", "forwards", "backwards", "decodes", "of them back", "images", "training", "hours", "dollars"]]
     for line in lines:
-        image = [f"{value:,.4g}" for value in dataclasses.astuple(line.image)]
+        image = [f"{value:,.4g}" if line.image != Rows() else "–" for value in dataclasses.astuple(line.image)]
         rows.append([line.title, *image, *_in_all(line.drawn, line.trained), *_price(on.hours(line.all, flops), on)])
     parts = (sum((getattr(line, part) for line in lines), Rows()) for part in ("drawn", "trained"))
     rows.append(["all", *[""] * 4, *_in_all(*parts), *_price(hours, on)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_ray.comparison.results import interval
+from ctrl_ray.evaluation.metric_names import SCORES
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
 from ctrl_ray.wording import duration, text_table
 
@@ -153,6 +154,8 @@ def _parts(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     parts = []
     if results["classifiers"]:
         parts.append(("The shipped classifier beside the comparison's own", classifier_lines(results["classifiers"])))
+    if lines := score_lines(results["methods"]):
+        parts.append(("Scores of the images", lines))
     if results["held_out"]:
         parts.append(("CTRL on prompts that it was not trained on", held_out_lines(results["held_out"])))
     if results["windows"]:
@@ -177,6 +180,17 @@ def classifier_lines(classifiers: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
         z = ", ".join(f"{key} {value:.2f} and {shipped['log_z'][key]:.2f}" for key, value in own["log_z"].items())
         lines.append(f"{line}; log Z {z}")
+    return lines
+
+
+def score_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each method those of `metric_names.SCORES` that were measured."""
+    lines = []
+    for method in methods:
+        test = method["test"]
+        known = [name for name in SCORES if test.get(name) is not None]
+        words = [f"{name.replace('_', ' ')} {number_text(test[name], test['errors'][name], 3)}" for name in known]
+        lines += [f"{method['title']}: {', '.join(words)}"] if words else []
     return lines
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 from ctrl_ray.config import ControlConfig
-from ctrl_ray.evaluation.judging import PromptFidelity, judge
+from ctrl_ray.evaluation.judging import ImageScore, PromptFidelity, judge
+from ctrl_ray.evaluation.metric_names import SCORES
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.verification.distances import compare, own_distance
 from ctrl_ray.verification.gaps import certify_classes
@@ -46,6 +47,8 @@ class Target:
     exponents: Mapping[str, float]
     fidelity: PromptFidelity | None
     seed: int
+    scorers: Mapping[str, ImageScore] = field(default_factory=dict)
+    """Of `metric_names.SCORES`, by name."""
 
 
 def distance_of(target: Target, measured: Measured) -> dict[str, Any]:
@@ -71,9 +74,10 @@ def numbers_of(target: Target, samples: EvaluationSamples, *, pre_trained: bool,
     the distance that compares between methods.
     """
     measured = measure_samples(samples, target.controls)
-    judged = judge(samples, target.controls, fidelity=target.fidelity, by="oracle" if pre_trained else "label")
+    by: Literal["oracle", "label"] = "oracle" if pre_trained else "label"
+    judged = judge(samples, target.controls, fidelity=target.fidelity, scorers=target.scorers, by=by)
     errors = judged["standard_errors"]
-    found: dict[str, Any] = {name: judged.get(name) for name in NUMBERS if name != "gap"}
+    found: dict[str, Any] = {name: judged.get(name) for name in (*NUMBERS, *SCORES) if name != "gap"}
     found["errors"] = {name: errors.get(name) for name in found}
     found |= {"num_images": len(samples), "gap": None, "too_wide": None}
     if measured.log_ratio is not None:
@@ -100,8 +104,8 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of each number over a method's seeds, with its standard error: the larger of what the images' own errors make
     and what the seeds' differences make. Of distances also the range."""
     found: dict[str, Any] = {"num_images": sum(row["num_images"] for row in rows), "errors": {}}
-    for name in NUMBERS:
-        values = [row[name] for row in rows]
+    for name in (*NUMBERS, *SCORES):
+        values = [row.get(name) for row in rows]
         errors = [row["errors"].get(name) for row in rows]
         found[name] = None if None in values else float(np.mean(values))
         known = [error for error in errors if error is not None]

@@ -26,7 +26,7 @@ def windows_of(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
     found = []
     for row in rows:
         plan = next((plan for plan in bench.question.plan.methods if plan.name == row["name"]), None)
-        if plan is None or not _has_window(plan) or plan.cost(row["chosen"]) > DEAR:
+        if plan is None or not has_window(plan) or plan.cost(row["chosen"]) > DEAR:
             continue
         sources = bench.sources(plan, [])
         starts = [_start(bench, plan, row["chosen"], start, sources) for start in STARTS]
@@ -34,14 +34,14 @@ def windows_of(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
     return found
 
 
-def _has_window(plan: MethodPlan) -> bool:
+def has_window(plan: MethodPlan) -> bool:
     """A sampler of the pre-trained model with a window of its own."""
     return "window" in OPTIONS.get(plan.name, ())
 
 
 def _start(bench: Bench, plan: MethodPlan, value: float, start: float, sources: Sequence[Source]) -> dict[str, Any]:
     counts = dataclasses.replace(plan.counts, test=bench.question.plan.common_test)
-    later = dataclasses.replace(plan, method=_from(plan.method, start), counts=counts)
+    later = dataclasses.replace(plan, method=starting_at(plan.method, start), counts=counts)
     (numbers,), _ = bench.test(later, value, sources)
     return {
         "start": start,
@@ -51,7 +51,9 @@ def _start(bench: Bench, plan: MethodPlan, value: float, start: float, sources: 
     }
 
 
-def _from(method: Method, start: float) -> Method:
+def starting_at(method: Method, start: float) -> Method:
+    """The method where nothing is pushed before this share of the steps."""
+
     def setting(*arguments: Any) -> Setting:
         whole = method.setting(*arguments)
         return dataclasses.replace(whole, method=dataclasses.replace(whole.method, window=(start, 1.0)))

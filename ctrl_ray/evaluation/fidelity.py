@@ -172,10 +172,3 @@ def choose_judges(
     known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
     recogniser = RecogniserFidelity() if known and (RECOGNISER / "config.json").is_file() else None
     return Judges(recogniser or clip, scorers)
-
-
-def choose_fidelity(
-    prompts: Sequence[str], image_size: tuple[int, int], clip_model: str | None = None
-) -> RecogniserFidelity | ClipFidelity | None:
-    """The judge of prompts alone, see `choose_judges`."""
-    return choose_judges(prompts, image_size, clip_model).fidelity

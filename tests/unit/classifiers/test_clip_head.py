@@ -15,6 +15,7 @@ from transformers import CLIPModel
 from ctrl_ray.classifiers.classifier import new_network
 from ctrl_ray.classifiers.clip_head import load, read_head
 from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.offline.labelling import _named_oracles
 from ctrl_ray.oracles import control_name, load_oracle, measure
 from tests.tiny import CLIP_FEATURES, make_tiny_clip, make_tiny_head
 
@@ -44,6 +45,16 @@ def test_a_linear_head_is_a_dot_product(clip: Path, tmp_path: Path) -> None:
     expected = embeddings(clip, IMAGES) @ weight[0] + 5
     assert measure(load_oracle(name), IMAGES) == pytest.approx(expected.double().numpy(), abs=1e-5)
     assert control_name(name) == "aesthetic"
+
+
+def test_its_column_is_called_after_the_file(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python -m ctrl_ray.label` writes; its workers have another working directory."""
+    monkeypatch.chdir(tmp_path)
+    file = make_tiny_head(tmp_path / "aesthetic.safetensors")
+    assert _named_oracles(["jpeg_size", f"clip_head:aesthetic.safetensors@{clip}"]) == {
+        "jpeg_size": "jpeg_size",
+        "aesthetic": f"clip_head:{file}@{clip}",
+    }
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_every_method_can_be_counted() -> None:
     config = preset("paper-multi-task")
     plan = make_plan([], num_steps=50, num_classes=4)
     titles = [line.title for line in estimate_plan(plan, config)]
-    assert titles[:2] == ["exact samples", METHODS["plain"].title] and len(titles) == len(METHODS) + 2
-    assert "CTRL, prompts held back" in titles
+    assert titles[:2] == ["exact samples", METHODS["plain"].title] and len(titles) == len(METHODS) + 3
+    assert "CTRL, prompts held back" in titles and titles[-1] == "pushes that begin later"
 
 
 def test_training_is_its_updates_and_its_evaluations() -> None:
@@ -97,7 +97,7 @@ def test_cfg_fine_tuning_is_one_row_an_image() -> None:
 def test_a_line_is_all_that_is_drawn_of_a_method() -> None:
     """DPS: 256 images of each of three values, 512 of one, and twice 16 that are timed beside plain ones."""
     plan = make_plan(["dps", "ctrl"], num_steps=50, num_classes=4, num_seeds=2, held_out=False)
-    exact, plain, ctrl, dps = estimate_plan(plan, PAPER)
+    exact, plain, ctrl, dps, later = estimate_plan(plan, PAPER)
     assert (dps.title, dps.image) == ("DPS", Rows(100, 98, 50, 49))
     images = 3 * 256 + 512
     assert dps.drawn == Rows(100 * images + 32 * 200, 98 * (images + 32), 51 * images + 32 * 51, 49 * (images + 32))
@@ -105,6 +105,8 @@ def test_a_line_is_all_that_is_drawn_of_a_method() -> None:
     assert ctrl.drawn.forwards == 198 * 2 * images + 32 * 200, "an adapter of each seed"
     assert plain.drawn.forwards == 100 * 512 + 32 * 200
     assert exact.drawn.forwards == 100 * NOMINAL_TRIES * 4 * 512 / 4
+    # from the first step on, and from the 11th, 21st, 31st and 41st; the last is the reference's
+    assert later.drawn.backwards == 512 * 2 * (49 + 39 + 29 + 19 + 9) and later.drawn.forwards == 5 * 512 * 100
 
 
 def test_hours_are_operations_over_the_rate_and_dollars_are_hours() -> None:

@@ -121,6 +121,14 @@ def test_the_windows_are_listed_by_where_they_begin() -> None:
     assert "When the push begins later" not in markdown(results(row("plain")))
 
 
+def test_scores_are_listed_where_they_were_measured() -> None:
+    scored = row("ctrl", clip_score=0.2714, brisque=23.5, errors={"clip_score": 0.002, "brisque": None})
+    text = markdown(results(row("plain"), scored))
+    assert "- CTRL: clip score 0.271 ± 0.002, brisque 23.500" in text.splitlines()
+    assert "pre-trained: " not in text
+    assert "Scores of the images" not in markdown(results(row("plain")))
+
+
 def test_classifiers_and_held_out_prompts_have_their_sections() -> None:
     side = {"log_z": {"small": -1.5}, "accuracy": 0.96, "nll": 0.07, "ece": 0.02, "brier": 0.1}
     shipped = {**side, "log_z": {"small": -1.25}, "accuracy": 0.97}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,12 @@ def test_a_sampler_whose_paths_have_no_density_has_no_gap(monkeypatch: pytest.Mo
     found = numbers_of(target(rng), samples, pre_trained=False, common=32)
     assert found["gap"] is None and found["kl"] is None and found["too_wide"] is None
     assert over_seeds([found])["errors"]["kl"] is None
+    assert over_seeds([found])["clip_score"] is None
+    scores = np.linspace(0.2, 0.3, 32)
+    scored = dataclasses.replace(target(rng), scorers={"clip_score": lambda images, prompts: scores})
+    both = [numbers_of(scored, samples, pre_trained=False, common=32), {**found, "clip_score": 0.35}]
+    assert both[0]["clip_score"] == pytest.approx(0.25) and both[0]["brisque"] is None
+    assert over_seeds(both)["clip_score"] == pytest.approx(0.3) and over_seeds(both)["brisque"] is None
 
 
 def numbers(accuracy: float, worst: float | None, error: float = 0.02) -> dict[str, Any]:

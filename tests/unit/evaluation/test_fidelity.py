@@ -12,7 +12,6 @@ from ctrl_ray.evaluation.fidelity import (
     ClipFidelity,
     RecogniserFidelity,
     check_clip_model,
-    choose_fidelity,
     choose_judges,
 )
 from ctrl_ray.evaluation.recogniser import Recogniser
@@ -33,10 +32,10 @@ def test_recogniser_scores_are_its_answers_in_batches():
 
 
 def test_no_judge_for_other_prompts_or_sizes(tmp_path, monkeypatch):
-    assert choose_fidelity(["a cat"], (64, 64)) is None
-    assert choose_fidelity(["a red circle"], (32, 32)) is None
+    assert choose_judges(["a cat"], (64, 64)).fidelity is None
+    assert choose_judges(["a red circle"], (32, 32)).fidelity is None
     monkeypatch.setattr(fidelity, "RECOGNISER", tmp_path)
-    assert choose_fidelity(["a red circle"], (64, 64)) is None
+    assert choose_judges(["a red circle"], (64, 64)).fidelity is None
 
 
 @pytest.fixture(scope="module")
