@@ -105,7 +105,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     and what the seeds' differences make. Of distances also the range."""
     found: dict[str, Any] = {"num_images": sum(row["num_images"] for row in rows), "errors": {}}
     for name in (*NUMBERS, *SCORES):
-        values = [row.get(name) for row in rows]
+        values: list[Any] = [row.get(name) for row in rows]
         errors = [row["errors"].get(name) for row in rows]
         found[name] = None if None in values else float(np.mean(values))
         known = [error for error in errors if error is not None]
