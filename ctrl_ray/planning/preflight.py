@@ -214,7 +214,7 @@ def _check_control(name: str, control: ControlConfig, config: TrainConfig) -> No
             raise ConfigError(f"control {name!r} has the oracle {control.oracle!r} but no thresholds; give them")
 
 
-def _check_evaluation(config: TrainConfig, *, elsewhere: bool) -> None:
+def _check_evaluation(config: TrainConfig, *, elsewhere: bool = False) -> None:
     """elsewhere: the run will be started on other machines, whose files are not here."""
     beside = config.evaluation
     if beside.brisque_model is not None and not elsewhere:
