@@ -28,6 +28,7 @@ from ctrl_ray.classifiers.backbones import Preprocessing, load_vision
 from ctrl_ray.config.presets import CLIP_MODEL
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.oracles import to_rgb
+from ctrl_ray.policy.device import fastest_device
 from ctrl_ray.wording import no_file
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -60,10 +61,20 @@ class ClipHead(nn.Module):
 
 
 class ClipHeadOracle:
-    """Scores of PIL images: the centre square of each, through a CLIP and a head, in float32 on the CPU."""
+    """Scores of PIL images: the centre square of each, through a CLIP and a head, in float32."""
 
-    def __init__(self, head: ClipHead, preprocessing: Preprocessing, vision: nn.Module, name: str) -> None:
-        self.head, self.preprocessing, self.vision = head.eval(), preprocessing, vision.eval()
+    def __init__(
+        self,
+        head: ClipHead,
+        preprocessing: Preprocessing,
+        vision: nn.Module,
+        name: str,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.head, self.preprocessing, self.vision = (
+            part.eval().to(self.device) for part in (head, preprocessing, vision)
+        )
         self.__name__ = name
 
     @torch.no_grad()
@@ -74,13 +85,13 @@ class ClipHeadOracle:
         left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
         square = rgb.crop((left, top, left + side, top + side))
         pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, side, side, 3)
-        images = self.preprocessing(pixels.permute(0, 3, 1, 2).float() / 255)
+        images = self.preprocessing(pixels.to(self.device).permute(0, 3, 1, 2).float() / 255)
         return float(self.head(F.normalize(self.vision(pixel_values=images).image_embeds, dim=1)))
 
 
 @functools.lru_cache(maxsize=2)
 def load(spec: str) -> ClipHeadOracle:
-    """The oracle of 'FILE' or 'FILE@MODEL'; read once in each process.
+    """The oracle of 'FILE' or 'FILE@MODEL'; read once in each process, and on an accelerator where the process sees one.
 
     ConfigError where the file is no head, or one for another width of features; ModelError where the CLIP cannot be loaded.
     """
@@ -93,7 +104,8 @@ def load(spec: str) -> ClipHeadOracle:
             f"the head {file} is for {head.num_features} features, but {model or CLIP_MODEL} has {width}; name the CLIP that "
             "it was fitted on: clip_head:FILE@FOLDER_OR_HUB_ID"
         )
-    return ClipHeadOracle(head, preprocessing, vision.requires_grad_(False), f"clip_head of {Path(file).name}")
+    name = f"clip_head of {Path(file).name}"
+    return ClipHeadOracle(head, preprocessing, vision.requires_grad_(False), name, fastest_device())
 
 
 def read_head(file: str | Path) -> ClipHead:

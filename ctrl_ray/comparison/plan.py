@@ -202,6 +202,6 @@ def held_out_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     if len(unique) < 4:
         raise ConfigError(
             f"{len(unique)} prompts are too few to hold a quarter of them back from training; expected four at least: give "
-            "--no-held-out"
+            "--held-out False"
         )
     return tuple(unique[start + (start // 4 + 3) % 4] for start in range(0, len(unique) - 3, 4))

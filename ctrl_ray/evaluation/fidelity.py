@@ -17,6 +17,7 @@ from ctrl_ray.evaluation.brisque import Brisque
 from ctrl_ray.evaluation.judging import ImageScore
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.policy.device import fastest_device
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -161,10 +162,11 @@ def choose_judges(
     """The judges of images (height, width) of these prompts.
 
     Prompts are judged by the shapes recogniser where every one is of its grammar and the images are of its size, else by the
-    CLIP model, if one is named. clip_model, brisque_model: see `EvaluationConfig`. ModelError for one that cannot be loaded.
+    CLIP model, if one is named, on an accelerator where this process sees one. clip_model, brisque_model: see
+    `EvaluationConfig`. ModelError for one that cannot be loaded.
     """
     scorers: dict[str, ImageScore] = {}
-    clip = None if clip_model is None else ClipFidelity(clip_model)
+    clip = None if clip_model is None else ClipFidelity(clip_model, device=fastest_device())
     if clip is not None:
         scorers["clip_score"] = clip
     if brisque_model is not None:

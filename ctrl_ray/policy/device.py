@@ -15,6 +15,11 @@ def devices_here() -> list[str]:
     return ["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))]
 
 
+def fastest_device() -> str:
+    """The first accelerator that is here, else the CPU: for what judges images, where nobody has named a device."""
+    return devices_here()[:2][-1]
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device; ConfigError names it, and those that are here, where it is not."""
     here = devices_here()

@@ -16,6 +16,7 @@ from ctrl_ray.evaluation.fidelity import (
 )
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.policy.device import fastest_device
 from tests.unit.evaluation.helpers import write_model
 
 
@@ -105,3 +106,11 @@ def test_the_recogniser_judges_its_prompts_and_clip_all_others(clip_folder, tmp_
     assert animals.fidelity is animals.scorers["clip_score"] and set(animals.scorers) == {"clip_score"}
     assert choose_judges(["a cat"], (64, 64), None, str(tmp_path)).fidelity is None
     assert choose_judges(["a cat"], (64, 64)) == (None, {})
+
+
+def test_images_are_judged_on_the_first_accelerator_that_is_here(clip_folder, monkeypatch):
+    assert choose_judges(["a cat"], (64, 64), str(clip_folder)).fidelity.device.type == fastest_device() == "cpu"
+    monkeypatch.setattr("ctrl_ray.policy.device.devices_here", lambda: ["cpu", "meta:0", "meta:1"])
+    assert fastest_device() == "meta:0"
+    found = choose_judges(["a cat"], (64, 64), str(clip_folder)).fidelity
+    assert found.device == torch.device("meta:0") and next(found.model.parameters()).device.type == "meta"
