@@ -257,7 +257,7 @@ def estimate_text(plan: Plan, config: TrainConfig, on: Hardware, flops: RowFlops
         "those with a gradient; forwards and backwards of all images, and of all training",
         text_table(rows),
         f"in all {_count(total.forwards)} forwards, {_count(total.backwards)} backwards, {_count(total.decodes)} decodes, "
-        f"{_count(total.decode_backwards)} of them with a gradient: {operations / 1e15:,.3g} PFLOP (counted), "
+        f"{_count(total.decode_backwards)} of them with a gradient: {_petaflop(operations)} PFLOP (counted), "
         f"{duration(3600 * hours)} on {on.num_cards} {worker}",
         f"assumed: {on.denoiser / 1e12:,.3g} TFLOP/s in the denoiser, {on.source}, {on.decoder / 1e12:,.3g} in the decoder",
         f"         {NOMINAL_TRIES:g} tries for an exact sample; all {worker} busy to the end",
@@ -274,6 +274,10 @@ def _in_all(*parts: Rows) -> list[str]:
 
 def _count(number: float) -> str:
     return "–" if not number else f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number / 1e3:,.0f} k"
+
+
+def _petaflop(operations: float) -> str:
+    return f"{operations / 1e15:,.0f}" if operations >= 1e17 else f"{operations / 1e15:.3g}"
 
 
 def _price(hours: float, on: Hardware) -> list[str]:

@@ -199,6 +199,7 @@ def test_the_text_adds_up() -> None:
     plan = make_plan(["plain"], num_steps=50, num_classes=4)
     text = estimate_text(plan, PAPER, on, RowFlops(forward=3600e12, backward=0, decode=0))
     rows = [line.split() for line in text.splitlines() if line.startswith(("exact", "pre-trained", "all "))]
+    assert "2,419,200 PFLOP (counted)" in text  # 672,000 forwards
     hours = [float(row[-2].replace(",", "")) for row in rows]
     assert hours[-1] == pytest.approx(sum(hours[:-1])) == 614400 + 51200 + 6400
     assert [float(row[-1].replace(",", "")) for row in rows] == pytest.approx([2 * each for each in hours])
