@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ctrl_ray import command
 from ctrl_ray.config.fields import above, at_least, check_fields, share
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ctrl_ray.verification.table import CaseResult
 
 EstimatorName = Literal["full", "sticking_the_landing", "last_k", "random_suffix", "adjoint_matching", "reinforce"]
-DENSITIES = "densities.png"
+DENSITIES, BIASES = "densities.png", "bias.png"
 _OF_ONE_PROBLEM = (
     *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength", "kl_coef"),
     *("num_steps", "eta", "dimension", "estimator", "latent_reduction", "num_updates", "batch_size", "learning_rate"),
@@ -33,9 +33,11 @@ class VerifyOptions:
     """Train on problems with a known answer, with the code that trains image pipelines, and compare the results with
     the answers; or compare a finished run's adapter with exact samples of its target."""
 
-    problem: Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension"] | None = None
+    problem: (
+        Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension", "prompt-dependent"] | None
+    ) = None
     """Run one problem, which the flags below can change. Default: the Gaussian, the logistic and the two-controls
-    problem."""
+    problem. prompt-dependent: labels that depend on the prompt, with and without the prompt in the classifier."""
     all: bool = False
     """Run every problem and every estimator (about half an hour on two cores)."""
     means: tuple[float, ...] | None = None
@@ -45,7 +47,7 @@ class VerifyOptions:
     weights: Annotated[tuple[float, ...] | None, at_least(0)] = None
     """Weights of the components. They are normalised."""
     reward_slope: float | None = None
-    """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x)."""
+    """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x). prompt-dependent: sigmoid(slope · x ± 2)."""
     reward_target: float | None = None
     """gaussian, dimension, two-controls: the reward is log N(target; x, reward_std²)."""
     reward_std: Annotated[float | None, above(0)] = None
@@ -129,14 +131,17 @@ class VerifyOptions:
 
     def cases(self) -> list[Case]:
         """What is to be run."""
-        from ctrl_ray.exact.suite import all_cases, default_cases, named_case
+        from ctrl_ray.exact.suite import all_cases, default_cases, named_cases
         from ctrl_ray.verification.changes import changed
 
         if self.problem:
             changes = {name: getattr(self, name) for name in self._changes()}
+            cases = named_cases(self.problem)
+            names = [self.problem] if len(cases) == 1 else [case.problem.name for case in cases]
             steps = self.estimator_steps
             return [
-                changed(named_case(self.problem), changes, name=self.problem, estimator_steps=steps, seed=self.seed)
+                changed(case, changes, name=name, estimator_steps=steps, seed=self.seed)
+                for case, name in zip(cases, names, strict=True)
             ]
         return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
 
@@ -209,31 +214,39 @@ def train_exact(folder: Path, seed: int) -> Path:
 
 def verify_problems(options: VerifyOptions) -> bool:
     """Train on the cases, compare with their exact answers."""
+    from ctrl_ray.verification.bias import find_pairs, format_biases, machine_biases, measure_biases, plot_biases
     from ctrl_ray.verification.table import format_table, machine_summary, plot_densities
 
     folder = Path(options.output_dir)
     started = time.monotonic()
     verified = _train_and_compare(options.cases(), options)
-    summaries = {item.case.title: machine_summary(item) for item in verified if item.coordinate == 0}
-    picture = plot_densities(folder / DENSITIES, verified)
+    summaries: dict[str, Any] = {item.case.title: machine_summary(item) for item in verified if item.coordinate == 0}
+    pictures = {"densities": plot_densities(folder / DENSITIES, verified)}
+    pairs = find_pairs(verified)
+    biases = measure_biases(pairs)
+    for pair in pairs:
+        summaries[pair[0].case.title]["bias"] = machine_biases(measure_biases([pair]))
+    if pairs:
+        pictures["bias"] = plot_biases(folder / BIASES, pairs)
     (folder / "results.json").write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
+    missed = sum(not row.passed for item in verified for row in item.rows) + sum(not bias.passed for bias in biases)
     if options.json:
         print(json.dumps(next(iter(summaries.values())) if len(summaries) == 1 else summaries))
     else:
-        missed = sum(not row.passed for item in verified for row in item.rows)
-        print(format_table(verified))
-        print(f"\ndensities {picture}\nresults   {folder / 'results.json'}")
+        print(format_table(verified) + (f"\n\n{format_biases(biases)}" if biases else "") + "\n")
+        print("\n".join(f"{name:<9} {picture}" for name, picture in pictures.items()))
+        print(f"results   {folder / 'results.json'}")
         print(f"{'every bar is met' if not missed else f'{missed} bars missed'}, {time.monotonic() - started:.0f} s")
-    return all(item.passed for item in verified)
+    return missed == 0
 
 
 def verify_error_budget(options: VerifyOptions) -> bool:
     """Split the distance to the true conditional into its causes; returns whether all links were measured."""
-    from ctrl_ray.exact.suite import named_case
+    from ctrl_ray.exact.suite import named_cases
     from ctrl_ray.verification.error_budget import budget_cases, error_budget, format_budget, plot_budget
 
     folder = Path(options.output_dir)
-    true_case = dataclasses.replace(named_case("logistic"), seed=options.seed)
+    true_case = dataclasses.replace(named_cases("logistic")[0], seed=options.seed)
     fitted_case, _ = budget_cases(true_case, options.labels, options.seed)
     fitted, exact = _train_and_compare([fitted_case, true_case], options)
     budget = error_budget(true_case.problem, fitted.solution, fitted.reached, exact.reached)

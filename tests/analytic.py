@@ -17,9 +17,8 @@ from ctrl_ray.exact.suite import Case
 from ctrl_ray.gradients.adjoint import Estimator
 from ctrl_ray.policy.analytic import AnalyticPolicy
 from ctrl_ray.policy.protocol import Inputs
-from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.local import LocalRewards
-from ctrl_ray.verification.cases import averaged_updates, case_config, case_learner, policy_means
+from ctrl_ray.verification.cases import averaged_updates, case_config, case_learner, policy_means, reward_model
 
 
 class PlainEngine:
@@ -55,7 +54,7 @@ class PlainEngine:
 
 def make_learner(case: Case, engine: type[PlainEngine] = PlainEngine) -> tuple[Learner, AnalyticPolicy]:
     """A learner on the case, with local rewards."""
-    rewards = LocalRewards(AnalyticRewardModel({case.title: case.problem.rewards}))
+    rewards = LocalRewards(reward_model([case]))
     return case_learner(case, case_config(case, ScalingConfig()), rewards, Rank(0, 1, torch.device("cpu")), engine)
 
 

@@ -48,6 +48,10 @@ class Mixture:
         z = np.asarray(x)[..., None] - means
         return np.log(self.probabilities) - 0.5 * z**2 / variances - 0.5 * np.log(2 * np.pi * variances)
 
+    def log_density(self, x: Array) -> Array:
+        """Of the data, like x."""
+        return np.asarray(logsumexp(self.component_log_densities(x), axis=-1))
+
     def noise(self, x: Array, alpha_prod: float) -> Array:
         """The exact ε(x) = −√(1 − ᾱ) ∇ log p_ᾱ(x)."""
         log_densities = self.component_log_densities(x, alpha_prod)
@@ -139,10 +143,17 @@ class Problem:
     sampler: Sampler = dataclasses.field(default_factory=Sampler)
     dimension: int = 1
     """Independent coordinates, each with the mixture as its law; those without a reward are along for the ride."""
+    repeated: bool = False
+    """Every coordinate has the one reward: they are independent repeats of the same problem."""
 
     def __post_init__(self) -> None:
         if self.dimension < len(self.rewards):
             raise ConfigError(f"dimension is {self.dimension}, but {len(self.rewards)} coordinates have a reward")
+        if self.repeated and (len(self.rewards) != 1 or self.dimension < 2):
+            raise ConfigError(
+                f"problem {self.name} is repeated in each of its coordinates: it needs one reward, got {len(self.rewards)}, "
+                f"and a dimension of at least 2, got {self.dimension}"
+            )
         if len(self.rewards) != len(self.guidance_strengths):
             raise ConfigError(
                 f"{len(self.rewards)} controls need as many guidance strengths, got {self.guidance_strengths}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ctrl_ray.errors import RewardError
-from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Reward
+from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Mixture, Reward
+from ctrl_ray.exact.prompts import MarginalReward
 from ctrl_ray.rewards.protocol import RewardAnswer
 
 CONTROLS = ("first", "second")
@@ -21,9 +23,10 @@ class AnalyticRewardModel(nn.Module):
     chunk_size = 0
     """Unused: everything here is small."""
 
-    def __init__(self, rewards: Mapping[str, Sequence[Reward]]) -> None:
-        """rewards: of each prompt, one or two."""
+    def __init__(self, rewards: Mapping[str, Sequence[Reward]], repeated: Collection[str] = ()) -> None:
+        """rewards: of each prompt, one or two. repeated: prompts whose one reward is asked for at every coordinate."""
         super().__init__()
+        self._repeated = frozenset(repeated)
         self._rewards = {prompt: tuple(row) for prompt, row in rewards.items()}
 
     @property
@@ -40,7 +43,8 @@ class AnalyticRewardModel(nn.Module):
                 rows = torch.tensor([theirs == prompt for theirs in prompts])
                 for column, reward in enumerate(self._of(prompt)[: len(columns)]):
                     asked = rows & (labels[:, column] == 0)
-                    columns[column] = torch.where(asked, log_prob(reward, leaf[:, column]), columns[column])
+                    read = leaf if prompt in self._repeated else leaf[:, column : column + 1]
+                    columns[column] = torch.where(asked, log_prob(reward, read).sum(1), columns[column])
             log_probs = torch.stack(columns, dim=1)
             (cotangent,) = torch.autograd.grad((weights.double() * log_probs).sum(), leaf)
         return RewardAnswer(log_probs.detach().float(), cotangent.float())
@@ -68,9 +72,16 @@ def log_prob(reward: Reward, x: Tensor) -> Tensor:
     if isinstance(reward, LogisticReward):
         return torch.nn.functional.logsigmoid(reward.slope * x + reward.offset)
     if isinstance(reward, ComponentReward):
-        mixture = reward.mixture
-        means, stds, weights = (torch.tensor(v).to(x) for v in (mixture.means, mixture.stds, mixture.weights))
-        return (torch.distributions.Normal(means, stds).log_prob(x[..., None]) + weights.log()).log_softmax(-1)[
-            ..., reward.index
-        ]
+        return _component_log_densities(reward.mixture, x).log_softmax(-1)[..., reward.index]
+    if isinstance(reward, MarginalReward):
+        rules = reward.rules
+        joint = torch.stack([math.log(r.share) + _component_log_densities(r.mixture, x).logsumexp(-1) for r in rules])
+        labelled = joint + torch.stack([log_prob(rule.reward, x) for rule in rules])
+        return labelled.logsumexp(0) - joint.logsumexp(0)
     raise TypeError(f"no torch form of {type(reward).__name__}")
+
+
+def _component_log_densities(mixture: Mixture, x: Tensor) -> Tensor:
+    """`Mixture.component_log_densities` of the data in torch, (..., K)."""
+    means, stds, weights = (torch.tensor(v).to(x) for v in (mixture.means, mixture.stds, mixture.probabilities))
+    return torch.distributions.Normal(means, stds).log_prob(x[..., None]) + weights.log()

@@ -98,7 +98,7 @@ def train_cases(
     on_progress(title, update, num_updates) is called while they run. Ray must be connected.
     """
     by_title = {case.title: case for case in cases}
-    model = AnalyticRewardModel({case.title: case.problem.rewards for case in cases})
+    model = reward_model(cases)
     pool_config = RewardPoolConfig(cpus_per_actor=0.5, threads_per_actor=1)
     scaling = ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, cpus_per_worker=0.5, threads_per_worker=1)
     channel = new_channel()
@@ -131,6 +131,14 @@ def train_cases(
             environment=worker_environment(use_gpu=scaling.use_gpu, num_threads=scaling.num_threads),
         )
         run_workers(group, on_row)
+
+
+def reward_model(cases: Sequence[Case]) -> AnalyticRewardModel:
+    """The rewards of all cases; the prompt is the case's title."""
+    return AnalyticRewardModel(
+        {case.title: case.problem.rewards for case in cases},
+        repeated=[case.title for case in cases if case.problem.repeated],
+    )
 
 
 def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ class Row:
     exact: float
     reached: float
     noise: float
-    """Standard deviation over the last snapshots of the training: what the optimisation has not averaged out."""
+    """What the optimisation has not averaged out: the standard deviation over the last snapshots of the training, or the
+    standard error of the mean over its repeats."""
     tolerance: float | None
     """Largest error allowed; None: shown only."""
 
@@ -51,7 +53,10 @@ class CaseResult:
     coordinate: int
     solution: Solution
     reached: Answer
+    """The mean of the repeats', where there are any."""
     rows: tuple[Row, ...]
+    repeats: tuple[Answer, ...] = ()
+    """Of each repeat of the training."""
 
     @property
     def passed(self) -> bool:
@@ -64,31 +69,45 @@ def verify_case(
 ) -> list[CaseResult]:
     """Solve the case exactly, propagate the policy's kernels on the same grid, and compare, coordinate by coordinate.
 
-    ConfigError where the grid is too coarse for the problem (`check_against_riccati`).
+    The repeats of a case are one result. ConfigError where the grid is too coarse for the problem
+    (`check_against_riccati`).
     """
     verified = []
-    for coordinate in case.coordinates:
+    for coordinate in case.compared:
         solution = solve_on_grid(case.problem, coordinate, controlled_from=case.controlled_from)
         check_against_riccati(case.problem, coordinate, solution, controlled_from=case.controlled_from)
-        reached = policy_answer(case.problem, solution.grid, list(means[coordinate]), coordinate)
-        before = [policy_answer(case.problem, solution.grid, list(look[coordinate]), coordinate) for look in earlier]
-        rows = tuple(_row(case, coordinate, solution, reached, before, name) for name in QUANTITIES)
-        verified.append(CaseResult(case, coordinate, solution, reached, rows))
+        if case.problem.repeated:
+            laws = [means[each] for each in case.coordinates]
+        else:
+            laws = [look[coordinate] for look in (*earlier, means)]
+        looks = [policy_answer(case.problem, solution.grid, list(law), coordinate) for law in laws]
+        repeats = tuple(looks) if case.problem.repeated else ()
+        reached = _average(repeats) if repeats else looks[-1]
+        rows = tuple(_row(case, coordinate, solution, reached, looks, name) for name in QUANTITIES)
+        verified.append(CaseResult(case, coordinate, solution, reached, rows, repeats))
     return verified
 
 
-def _row(case: Case, coordinate: int, solution: Solution, reached: Answer, before: Sequence[Answer], name: str) -> Row:
+def _average(answers: Sequence[Answer]) -> Answer:
+    return Answer(
+        **{each.name: np.mean([getattr(a, each.name) for a in answers], axis=0) for each in dataclasses.fields(Answer)}
+    )
+
+
+def _row(case: Case, coordinate: int, solution: Solution, reached: Answer, looks: Sequence[Answer], name: str) -> Row:
+    """looks: the last snapshots of the training, or its repeats."""
     exact = 0.0 if name == "tv_to_optimum" else getattr(solution.optimum, name)
-    values = [_value(answer, solution, name) for answer in (*before, reached)]
+    values = [_value(answer, solution, name) for answer in looks]
     bars: dict[str, Bar] = {bar.quantity: bar for bar in case.bars}
-    where = f" [{coordinate}]" if len(case.coordinates) > 1 else ""
+    where = f" [{coordinate}]" if len(case.compared) > 1 else ""
+    noise = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return Row(
         problem=case.problem.name + where,
         estimator=case.estimator + (f" {case.estimator_steps}" if case.estimator_steps else ""),
         quantity=name,
         exact=exact,
-        reached=values[-1],
-        noise=float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+        reached=_value(reached, solution, name),
+        noise=noise / len(values) ** 0.5 if case.problem.repeated else noise,
         tolerance=bars[name].tolerance if name in bars else None,
     )
 
@@ -172,7 +191,7 @@ def _draw_densities(axis: Any, item: CaseResult) -> None:
     shown = np.flatnonzero(np.maximum(solution.base.law, solution.tilt.law) / grid.width > 2e-3)
     axis.set_xlim(grid.centres[shown[0]], grid.centres[shown[-1]])
     axis.set_ylim(bottom=0)
-    where = f", coordinate {item.coordinate}" if len(item.case.coordinates) > 1 else ""
+    where = f", coordinate {item.coordinate}" if len(item.case.compared) > 1 else ""
     axis.set_title(f"{item.case.problem.name}{where}\n{item.case.estimator}", fontsize=8.5)
     axis.set_xlabel("x₀")
     axis.set_ylabel("density")

@@ -15,17 +15,22 @@ from matplotlib.figure import Figure
 from ctrl_ray import verify
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.distributed.method import make_method
+from ctrl_ray.exact.grid import make_grid
 from ctrl_ray.exact.problems import Sampler
-from ctrl_ray.exact.suite import Case, Effort, dimension, gaussian
+from ctrl_ray.exact.suite import Case, Effort, dimension, gaussian, prompt_dependent
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
+from ctrl_ray.verification.bias import find_pairs, measure_biases
+from ctrl_ray.verification.cases import averaged_updates, policy_means
 from ctrl_ray.verification.measured import load
-from tests.analytic import PlainEngine, train
+from ctrl_ray.verification.table import verify_case
+from tests.analytic import PlainEngine, make_learner, train
 from tests.classifiers import save_classifier
 from tests.pictures import line
 
-EFFORT = Effort(num_updates=120, batch_size=512)
+EFFORT = Effort(num_updates=200, batch_size=512)
 
 
 def test_command_reaches_the_optimum_and_says_so(
@@ -159,6 +164,28 @@ def test_the_answer_does_not_depend_on_the_dimension_unless_the_kl_is_a_mean() -
         found = results[key]
         assert (found.mean, found.std) == pytest.approx((solution.optimum.mean, solution.optimum.std), abs=0.02)
     assert abs(results[16, "mean"].mean - solution.optimum.mean) > 0.1
+
+
+@pytest.mark.full
+def test_a_classifier_without_the_prompt_is_off_by_what_theory_says() -> None:
+    """T8 with a sixth of the command's training: the policy that is trained with p(y|x,c) meets its bars, that with p̄(y|x) its
+    own, and their difference is the predicted bias within 3 standard errors, which is more than 10 of them."""
+    results = []
+    for with_prompt in (True, False):
+        case = prompt_dependent("strict", with_prompt=with_prompt)
+        case = dataclasses.replace(case, effort=dataclasses.replace(case.effort, num_updates=200, batch_size=512))
+        learner, policy = make_learner(case)
+        *_, (_, averaged) = averaged_updates(learner, policy, make_method(learner.config))
+        means = policy_means(learner, averaged, make_grid(case.problem).centres)
+        results += verify_case(case, {each: means[:, :, each] for each in case.coordinates}, [])
+    for result in results:
+        for row in result.rows:
+            if row.tolerance is not None:
+                assert abs(row.error) <= 2 * row.tolerance, row
+    biases = measure_biases(find_pairs(results))
+    assert [bias.quantity for bias in biases] == ["mean", "p_positive", "p_label"]
+    assert all(bias.passed for bias in biases), biases
+    assert [bias.predicted for bias in biases] == pytest.approx([-1.006, -0.246, -0.129], abs=2e-3)
 
 
 class _RedrawnEngine(PlainEngine):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ctrl_ray import verify
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.exact.grid import solve_on_grid
 from ctrl_ray.exact.problems import GaussianReward, LogisticReward
-from ctrl_ray.exact.suite import all_cases, default_cases
+from ctrl_ray.exact.prompts import MarginalReward
+from ctrl_ray.exact.suite import Case, all_cases, default_cases
 from ctrl_ray.verification.pipeline import Question
+from ctrl_ray.verification.table import CaseResult, verify_case
 from ctrl_ray.verify import VerifyOptions
 
 
@@ -39,6 +45,65 @@ def test_flags_change_the_named_problem() -> None:
     assert (case.estimator, case.estimator_steps, case.controlled_from, case.seed) == ("last_k", 5, 15, 3)
     (two,) = VerifyOptions(problem="two-controls", reward_target=1.0).cases()
     assert two.problem.rewards[0] == GaussianReward(1.0, 0.5) and isinstance(two.problem.rewards[1], LogisticReward)
+
+
+def test_flags_change_a_problem_of_several_cases_alike() -> None:
+    """The wrong reward averages over the changed prompts, and is compared with the changed right one."""
+    options = VerifyOptions(
+        problem="prompt-dependent",
+        stds=(0.6, 0.4),
+        reward_slope=2.0,
+        guidance_strength=(3.0,),
+        num_steps=5,
+        dimension=4,
+        batch_size=64,
+        seed=2,
+    )
+    cases = options.cases()
+    strict, wrong, mild, _ = cases
+    names = ["T8 strict, with c", "T8 strict, without c", "T8 mild, with c", "T8 mild, without c"]
+    assert [case.problem.name for case in cases] == names
+    assert strict.problem.rewards == (LogisticReward(2.0, -2.0),) and mild.problem.rewards == (
+        LogisticReward(2.0, 2.0),
+    )
+    (marginal,) = wrong.problem.rewards
+    assert isinstance(marginal, MarginalReward)
+    assert [(rule.mixture, rule.reward) for rule in marginal.rules] == [
+        (case.problem.mixture, case.problem.rewards[0]) for case in (strict, mild)
+    ]
+    assert strict.problem.mixture.stds == (0.6, 0.4) and strict.problem.mixture.weights == (0.65, 0.35)
+    assert wrong.truth == strict.problem and strict.truth is None
+    for case in cases:
+        assert (case.problem.sampler.num_steps, case.problem.guidance_strengths) == (5, (3.0,))
+        assert (case.coordinates, case.compared, case.effort.batch_size, case.seed) == ((0, 1, 2, 3), (0,), 64, 2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_what_a_classifier_without_the_prompt_misses_is_told_and_judged(
+    shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trainings that reach their optimum pass. Where the one without the prompt ends elsewhere by `shift`, its own bars and its
+    biases are missed. The numbers, in results.json too, are those of the pair."""
+
+    solve = functools.cache(functools.partial(solve_on_grid, num_bins=300))
+
+    def reached(case: Case) -> CaseResult:
+        best = np.array(solve(case.problem).policy_means)
+        best[-1] += shift if case.truth else 0.0
+        (result,) = verify_case(case, {each: best + 1e-4 * (each - 1) for each in case.coordinates}, [])
+        return result
+
+    monkeypatch.setattr(verify, "_train_and_compare", lambda cases, options: [reached(case) for case in cases])
+    monkeypatch.setattr("ctrl_ray.verification.table.solve_on_grid", lambda problem, *_, **__: solve(problem))
+    flags: dict[str, Any] = {"problem": "prompt-dependent", "num_steps": 3, "dimension": 3, "output_dir": str(tmp_path)}
+    assert verify.verify(VerifyOptions(**flags)) is (shift == 0)
+    printed = capsys.readouterr().out
+    assert ("every bar is met" in printed) is (shift == 0) and ("MISSED" in printed) is (shift != 0)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "bias" not in results["T8 strict, with c · full"]
+    bias = results["T8 strict, without c · full"]["bias"]["mean"]
+    assert bias["measured"] - bias["predicted"] == pytest.approx(shift, abs=0.02) and bias["predicted"] < -0.3
+    assert (tmp_path / verify.BIASES).is_file() and str(tmp_path / verify.BIASES) in printed
 
 
 def test_default_and_all_are_the_suites() -> None:

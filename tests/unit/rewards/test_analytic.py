@@ -8,10 +8,21 @@ import torch
 
 from ctrl_ray.errors import RewardError
 from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Reward
-from ctrl_ray.exact.suite import THREE_MODES
+from ctrl_ray.exact.prompts import MarginalReward, PromptRule
+from ctrl_ray.exact.suite import THREE_MODES, TWO_MODES
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 
-REWARDS: list[Reward] = [GaussianReward(2.0, 0.5), LogisticReward(2.5, 0.3), ComponentReward(THREE_MODES, 1)]
+REWARDS: list[Reward] = [
+    GaussianReward(2.0, 0.5),
+    LogisticReward(2.5, 0.3),
+    ComponentReward(THREE_MODES, 1),
+    MarginalReward(
+        (
+            PromptRule(share=1.0, mixture=TWO_MODES, reward=LogisticReward(1.0, -2.0)),
+            PromptRule(share=3.0, mixture=THREE_MODES, reward=ComponentReward(THREE_MODES, 2)),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: type(reward).__name__)
@@ -47,3 +58,17 @@ def test_prompts_choose_the_problem_and_null_labels_count_nothing() -> None:
     assert answer.cotangent is not None and answer.cotangent[2, 0] == 0 and answer.cotangent[1, 0] > 0
     with pytest.raises(RewardError, match="no reward"):
         model.evaluate(latents, ["three"] * 3, labels, torch.ones(3, 2))
+
+
+def test_a_repeated_reward_is_asked_for_at_every_coordinate() -> None:
+    """Another prompt of the same request still reads coordinate 0 alone."""
+    reward = GaussianReward(1.0, 1.0)
+    model = AnalyticRewardModel({"all": (reward,), "first": (reward,)}, repeated=["all"])
+    latents = torch.tensor([[0.5, 2.0, -1.0], [0.5, 2.0, -1.0], [0.5, 2.0, -1.0]])
+    labels = torch.tensor([[0], [0], [1]])
+    answer = model.evaluate(latents, ["all", "first", "all"], labels, torch.full((3, 1), 2.0))
+    log_probs = reward.log_prob(np.array([0.5, 2.0, -1.0]))
+    np.testing.assert_allclose(answer.log_probs[:, 0].numpy(), [log_probs.sum(), log_probs[0], 0.0], rtol=1e-6)
+    expected = [[1.0, -2.0, 4.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]  # twice the way to 1
+    assert answer.cotangent is not None
+    np.testing.assert_allclose(answer.cotangent.numpy(), expected, atol=1e-6)
