@@ -38,7 +38,7 @@ class ClassifyConfig:
     """Class borders of a measured number, ascending."""
     oracle: str | None = None
     """What measures the decoded images again: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (`ctrl_ray.classifiers.clip_head`)
-    or 'my_module:my_oracle'."""
+    or 'my_module:my_oracle'. One with a parameter `prompt` is told the prompt too."""
     classes: tuple[str, ...] = ()
     """Class names. You must give them when the column holds integer labels."""
     unit: str | None = None
@@ -98,6 +98,8 @@ def _main(argv: Sequence[str]) -> None:
 
 def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
     """Fit, and print the metrics: before and after scaling, or by noise level."""
+    from ctrl_ray.classifiers.checks import prompt_doubts
+    from ctrl_ray.classifiers.soundness import warning_lines
     from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.policy.control.labels import number_names_line
     from ctrl_ray.runs.outputs import check_output
@@ -116,6 +118,10 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
             print(note, flush=True)
         sampler = PipelineSampler(config, prompts)
     if line := number_names_line(settings.control, config.controls[settings.control]):
+        print(line, flush=True)
+    for line in warning_lines(
+        settings.control, prompt_doubts(config.controls[settings.control], config.classifier.prompt_conditional)
+    ):
         print(line, flush=True)
     result = fit_classifier(
         config,

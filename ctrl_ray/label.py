@@ -29,8 +29,8 @@ class LabelConfig:
     """What to write: a Parquet file when the name ends in .parquet, else a folder of Parquet files."""
     controls: tuple[str, ...] = ("jpeg_size",)
     """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
-    features, `ctrl_ray.classifiers.clip_head`), or your own 'my_module:my_oracle', a function from a PIL image to a number.
-    Each becomes a column."""
+    features, `ctrl_ray.classifiers.clip_head`), or your own 'my_module:my_oracle', a function from a PIL image to a number
+    (one with a parameter `prompt` is told the prompt too). Each becomes a column."""
     columns: str | None = None
     """Table (.csv or .jsonl) of labels that you already have. Its column 'file' names the image, relative to the
     folder; the other columns hold integer labels or numbers, and may include 'prompt'."""
@@ -121,7 +121,7 @@ def describe(data: LabelledData, num_classes: int) -> str:
     """The distribution of each control, thresholds that would split it evenly, and the next command."""
     from ctrl_ray.config.control import control_name_of
     from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
-    from ctrl_ray.oracles import UNITS
+    from ctrl_ray.oracles import UNITS, load_oracle, needs_prompt
 
     lines = [f"wrote {data.num_rows} rows to {data.output}"]
     if data.num_bad_rows:
@@ -166,6 +166,7 @@ def describe(data: LabelledData, num_classes: int) -> str:
             words += ["--thresholds", *borders]
         if name in data.oracles:
             words += ["--oracle", data.oracles[name]]
+            words += ["--classifier.prompt-conditional"] if needs_prompt(load_oracle(data.oracles[name])) else []
         else:  # what the pipeline draws cannot be labelled
             words += ["--classifier.num-pipeline-samples", "0"]
         if summary.minimum < summary.maximum:  # one label has nothing to be told from

@@ -1,17 +1,19 @@
 """True values of an image, measured and not learned: the JPEG size, the colourfulness, or a function of the user's.
 
-An oracle takes one PIL image and returns one finite number. No torch here.
+An oracle takes one PIL image and returns one finite number. One that has a parameter `prompt` (without a default) is told the
+image's prompt too, for what depends on both: a threshold for each prompt, or how well the image matches it. No torch here.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import PurePath
 from typing import Any
@@ -22,8 +24,8 @@ from PIL import Image
 from ctrl_ray.config.paths import CLIP_HEAD
 from ctrl_ray.errors import ConfigError, DataError
 
-Oracle = Callable[[Image.Image], float]
-"""One image in, one finite number out."""
+Oracle = Callable[..., float]
+"""One image in, one finite number out; see `needs_prompt`."""
 
 JPEG_QUALITY = 95
 """Pillow's `quality` for `jpeg_size`."""
@@ -140,7 +142,7 @@ def load_oracle(name: str) -> Oracle:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"oracle {name!r} is unknown; expected one of {sorted(ORACLES)} or 'my_module:my_oracle', a function of "
-            f"yours from a PIL image to a number{hint}"
+            f"yours from a PIL image (and its prompt, where it has a parameter 'prompt') to a number{hint}"
         )
     if module_name.endswith(".py"):
         stem = PurePath(module_name).stem
@@ -168,11 +170,21 @@ def load_oracle(name: str) -> Oracle:
     return oracle
 
 
-def measure(oracle: Oracle, images: np.ndarray) -> np.ndarray:
+def needs_prompt(oracle: Oracle) -> bool:
+    """Whether the oracle has a parameter `prompt` without a default: it judges an image with its prompt."""
+    try:
+        asked = inspect.signature(oracle).parameters.get("prompt")
+    except (TypeError, ValueError):  # a function of an extension module may not say
+        return False
+    return asked is not None and asked.default is asked.empty
+
+
+def measure(oracle: Oracle, images: np.ndarray, prompts: Sequence[str] | None = None) -> np.ndarray:
     """The oracle's value of every image.
 
-    images: uint8 (N, H, W, 3). Returns float64 (N,), in the oracle's unit. Raises DataError when the array is of
-    another kind, or when the oracle raises or returns anything but a finite number; the message says for which image.
+    images: uint8 (N, H, W, 3). prompts: N, for an oracle that needs them. Returns float64 (N,), in the oracle's unit. Raises
+    DataError when the array is of another kind, or when the oracle raises, returns anything but a finite number, or needs
+    a prompt that is not there; the message says for which image.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(
@@ -181,17 +193,25 @@ def measure(oracle: Oracle, images: np.ndarray) -> np.ndarray:
     values = np.empty(len(images), dtype=np.float64)
     for index, image in enumerate(images):
         try:
-            values[index] = measure_one(oracle, Image.fromarray(image))
+            prompt = None if prompts is None else prompts[index]
+            values[index] = measure_one(oracle, Image.fromarray(image), prompt)
         except DataError as error:
             raise DataError(f"image {index} of {len(images)}: {error}") from error
     return values
 
 
-def measure_one(oracle: Oracle, image: Image.Image) -> float:
-    """The oracle's value of one image; DataError when it raises or returns anything but a finite number."""
+def measure_one(oracle: Oracle, image: Image.Image, prompt: str | None = None) -> float:
+    """The oracle's value of one image; DataError when it raises, returns anything but a finite number, or needs a prompt and
+    there is none."""
     name = getattr(oracle, "__name__", str(oracle))
+    told = {"prompt": prompt} if needs_prompt(oracle) else {}
+    if None in told.values():
+        raise DataError(
+            f"oracle {name!r} judges an image with its prompt, but this image has no prompt; give the prompts, or an oracle "
+            "without the parameter 'prompt'"
+        )
     try:
-        value: Any = oracle(image.copy())  # an oracle may draw on what it is given
+        value: Any = oracle(image.copy(), **told)  # an oracle may draw on what it is given
     except (Exception, SystemExit) as error:
         raise DataError(
             f"oracle {name!r} failed ({type(error).__name__}: {error}); it must return a number for every image"

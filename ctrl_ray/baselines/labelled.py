@@ -150,14 +150,15 @@ def _read_block(
     if config.classifier.decode and any(config.controls[name].oracle for name in names):
         with torch.no_grad():
             judged = to_uint8(decoder.decode(latents)).cpu().numpy()
+    prompts = [row.prompt for row in rows]
     columns, spans = [], []
     for column, name in enumerate(names):
-        labels, values = label_images(config, name, judged, [row.labels[column] for row in rows])
+        labels, values = label_images(config, name, judged, prompts, [row.labels[column] for row in rows])
         columns.append(torch.tensor(labels, dtype=torch.int64))
         spans.append((min(values), max(values)) if values else None)
     return _Block(
         latents.float().cpu(),
-        [row.prompt for row in rows],
+        prompts,
         torch.stack(columns, dim=1),
         [image_digest(image) for image in images],
         spans,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ctrl_ray.classifiers.soundness import check_classes
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.embedded import is_embedded
-from ctrl_ray.errors import ConfigError
+from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.label_counts import count_labels
 from ctrl_ray.offline.plan import plan_reading
-from ctrl_ray.oracles import load_oracle
+from ctrl_ray.offline.prompts import has_prompts
+from ctrl_ray.oracles import load_oracle, needs_prompt
 from ctrl_ray.policy.backbones import load_backbone
 
 
@@ -40,6 +41,11 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
     image_size = load_backbone(config.base_model, config.base_revision).image_size()
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
+    if spec.oracle is not None and needs_prompt(load_oracle(spec.oracle)) and not has_prompts(config.data):
+        raise DataError(
+            f"oracle {spec.oracle!r} judges an image with its prompt, but the images of {config.data} have none; expected a "
+            "column 'prompt': label again with --prompts or --prompts-file"
+        )
     if is_embedded(config.data):
         if spec.oracle is None:
             raise ConfigError(
@@ -47,6 +53,17 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
             )
         return
     _check_data(config, control, spec, (image_size, image_size))
+
+
+def prompt_doubts(spec: ControlConfig, sees_prompt: bool) -> list[str]:
+    """What people must be told where the oracle judges an image with its prompt, and the classifier does not see the prompt."""
+    if sees_prompt or spec.oracle is None or not needs_prompt(load_oracle(spec.oracle)):
+        return []
+    return [
+        f"the oracle {spec.oracle!r} judges an image with its prompt, but the classifier does not see the prompt: it learns "
+        "the average over prompts, and the policy follows that (ctrl_ray/verification/README.md says how far off it is); "
+        "set --classifier.prompt-conditional"
+    ]
 
 
 def _check_data(config: TrainConfig, control: str, spec: ControlConfig, image_size: tuple[int, int]) -> None:

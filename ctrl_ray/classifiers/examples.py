@@ -103,13 +103,13 @@ def _parquet_rows(
 
 
 def label_images(
-    config: TrainConfig, control: str, images: np.ndarray, stored: Sequence[int | None]
+    config: TrainConfig, control: str, images: np.ndarray, prompts: Sequence[str], stored: Sequence[int | None]
 ) -> tuple[list[int], list[float]]:
-    """(labels, measured numbers) of images uint8 (N, H, W, 3): the control's oracle measures both, else the labels are those
-    stored, and there are no numbers. DataError where there is neither."""
+    """(labels, measured numbers) of images uint8 (N, H, W, 3) and their N prompts: the control's oracle measures both, else the
+    labels are those stored, and there are no numbers. DataError where there is neither."""
     spec = config.controls[control]
     if spec.oracle:
-        values = measure(load_oracle(spec.oracle), images).tolist()
+        values = measure(load_oracle(spec.oracle), images, prompts).tolist()
         return [spec.classify(value) for value in values], values
     labels = [label for label in stored if label is not None]
     if len(labels) < len(stored):
@@ -199,7 +199,7 @@ class BlockWriter:
         digests = [image_digest(image) for image in images]
         if self.decoder is not None and decode:
             images = self._decoded(images)
-        known, values = label_images(self.config, self.control, images, labels)
+        known, values = label_images(self.config, self.control, images, prompts, labels)
         rows = {"prompts": prompts, "labels": known, "values": values, "digests": digests}
         _save(self.folder, kind, block, images, rows)
 

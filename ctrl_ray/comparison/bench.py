@@ -248,7 +248,7 @@ class Bench:
         theirs = desk.draw(dataclasses.replace(self.base, seed=self.question.seed + _TEST_SEED, sample_ids=ids), 1.0)
         found = {}
         for name, control in self.config.controls.items():
-            truth = oracle_labels(name, control, own.images).classes if control.oracle else None
+            truth = oracle_labels(name, control, own.images, own.prompts).classes if control.oracle else None
             beliefs = own.class_log_probs[name], theirs.class_log_probs[name]
             found[name] = classifier_difference(*beliefs, truth, control, self.exponents[name])
         return found

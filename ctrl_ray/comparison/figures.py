@@ -179,7 +179,7 @@ def _grid_line(
     title: str, samples: EvaluationSamples, rows: np.ndarray, name: str, control: ControlConfig, column: int
 ) -> GridLine:
     part = samples.select(rows)
-    judged = oracle_labels(name, control, part.images) if control.oracle else None
+    judged = oracle_labels(name, control, part.images, part.prompts) if control.oracle else None
     asked = part.labels[:, column]
     values = None if judged is None else judged.values
     return GridLine(

@@ -90,8 +90,9 @@ class ControlConfig:
     kl_coef = 1 it is the exponent itself. Higher: more accurate, more KL, less diverse."""
     oracle: str | None = None
     """What measures the true value of an image: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
-    features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number). None:
-    nothing does; then only a classifier can judge the accuracy after training."""
+    features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number; one with a
+    parameter `prompt` is told the prompt too). None: nothing does; then only a classifier can judge the accuracy after
+    training."""
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending: class i is [thresholds[i-1], thresholds[i]). Empty: the data
     column already holds integer labels."""
@@ -158,7 +159,10 @@ class ClassifierConfig:
     """'cnn' (small convolutional network), 'clip:NAME_OR_FOLDER' (head on a CLIP vision tower), or
     'transformers:NAME_OR_FOLDER' (any image-classification backbone)."""
     prompt_conditional: bool = False
-    """Give the classifier the prompt too. It needs the prompt when y depends on it even for a given image."""
+    """Give the classifier the prompt too. It needs the prompt when the same image gets another label under another
+    prompt: thresholds or annotators that differ by prompt, or the label "does it match its prompt?". Without it the
+    classifier learns the average over prompts, and the policy misses its target by what `python -m ctrl_ray.verify
+    --problem prompt-dependent` shows. Where the image alone decides the label, leave it off: it needs fewer images."""
     ignore_prompts: bool = False
     """Read the labelled images as pairs (x, y), as if they had no prompts. CFG fine-tuning then learns the label beside the
     empty prompt alone."""

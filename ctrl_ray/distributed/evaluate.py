@@ -48,7 +48,7 @@ def evaluate_policy(
             asked = batch.labels[:, column : column + 1]
             paths[ids, 2 + column] = believed[name].cpu().gather(1, asked).double()[:, 0]
             if control.oracle:
-                measured = oracle_labels(name, control, images).classes
+                measured = oracle_labels(name, control, images, batch.prompts).classes
                 counts = confusion_matrix(batch.labels[:, column].numpy(), measured, control.num_classes)
                 confusions[column] += torch.from_numpy(counts)
     paths = all_reduce_sum(paths, rank.device)

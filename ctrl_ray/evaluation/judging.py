@@ -175,7 +175,7 @@ def _measure(
     notes: list[str],
 ) -> OracleLabels | None:
     if oracle is not None or control.oracle is not None:
-        return oracle_labels(name, control, samples.images, oracle)
+        return oracle_labels(name, control, samples.images, samples.prompts, oracle)
     if held_out is not None:
         return OracleLabels(
             np.asarray(held_out(samples.images, samples.prompts), dtype=np.int64), None, "held-out classifier"
@@ -187,15 +187,17 @@ def _measure(
     return None
 
 
-def oracle_labels(name: str, control: ControlConfig, images: np.ndarray, oracle: Oracle | None = None) -> OracleLabels:
-    """The true classes of images (N, H, W, 3) uint8: by the control's oracle, or by `oracle` in its place.
+def oracle_labels(
+    name: str, control: ControlConfig, images: np.ndarray, prompts: Sequence[str], oracle: Oracle | None = None
+) -> OracleLabels:
+    """The true classes of images (N, H, W, 3) uint8 and their N prompts: by the control's oracle, or by `oracle` in its place.
 
     DataError where an oracle answers with no number, or (without thresholds) with no class.
     """
     if oracle is None:
         assert control.oracle is not None
         oracle = load_oracle(control.oracle)
-    values = measure(oracle, images)
+    values = measure(oracle, images, prompts)
     if not control.thresholds:
         _check_classes(name, control, values)
     classes = np.array(

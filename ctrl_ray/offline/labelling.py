@@ -37,7 +37,7 @@ from ctrl_ray.offline.reading import OnBadRow, side_file
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, caption_hint, check_on_bad_row, handle_bad_rows
 from ctrl_ray.offline.text import UTF_8
 from ctrl_ray.offline.writing import ParquetSink, refuse_existing
-from ctrl_ray.oracles import UNITS, control_name, load_oracle
+from ctrl_ray.oracles import UNITS, control_name, load_oracle, needs_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,8 @@ def label(
     oracles = _named_oracles(controls)
     prompts_table, table, kinds = _read_tables(prompts_file, columns, encoding)
     _check_settings(oracles, kinds, prompts, prompts_table, table, image_size)
+    has_prompts = prompts == "sidecar" or prompts_table is not None
+    _check_prompts(oracles, has_prompts)
     refuse_existing(output, overwrite)
     tables = (str(Path(table).expanduser().absolute()) for table in (columns, prompts_file) if table is not None)
     found = find_images(images, beside={*tables, *((".txt",) if prompts == "sidecar" else ())})
@@ -111,7 +113,6 @@ def label(
         encoding=encoding,
         search_path=os.getcwd(),
     )
-    has_prompts = prompts == "sidecar" or prompts_table is not None
     schema = _schema(oracles, kinds, has_prompts, image_size)
     written = _Written({name: [] for name in (*oracles, *kinds)})
     with ParquetSink(output, schema, overwrite=overwrite) as sink:
@@ -185,6 +186,15 @@ def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
             )
         oracles[name] = oracle
     return oracles
+
+
+def _check_prompts(oracles: dict[str, str], has_prompts: bool) -> None:
+    blind = [oracle for oracle in oracles.values() if not has_prompts and needs_prompt(load_oracle(oracle))]
+    if blind:
+        raise ConfigError(
+            f"oracle {blind[0]!r} judges an image with its prompt, but no prompts are given; give --prompts sidecar, "
+            "--prompts-file, or a table of labels with a column 'prompt'"
+        )
 
 
 def _check_settings(

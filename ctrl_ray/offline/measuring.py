@@ -102,9 +102,9 @@ class _Measure:
             if odd_metadata:
                 data = to_png(image)
             image = cover_and_crop(image, self.work.image_size)
-            numbers = {name: measure_one(oracle, image) for name, oracle in oracles.items()}
             if self.work.sidecar:
                 found[PROMPT] = self._sidecar(file)
+            numbers = {name: measure_one(oracle, image, found[PROMPT]) for name, oracle in oracles.items()}
         except UndecodableImageError as error:
             reason = (
                 f"the image does not decode: {error}; expected a {', '.join(FORMATS)} file or another that Pillow opens; "

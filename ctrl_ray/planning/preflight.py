@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctrl_ray.classifiers.checks import check_fit
+from ctrl_ray.classifiers.checks import check_fit, prompt_doubts
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.classifiers.soundness import warning_lines
 from ctrl_ray.cluster.resources import (
@@ -100,8 +100,10 @@ def preflight(
     )
     for name, control in config.controls.items():
         _check_control(name, control, config)
-        if control.classifier is None and stated is None:  # else the data may be elsewhere too
-            check_fit(config, name, has_sampler=True)
+        if control.classifier is None:
+            found += warning_lines(name, prompt_doubts(control, config.classifier.prompt_conditional))
+            if stated is None:  # else the data may be elsewhere too
+                check_fit(config, name, has_sampler=True)
     if not config.draws_trajectories and stated is None:
         check_labelled_images(config)
     _check_evaluation(config, elsewhere=stated is not None)
@@ -183,6 +185,8 @@ def _complete(name: str, control: ControlConfig, refit: bool, doubts: list[str])
     classifier = ImageClassifier.from_pretrained(control.classifier)
     doubts += warning_lines(name, classifier.doubts)
     spec = classifier.spec
+    asked = dataclasses.replace(control, oracle=control.oracle or spec.oracle)
+    doubts += warning_lines(name, prompt_doubts(asked, classifier.prompt_conditional))
     if control.num_classes and (control.thresholds, control.num_classes) != (spec.thresholds, spec.num_classes):
         raise ConfigError(
             f"control {name!r} has thresholds {control.thresholds} ({control.num_classes} classes) in the config, but its "

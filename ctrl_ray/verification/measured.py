@@ -68,7 +68,11 @@ class Measured:
 
 def measure_samples(samples: EvaluationSamples, controls: Mapping[str, ControlConfig]) -> Measured:
     """Measure samples; DataError where an oracle answers with no number."""
-    values = {name: measure(load_oracle(c.oracle), samples.images) for name, c in controls.items() if c.oracle}
+    values = {
+        name: measure(load_oracle(c.oracle), samples.images, samples.prompts)
+        for name, c in controls.items()
+        if c.oracle
+    }
     for name, oracle in ORACLES.items():
         if all(control.oracle != name for control in controls.values()):  # else it is a control's own value
             values.setdefault(name, measure(oracle, samples.images))

@@ -249,7 +249,8 @@ def judge_recipe(learner: Learner, tilts: np.ndarray, num_samples: int) -> Judge
         trajectory = learner.roll_out(batch, _TUNED_SEED, 0, with_kl=True)
         assert trajectory.log_ratio is not None and trajectory.kl_per_step is not None
         log_prob = learner.submit(batch, trajectory.clean_latents).result().log_probs[:, 0].double()
-        true = oracle_labels(name, control, learner.rewards.decode(trajectory.clean_latents).numpy()).classes
+        images = learner.rewards.decode(trajectory.clean_latents).numpy()
+        true = oracle_labels(name, control, images, batch.prompts).classes
         labels, kl = batch.labels[:, 0], trajectory.kl_per_step.double().sum(1)
         right = torch.from_numpy(true) == labels
         parts.append((labels, _exponent(learner) * log_prob, trajectory.log_ratio, kl, right))

@@ -75,6 +75,30 @@ def test_the_doubts_are_the_last_lines(fitted: list[dict[str, Any]], capsys: pyt
     assert capsys.readouterr().out.splitlines()[-1] == "warning: classifier of stars: it is no good"
 
 
+def test_a_label_that_depends_on_the_prompt_asks_for_a_classifier_that_sees_it(
+    fitted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that `label` prints gives the flag; without it the fit begins with a warning."""
+    import shlex
+
+    from ctrl_ray.label import describe
+    from ctrl_ray.offline.labelling import LabelledData
+
+    oracle = "tests.prompt_rules:jpeg_size_by_prompt"
+    data = LabelledData(
+        output="shapes", num_rows=6, num_bad_rows=0, bad_rows_file="", oracles={"rule": oracle},
+        values={"rule": np.arange(6.0)},
+    )  # fmt: skip
+    (line,) = [line for line in describe(data, 3).splitlines() if "ctrl_ray.classify" in line]
+    words = [*shlex.split(line)[3:], "--base-model", "base", "--output-dir", "rule"]
+    assert main(words) == 0
+    assert "does not see the prompt" not in capsys.readouterr().out
+    words.remove("--classifier.prompt-conditional")
+    assert main([*words, "--overwrite"]) == 0
+    assert "warning: classifier of rule: the oracle" in capsys.readouterr().out
+    assert [asked["config"].classifier.prompt_conditional for asked in fitted] == [True, False]
+
+
 def test_numbers_as_names_are_explained(fitted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STARS, "1", "2", "3"]) == 0
     assert "ask for the class named '1' (index 0)" in capsys.readouterr().out

@@ -144,3 +144,24 @@ def test_measure_names_an_oracle_that_raises(error: type[BaseException]) -> None
 def test_measure_refuses_floats() -> None:
     with pytest.raises(DataError, match="float64 of shape"):
         oracles.measure(oracles.jpeg_size, np.zeros((1, 4, 4, 3)))
+
+
+def test_an_oracle_with_a_parameter_prompt_is_told_it() -> None:
+    """A default is the oracle's own affair: such a one was an oracle before, and stays what it is."""
+    images = np.stack([noise(seed) for seed in range(3)])
+
+    def by_prompt(image: Image.Image, prompt: str) -> float:
+        return len(prompt) + image.width / 1000
+
+    def with_default(image: Image.Image, prompt: str = "a cat") -> float:
+        return len(prompt)
+
+    assert [oracles.needs_prompt(each) for each in (by_prompt, with_default, oracles.jpeg_size)] == [True, False, False]
+    assert not oracles.needs_prompt(max), "a function that does not say its parameters"
+    width = images.shape[2] / 1000
+    assert oracles.measure(by_prompt, images, ["", "ab", "abcd"]).tolist() == [width, 2 + width, 4 + width]
+    assert oracles.measure(with_default, images, ["", "ab", "abcd"]).tolist() == [5.0, 5.0, 5.0]
+    with pytest.raises(
+        DataError, match=r"image 0 of 3: oracle 'by_prompt' judges an image with its prompt.*has no prompt"
+    ):
+        oracles.measure(by_prompt, images)

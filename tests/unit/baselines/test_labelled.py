@@ -108,3 +108,15 @@ def test_what_cannot_be_read(rated: TrainConfig, config: TrainConfig) -> None:
     above = dataclasses.replace(config.controls["jpeg_size"], thresholds=(1.0, 2.0, 3.0), classifier=None)
     with pytest.raises(DataError, match="all 4 images are of class '>=3'"):
         read_labelled(dataclasses.replace(config, controls={"jpeg_size": above}, num_drawn_images=4))
+
+
+def test_an_oracle_is_told_the_prompts(
+    config: TrainConfig, drawn: LabelledLatents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the drawn example: the label is whether the prompt is one of a circle."""
+    monkeypatch.setattr(
+        "ctrl_ray.classifiers.examples.load_oracle", lambda name: lambda image, prompt: float("circle" in prompt)
+    )
+    rule = ControlConfig(oracle="mine:circle", thresholds=(0.5,))
+    found = read_labelled(dataclasses.replace(config, controls={"circle": rule}))
+    assert found.labels[:, 0].tolist() == [int("circle" in prompt) for prompt in drawn.prompts]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ctrl_ray.classifiers.checks import check_fit
+from ctrl_ray.classifiers.checks import check_fit, prompt_doubts
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError, CtrlRayError, DataError
 
@@ -75,3 +75,21 @@ def test_pipeline_samples_need_an_oracle_and_a_sampler(tiny_pipeline: Path, tmp_
     with pytest.raises(ConfigError, match="there is no sample_pipeline"):
         check_fit(config(tiny_pipeline, data, measured, num_pipeline_samples=5), "mine")
     check_fit(config(tiny_pipeline, data, measured, num_pipeline_samples=5), "mine", has_sampler=True)
+
+
+BY_PROMPT = ControlConfig(oracle="tests.prompt_rules:jpeg_size_by_prompt", thresholds=(3000.0,))
+
+
+def test_an_oracle_that_is_told_prompts_needs_them(tiny_pipeline: Path, tmp_path: Path) -> None:
+    data = parquet(tmp_path / "data.parquet", [0, 1])
+    with pytest.raises(DataError, match=r"jpeg_size_by_prompt' judges an image with its prompt.*column 'prompt'"):
+        check_fit(config(tiny_pipeline, data, BY_PROMPT), "mine")
+    with_prompts = parquet(tmp_path / "prompts.parquet", [0, 1], prompt=["a cat mild", "a dog strict"])
+    check_fit(config(tiny_pipeline, with_prompts, BY_PROMPT), "mine")
+
+
+def test_a_classifier_that_is_blind_to_what_its_oracle_sees_is_doubted() -> None:
+    (doubt,) = prompt_doubts(BY_PROMPT, sees_prompt=False)
+    assert "does not see the prompt" in doubt and "--classifier.prompt-conditional" in doubt
+    assert prompt_doubts(BY_PROMPT, sees_prompt=True) == []
+    assert prompt_doubts(STARS, sees_prompt=False) == [] == prompt_doubts(SIZE, sees_prompt=False)

@@ -102,7 +102,11 @@ def test_the_grid_has_a_line_for_each_method_and_a_column_for_each_noise(
     tmp_path: Path, figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Class by class; a caption says what was measured and whether it is the class asked for."""
-    monkeypatch.setattr("ctrl_ray.evaluation.judging.load_oracle", lambda name: lambda image: image.getpixel((0, 0))[0])
+    # a blue square counts 10 less
+    monkeypatch.setattr(
+        "ctrl_ray.evaluation.judging.load_oracle",
+        lambda name: lambda image, prompt: image.getpixel((0, 0))[0] - 10 * ("blue" in prompt),
+    )
     control = ControlConfig(oracle="grey", thresholds=(100.0,), classes=("dark", "light"), unit="levels")
     drawn = {"pre-trained": samples(50), "a method of a name that is too long": samples(150)}
     plot_grid(tmp_path / "samples.png", drawn, "grey", control, 0)
@@ -110,5 +114,5 @@ def test_the_grid_has_a_line_for_each_method_and_a_column_for_each_noise(
     words = texts(axis)
     assert words[0] == "grey / levels: the same prompt, class and noise in each column"
     assert words[1] == "pre-trained" and words[10] == "a method of a name that…"
-    assert words[2:10:2] == ["50 ✓", "50 ✓", "50 ✗", "50 ✗"] and words[11:19:2] == ["150 ✗", "150 ✗", "150 ✓", "150 ✓"]
+    assert words[2:10:2] == ["50 ✓", "50 ✓", "40 ✗", "40 ✗"] and words[11:19:2] == ["150 ✗", "150 ✗", "140 ✓", "140 ✓"]
     assert words[3:10:2] == ["red circle dark", "red circle dark", "blue square light", "blue square light"]

@@ -84,3 +84,15 @@ def test_ranks_share_the_paths(learner: Learner, monkeypatch: pytest.MonkeyPatch
 
 def test_without_log_z_there_is_none(learner: Learner) -> None:
     assert "gap" not in evaluate_policy(dataclasses.replace(learner, pre_trained_log_probs={}), 2)
+
+
+def test_an_oracle_is_told_the_prompts(config: TrainConfig, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each image the one that it was drawn for. To this oracle every image is of class 0."""
+    batch = learner.evaluation_batch(range(COUNT))
+    told: list[str] = []
+    monkeypatch.setattr(
+        "ctrl_ray.evaluation.judging.load_oracle", lambda name: lambda image, prompt: told.append(prompt) or 0.0
+    )
+    metrics = evaluate_policy(learner, COUNT)
+    assert told == list(batch.prompts)
+    assert metrics["accuracy/jpeg_size"] == pytest.approx(float((batch.labels[:, 0] == 0).double().mean()))

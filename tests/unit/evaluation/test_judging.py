@@ -31,6 +31,18 @@ def test_accuracy_confusion_and_quartiles_by_hand():
     assert judged["standard_errors"]["kl"] == pytest.approx(math.sqrt(3.5 / 6))
 
 
+def test_an_oracle_of_image_and_prompt_judges_each_sample_with_its_prompt():
+    """Under 'a red circle' (every second sample) the brightness counts 60 less: 10, 3 | 64, 40 | 128, 140."""
+
+    def by_prompt(image, prompt):
+        return brightness(image) - 60 * (prompt == "a red circle")
+
+    judged = judge(flat_samples(VALUES, [0, 0, 1, 0, 2, 2]), CONTROLS, oracles={"light": by_prompt})
+    assert judged["accuracy"] == 1.0
+    blind = judge(flat_samples(VALUES, [0, 0, 1, 0, 2, 2]), CONTROLS, oracles=ORACLES)
+    assert blind["accuracy"] == 5 / 6
+
+
 def test_null_labels_do_not_count_for_accuracy():
     judged = judge(flat_samples(VALUES, [0, 3, 1, 3, 3, 0]), CONTROLS, oracles=ORACLES)
     assert judged["controls"]["light"]["num_samples"] == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctrl_ray import embedded
-from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.planning.preflight import _complete, preflight
 
@@ -30,6 +30,37 @@ def test_a_ready_classifier_is_doubted_by_its_own_figures(
     )
     again: list[str] = []
     assert _complete("jpeg_size", control, True, again).classifier is None and again == [], "a new one will be fitted"
+
+
+BY_PROMPT = "tests.prompt_rules:jpeg_size_by_prompt"
+
+
+def test_a_ready_classifier_that_does_not_see_the_prompt_is_doubted_where_the_oracle_does() -> None:
+    doubts: list[str] = []
+    shipped = str(embedded.CLASSIFIER)
+    control = _complete("jpeg_size", ControlConfig(classifier=shipped, oracle=BY_PROMPT), False, doubts)
+    assert control.oracle == BY_PROMPT
+    (line,) = doubts
+    assert line.startswith(
+        "warning: classifier of jpeg_size: the oracle 'tests.prompt_rules:jpeg_size_by_prompt' judges"
+    )
+
+
+@pytest.mark.parametrize("prompt_conditional", [False, True])
+def test_a_classifier_that_will_not_see_the_prompt_is_doubted_before_it_is_fitted(
+    tiny_pipeline: Path, prompt_conditional: bool
+) -> None:
+    config = TrainConfig(
+        base_model=str(tiny_pipeline),
+        data="shapes",
+        controls={"mine": ControlConfig(oracle=BY_PROMPT, thresholds=(3000.0,))},
+        classifier=ClassifierConfig(prompt_conditional=prompt_conditional),
+    )
+    checked = preflight(config)
+    assert [line.startswith("warning: classifier of mine: the oracle") for line in checked.doubts] == [True] * (
+        not prompt_conditional
+    )
+    assert ("does not see the prompt" in checked.summary) is not prompt_conditional
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ def test_any_image_has_values_and_a_control_its_oracles() -> None:
     np.testing.assert_array_equal(shared.values["hue"], shared.values["level"])
 
 
+def test_an_oracle_is_told_the_prompts() -> None:
+    rule = dataclasses.replace(LEVEL, oracle="tests.prompt_rules:jpeg_size_by_prompt", thresholds=(1.0, 2.0))
+    samples = dataclasses.replace(_samples(2), prompts=("x strict", "x mild"))
+    values = measure_samples(samples, {**CONTROLS, "level": rule}).values
+    assert (values["level"] - values["jpeg_size"]).tolist() == [-400.0, 400.0]
+
+
 def test_texture_is_the_difference_of_neighbours() -> None:
     """Rows of 0 and 10 in turn: 10 from row to row, 0 within a row."""
     image = np.zeros((16, 16, 3), dtype=np.uint8)
