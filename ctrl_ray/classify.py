@@ -106,6 +106,10 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
 
     output_dir = check_output(settings.output_dir)
     config = absolute_paths(train_config(settings))
+    for line in warning_lines(
+        settings.control, prompt_doubts(config.controls[settings.control], config.classifier.prompt_conditional)
+    ):
+        print(line, flush=True)
     if settings.noised:
         return _run_noised(settings, config, output_dir)
     sampler = None
@@ -118,10 +122,6 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
             print(note, flush=True)
         sampler = PipelineSampler(config, prompts)
     if line := number_names_line(settings.control, config.controls[settings.control]):
-        print(line, flush=True)
-    for line in warning_lines(
-        settings.control, prompt_doubts(config.controls[settings.control], config.classifier.prompt_conditional)
-    ):
         print(line, flush=True)
     result = fit_classifier(
         config,

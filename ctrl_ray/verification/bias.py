@@ -147,6 +147,6 @@ def _draw_densities(axis: Any, wrong: CaseResult, right: CaseResult) -> None:
     shown = np.flatnonzero(np.maximum(right.reached.law, wrong.reached.law) / grid.width > 2e-3)
     axis.set_xlim(grid.centres[shown[0]], grid.centres[shown[-1]])
     axis.set_ylim(bottom=0)
-    axis.set_title(right.case.problem.name, fontsize=8.5)
+    axis.set_title(right.case.problem.name.removesuffix(", with c"), fontsize=8.5)
     axis.set_xlabel("x₀")
     axis.set_ylabel("density")

@@ -85,7 +85,7 @@ def test_only_the_prompt_conditional_classifier_learns_the_rule_and_the_other_th
             told = networks[True](pixels, prompts).double().softmax(1)[:, 1].numpy()
             blind = networks[False](pixels, None).double().softmax(1)[:, 1].numpy()
         assert abs(told - truth)[clear].mean() < 0.03
-        assert abs(blind - average)[clear].mean() < 0.08
+        assert abs(blind - average)[clear].mean() < 0.05
         assert blind[between].mean() == pytest.approx(0.5, abs=0.08)
         predicted = average @ truth / average.sum()
         assert predicted == pytest.approx(0.706 if word == "strict" else 1.0, abs=0.001)

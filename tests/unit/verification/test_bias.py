@@ -121,6 +121,7 @@ def test_the_picture_shows_laws_and_biases(tmp_path: Path, figures: dict[str, Fi
     ]
     assert plot_biases(tmp_path / "bias.png", pairs).is_file()  # type: ignore[arg-type]
     strict, _, last = figures["bias.png"].axes
+    assert strict.get_title(loc="left") == "T8 strict"
     grid = pairs[0][0].solution.grid
     for label, law in (
         ("best policy for p(y|x,c)", pairs[0][1].solution.optimum.law),
