@@ -45,7 +45,7 @@ class VerifyOptions:
     stds: Annotated[tuple[float, ...] | None, above(0)] = None
     """Standard deviations of the components."""
     weights: Annotated[tuple[float, ...] | None, at_least(0)] = None
-    """Weights of the components. They are normalised."""
+    """Weights of the components. They are normalised. prompt-dependent: those of every prompt."""
     reward_slope: float | None = None
     """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x). prompt-dependent: sigmoid(slope · x ± 2)."""
     reward_target: float | None = None
@@ -61,7 +61,8 @@ class VerifyOptions:
     eta: Annotated[float | None, share()] = None
     """DDIM stochasticity. Below 1 the sampler remembers its initial noise and misses the target."""
     dimension: Annotated[int | None, at_least(1)] = None
-    """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two)."""
+    """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two;
+    prompt-dependent: on all, which are repeats of one training)."""
     estimator: EstimatorName | None = None
     """Gradient estimator."""
     estimator_steps: Annotated[int, at_least(0)] = 0

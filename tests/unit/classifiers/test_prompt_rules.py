@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,26 @@ def test_stage_1_labels_an_image_by_the_rule_of_its_prompt(tmp_path: Path) -> No
     assert between.sum() > 100 and set(labels[between].tolist()) == {0, 1}
     for rows in (sizes < 2600, between, sizes >= 3400):  # p(strict|x) = 1/2: within 4 standard errors
         assert (shifts[rows] > 0).mean() == pytest.approx(0.5, abs=2 / rows.sum() ** 0.5)
+
+
+def test_the_pipelines_samples_are_labelled_by_the_rules_of_their_prompts_too(tmp_path: Path) -> None:
+    """The same 4 images under either word: two of them lie between the thresholds and change their class."""
+    drawn = sorted(
+        (np.asarray(image) for image, _ in draw_with_rules(40, seed=0)), key=lambda a: measure(jpeg_size, a[None])[0]
+    )
+    sizes = measure(jpeg_size, np.stack(drawn))
+    below, above = np.searchsorted(sizes, [2600, 3400])
+    images = np.stack([drawn[0], drawn[below], drawn[above - 1], drawn[-1]])
+    assert above - below >= 2 and below > 0 and above < len(drawn)
+
+    def sample_pipeline(num: int, seed: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+        for word in ("strict", "mild"):
+            yield images, [f"a red circle {word}"] * 4
+
+    writer = BlockWriter(_config(False), "size", tmp_path, torch.device("cpu"))
+    writer.write_samples(sample_pipeline, 8, 0, 1)
+    examples = Examples(tmp_path, 0, 8, (0.5, 0.25, 0.25), seed=0)
+    assert examples.labels.tolist() == [0, 0, 0, 1, 0, 1, 1, 1]
 
 
 @pytest.mark.full
