@@ -106,10 +106,9 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
 
     output_dir = check_output(settings.output_dir)
     config = absolute_paths(train_config(settings))
-    for line in warning_lines(
-        settings.control, prompt_doubts(config.controls[settings.control], config.classifier.prompt_conditional)
-    ):
-        print(line, flush=True)
+    doubts = prompt_doubts(config.controls[settings.control], config.classifier.prompt_conditional)
+    for warning in warning_lines(settings.control, doubts):
+        print(warning, flush=True)
     if settings.noised:
         return _run_noised(settings, config, output_dir)
     sampler = None
