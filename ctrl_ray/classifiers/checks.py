@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctrl_ray.classifiers.examples import require_prompts_for_oracle
 from ctrl_ray.classifiers.soundness import check_classes
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.embedded import is_embedded
@@ -46,6 +47,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
             f"oracle {spec.oracle!r} judges an image with its prompt, but the images of {config.data} have none; expected a "
             "column 'prompt': label again with --prompts or --prompts-file"
         )
+    require_prompts_for_oracle(config, control)
     if is_embedded(config.data):
         if spec.oracle is None:
             raise ConfigError(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.embedded import is_embedded
-from ctrl_ray.errors import DataError
+from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
 from ctrl_ray.offline.shapes import draw_dataset
-from ctrl_ray.oracles import load_oracle, measure
+from ctrl_ray.oracles import load_oracle, measure, needs_prompt
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.runs.files import whole_file, write_whole
@@ -81,6 +81,8 @@ def read_rows(
     Prompts are "" where `config.classifier.ignore_prompts` is on. A control's column is read only where no oracle measures the
     label. Raises what `offline.reading.iter_rows` does.
     """
+    for name in controls:
+        require_prompts_for_oracle(config, name)
     if is_embedded(config.data):
         rows: Iterator[Row] = (
             Row(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, (None,) * len(controls))
@@ -100,6 +102,16 @@ def _parquet_rows(
     size = (image_size, image_size)
     for row in iter_rows(config.data or "", columns, on_bad_row, image_size=size, bad_rows_file=bad_rows_file):
         yield Row(row["image"], row["prompt"], tuple(row.get(name) for name in controls))
+
+
+def require_prompts_for_oracle(config: TrainConfig, control: str) -> None:
+    """ConfigError where an oracle is to be told the prompts that `classifier.ignore_prompts` leaves out."""
+    oracle = config.controls[control].oracle
+    if config.classifier.ignore_prompts and oracle is not None and needs_prompt(load_oracle(oracle)):
+        raise ConfigError(
+            f"oracle {oracle!r} of control {control!r} judges an image with its prompt, and classifier.ignore_prompts leaves "
+            "the prompts out; give one of the two"
+        )
 
 
 def label_images(

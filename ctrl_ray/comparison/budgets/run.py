@@ -177,7 +177,7 @@ class _Row:
         for name, folder in folders.items():
             control = self.bench.config.controls[name]
             if control.oracle:
-                truth = torch.from_numpy(oracle_labels(name, control, self.plain.images).classes)
+                truth = torch.from_numpy(oracle_labels(name, control, self.plain.images, self.plain.prompts).classes)
                 found[name] = calibration_metrics(_beliefs(Path(folder), self.plain), truth)
         return found
 

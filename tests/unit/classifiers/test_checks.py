@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ctrl_ray.classifiers.checks import check_fit, prompt_doubts
+from ctrl_ray.classifiers.examples import read_rows
 from ctrl_ray.config import ClassifierConfig, ControlConfig, TrainConfig
 from ctrl_ray.errors import ConfigError, CtrlRayError, DataError
 
@@ -86,6 +87,12 @@ def test_an_oracle_that_is_told_prompts_needs_them(tiny_pipeline: Path, tmp_path
         check_fit(config(tiny_pipeline, data, BY_PROMPT), "mine")
     with_prompts = parquet(tmp_path / "prompts.parquet", [0, 1], prompt=["a cat mild", "a dog strict"])
     check_fit(config(tiny_pipeline, with_prompts, BY_PROMPT), "mine")
+    blind = config(tiny_pipeline, with_prompts, BY_PROMPT, ignore_prompts=True)
+    for ask in (lambda: check_fit(blind, "mine"), lambda: read_rows(blind, ["mine"], 8)):
+        with pytest.raises(
+            ConfigError, match=r"judges an image with its prompt, and classifier\.ignore_prompts leaves"
+        ):
+            ask()
 
 
 def test_a_classifier_that_is_blind_to_what_its_oracle_sees_is_doubted() -> None:
