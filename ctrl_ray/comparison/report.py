@@ -15,7 +15,7 @@ PAGE, MARKDOWN = "report.html", "report.md"
 HEAD = (
     *("method", "knob", "accuracy", "macro-F1", "fidelity", "diversity", "distance, worst class", "distance by class"),
     *("path KL / nats", "gap / nats", "s an image", "× plain", "forwards", "backwards", "decodes", "decode backwards"),
-    *("training / CPU s", "images"),
+    *("training / s", "images"),
 )
 """Columns of the one table."""
 
@@ -75,7 +75,7 @@ def training_text(runs: Sequence[Mapping[str, Any]] | None) -> str:
         return "0"
     if not runs:
         return "given"
-    mean = sum(run["cpu_seconds"] for run in runs) / len(runs)
+    mean = sum(run["seconds"] for run in runs) / len(runs)
     return ("" if all(run["whole"] for run in runs) else "≥ ") + f"{mean:.0f}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,7 @@ class TrainedRun:
     adapter: str
     """Its folder; of a noised classifier, that one's."""
     seconds: float
-    """Of the session that finished it, with its evaluations and its report."""
-    cpu_seconds: float
-    """The same of all processes below this one; those of a cluster's other machines are not known."""
+    """Of the session that finished it, with its evaluations and its report, on whatever the run asks for."""
     whole: bool
     """Whether that session was the only one."""
 
@@ -72,37 +69,10 @@ def noised_run(config: TrainConfig, control: str, folder: Path, say: Callable[[s
 def _kept_or_made(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
     """What lies in the folder with its cost, else what is made now."""
     if (folder / TRAINED).is_file():
-        return TrainedRun(**json.loads((folder / TRAINED).read_text(encoding="utf-8")))
-    started, cpu_before = time.monotonic(), cpu_seconds_below(os.getpid())
+        known = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+        return TrainedRun(**{field.name: known[field.name] for field in dataclasses.fields(TrainedRun)})
+    started = time.monotonic()
     made = make()
-    run = TrainedRun(
-        adapter=str(made),
-        seconds=time.monotonic() - started,
-        cpu_seconds=cpu_seconds_below(os.getpid()) - cpu_before,
-        whole=whole,
-    )
+    run = TrainedRun(adapter=str(made), seconds=time.monotonic() - started, whole=whole)
     write_whole(folder / TRAINED, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
     return run
-
-
-def cpu_seconds_below(root: int, proc: Path = Path("/proc")) -> float:
-    """CPU seconds of a process and of all below it, those that have ended and were waited for among them.
-
-    A local Ray is below the process that started it. Linux's /proc/PID/stat; 0 where there is none.
-    """
-    parents, ticks = {}, {}
-    for entry in proc.glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        parents[int(entry.name)] = int(fields[1])
-        ticks[int(entry.name)] = sum(map(int, fields[11:15]))  # user, system, and both of waited-for children
-    found, total = {root}, ticks.get(root, 0)
-    grew = True
-    while grew:
-        below = {pid for pid, parent in parents.items() if parent in found} - found
-        total += sum(ticks[pid] for pid in below)
-        found |= below
-        grew = bool(below)
-    return float(total / os.sysconf("SC_CLK_TCK"))

@@ -24,7 +24,7 @@ from ctrl_ray.wording import duration, text_table
 __all__ = ["MARKDOWN", "PAGE"]
 HEAD = (
     *("line", "labelled images", "knob", "accuracy", "fidelity", "distance, worst class", "gap / nats"),
-    *("classifier's ECE", "classifier's NLL", "training / CPU s"),
+    *("classifier's ECE", "classifier's NLL", "training / s"),
 )
 """Columns of the table."""
 TERMINAL = HEAD[:7]
