@@ -115,7 +115,7 @@ def with_copies(job: SamplingJob) -> SamplingJob:
     read = [] if job.adapter is None else [job.adapter]
     if isinstance(job.draw, Baseline):
         read += job.draw.folders
-    return dataclasses.replace(job, copies=copies_of(read))
+    return dataclasses.replace(job, copies=copies_of(read)) if read else job
 
 
 def drawing_of(job: SamplingJob) -> Sampler:

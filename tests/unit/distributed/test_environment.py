@@ -52,7 +52,7 @@ def test_ray_is_asked_for_it_wherever_a_process_has_a_card(monkeypatch: pytest.M
         launch.run_training(job, "unused", "run", unused)
     task = SimpleNamespace(options=lambda **options: note(options["runtime_env"]["env_vars"]))
     monkeypatch.setattr(sampling.ray, "remote", lambda function: task)
-    samples: Any = SimpleNamespace(sample_ids=(0,), adapter=None)
+    samples: Any = SimpleNamespace(sample_ids=(0,), adapter=None, draw=None)
     with pytest.raises(InterruptedError):
         sampling.sample_policy(samples, unused, config.scaling)
     assert told == [worker_environment(use_gpu=True, num_threads=1)] * 3
