@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctrl_ray.comparison.results import interval
 from ctrl_ray.evaluation.metric_names import SCORES
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
+from ctrl_ray.runs.files import write_whole
 from ctrl_ray.wording import duration, text_table
 
-PAGE, MARKDOWN = "report.html", "report.md"
+RESULTS, PAGE, MARKDOWN = "results.json", "report.html", "report.md"
 HEAD = (
     *("method", "knob", "accuracy", "macro-F1", "fidelity", "diversity", "distance, worst class", "distance by class"),
     *("path KL / nats", "gap / nats", "s an image", "× plain", "forwards", "backwards", "decodes", "decode backwards"),
@@ -96,6 +98,21 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 TERMINAL = ("method", "knob", "accuracy", "fidelity", "diversity", "distance, worst class", "gap / nats", "× plain")
 """Columns of what is printed."""
+
+
+def write(
+    folder: Path,
+    results: Mapping[str, Any],
+    as_markdown: Callable[[Mapping[str, Any]], str],
+    as_page: Callable[[Mapping[str, Any], Path], str],
+) -> dict[str, Any]:
+    """Write results.json, and the report in both forms; returns what results.json holds."""
+    as_json = json.dumps(results, indent=2) + "\n"
+    found: dict[str, Any] = json.loads(as_json)
+    write_whole(folder / RESULTS, as_json)
+    write_whole(folder / MARKDOWN, as_markdown(found))
+    write_whole(folder / PAGE, as_page(found, folder))
+    return found
 
 
 def terminal_text(results: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,6 @@ from ctrl_ray.comparison.windows import windows_of
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.reporting.facts import environment_facts
-from ctrl_ray.runs.files import write_whole
-
-RESULTS = "results.json"
 
 
 def run_comparison(question: Question, train: Train, say: Callable[[str], None]) -> dict[str, Any]:
@@ -73,12 +69,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
         "seconds": time.monotonic() - started,
     }
     results["figures"] = draw_figures(question.folder, rows, bench)
-    text = json.dumps(results, indent=2) + "\n"
-    found: dict[str, Any] = json.loads(text)
-    write_whole(question.folder / RESULTS, text)
-    write_whole(question.folder / report.MARKDOWN, report.markdown(found))
-    write_whole(question.folder / report.PAGE, report.page(found, question.folder))
-    return found
+    return report.write(question.folder, results, report.markdown, report.page)
 
 
 def _check_runs(question: Question, folders: Mapping[str, str]) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 from ctrl_ray.comparison.budgets import figure
 from ctrl_ray.comparison.budgets.lines import LINES
 from ctrl_ray.comparison.report import (
-    MARKDOWN,
-    PAGE,
     cell_text,
     distance_text,
     list_html,
@@ -21,7 +19,6 @@ from ctrl_ray.comparison.report import (
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
 from ctrl_ray.wording import duration, text_table
 
-__all__ = ["MARKDOWN", "PAGE"]
 HEAD = (
     *("line", "labelled images", "knob", "accuracy", "fidelity", "distance, worst class", "gap / nats"),
     *("classifier's ECE", "classifier's NLL", "training / s"),

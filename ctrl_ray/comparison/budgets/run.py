@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ctrl_ray.comparison.budgets.lines import LINES, BudgetPlan, Line, fitting_c
 from ctrl_ray.comparison.budgets.needed import label_ratios
 from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifiers
 from ctrl_ray.comparison.methods import METHODS
+from ctrl_ray.comparison.report import write
 from ctrl_ray.comparison.results import CRITERION, over_seeds
 from ctrl_ray.comparison.training import Train, TrainedRun, noised_run, run_config, trained_run
 from ctrl_ray.config import TrainConfig
@@ -29,9 +29,6 @@ from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 from ctrl_ray.reporting.facts import environment_facts
-from ctrl_ray.runs.files import write_whole
-
-RESULTS = "results.json"
 
 
 def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Callable[[str], None]) -> dict[str, Any]:
@@ -69,12 +66,7 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
     }
     picture = figure.plot_budgets(question.folder / "label_budgets.png", results)
     results["figures"] = {} if picture is None else {figure.TITLE: picture.name}
-    text = json.dumps(results, indent=2) + "\n"
-    found: dict[str, Any] = json.loads(text)
-    write_whole(question.folder / RESULTS, text)
-    write_whole(question.folder / report.MARKDOWN, report.markdown(found))
-    write_whole(question.folder / report.PAGE, report.page(found, question.folder))
-    return found
+    return write(question.folder, results, report.markdown, report.page)
 
 
 def _ratios(budgets: BudgetPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
