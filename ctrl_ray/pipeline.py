@@ -305,7 +305,7 @@ class ControlledPipeline:
                     "the pre-trained model alone follows no control unless num_candidates (--candidates) is above 1, or a "
                     "method (--method.name) steers it; got 1 and none"
                 )
-            with self._bar(kernel.num_steps, on_step) as told, self.policy.folded(inputs.labels):
+            with self._bar(kernel.num_steps, on_step) as told, self.policy.folded(inputs):
                 trajectory = draw(self.policy, kernel, inputs, noise, reference=self.info is None, on_step=told)
         return SampledImages(self._images(trajectory, output_type, generator), trajectory)
 

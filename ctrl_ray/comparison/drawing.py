@@ -138,7 +138,7 @@ def _run(job: SamplingJob, scorer: Any, calls: Calls, device: str) -> Callable[[
 
     def run() -> None:
         noise = job_noise(job, job.sample_ids, policy.latent_shape, kernel.num_steps, device)
-        with torch.no_grad(), policy.folded(inputs.labels):
+        with torch.no_grad(), policy.folded(inputs):
             path = draw(counted, kernel, inputs, noise, rewards, reference=job.reference)
         rewards.decode(path.clean_latents).cpu()
 

@@ -128,15 +128,16 @@ class ControlledPolicy(TrainablePolicy):
         return ModelOutput(combine_guidance(parts, guidance))
 
     @contextmanager
-    def folded(self, labels: Tensor) -> Iterator[None]:
-        """Within it, calls with exactly this tensor of labels (B, C), no graph and no guidance cost what the reference does,
-        where all samples have the same labels: label gains go into the layers' weights once. The prediction is then the same
-        to float32's rounding. It changes nothing where two samples differ, weights have 16 bits, or the adapter has no label
-        gains. Parameters must not change meanwhile. Memory: the adapted layers' weights once more."""
+    def folded(self, inputs: Inputs) -> Iterator[None]:
+        """Within it, calls with exactly the labels of these inputs (B, C) and no graph cost what the reference does, where all
+        samples have the same labels: label gains go into the layers' weights once. The prediction is then the same to
+        float32's rounding. It changes nothing under guidance, where two samples differ, weights have 16 bits, or the adapter
+        has no label gains. Parameters must not change meanwhile. Memory: the adapted layers' weights once more."""
         weights = None
-        if self.lora is not None and self.kind == "gains" and not torch.is_grad_enabled():
-            weights = folded_weights(self.denoiser, labels, self.lora.alpha / self.lora.rank * self._scale)
-        before, self._folded = self._folded, None if weights is None else (labels, weights)
+        of_one_branch = inputs.guidance.num_branches == 1
+        if self.lora is not None and self.kind == "gains" and of_one_branch and not torch.is_grad_enabled():
+            weights = folded_weights(self.denoiser, inputs.labels, self._gain_scale)
+        before, self._folded = self._folded, None if weights is None else (inputs.labels, weights)
         try:
             yield
         finally:
@@ -236,10 +237,13 @@ class ControlledPolicy(TrainablePolicy):
     def _add_label_gains(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         if self._reference or self._labels is None:
             return output
-        assert self.lora is not None
-        scale = self.lora.alpha / self.lora.rank * self._scale
-        adapted: Tensor = label_gains(layer)(args[0], output, self._labels, scale)
+        adapted: Tensor = label_gains(layer)(args[0], output, self._labels, self._gain_scale)
         return adapted
+
+    @property
+    def _gain_scale(self) -> float:
+        assert self.lora is not None
+        return self.lora.alpha / self.lora.rank * self._scale
 
     def _autocast(self, device: torch.device) -> Any:
         if self._autocast_dtype is None:

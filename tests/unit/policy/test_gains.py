@@ -264,7 +264,7 @@ def test_folded_gains_predict_the_same_for_one_set_of_labels(tiny_pipeline: str,
     for row in ([1, 0], [2, 1], [0, 2], [3, 1]):
         inputs = Inputs(condition, torch.tensor([row, row]))
         expected = policy(latents, time, inputs, reference=False).prediction
-        with policy.folded(inputs.labels):
+        with policy.folded(inputs):
             added.clear()
             found = policy(latents, time, inputs, reference=False).prediction
             assert not added
@@ -293,7 +293,7 @@ def test_gains_are_not_folded_where_that_would_change_what_is_computed(tiny_pipe
         inputs = Inputs(condition, labels, guidance)
         with torch.set_grad_enabled(with_graph):
             expected = policy(latents, time, inputs, reference=False).prediction
-            with policy.folded(labels):
+            with policy.folded(inputs):
                 found = policy(latents, time, inputs, reference=False).prediction
         assert torch.equal(found, expected)
         assert found.requires_grad == with_graph
