@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -157,19 +156,15 @@ def _estimate(options: CompareOptions, config: TrainConfig, plan: Plan) -> str:
     return estimate_text(plan, config, on, row_flops(config))
 
 
-def _num_classes(config: TrainConfig) -> int:
-    """Joint ones."""
-    return math.prod(control.num_classes for control in config.controls.values())
-
-
 def _budget_plan(options: CompareOptions, config: TrainConfig) -> BudgetPlan:
     from ctrl_ray.comparison.budgets.lines import make_budget_plan
+    from ctrl_ray.comparison.plan import num_joint_classes
 
     return make_budget_plan(
         options.methods,
         options.label_budgets,
         num_steps=config.sampler.num_steps,
-        num_classes=_num_classes(config),
+        num_classes=num_joint_classes(config),
         num_seeds=options.seeds,
         quick=options.quick,
         has_oracle=all(control.oracle for control in config.controls.values()),
@@ -177,12 +172,12 @@ def _budget_plan(options: CompareOptions, config: TrainConfig) -> BudgetPlan:
 
 
 def _plan(options: CompareOptions, config: TrainConfig, adapters: dict[str, str]) -> Plan:
-    from ctrl_ray.comparison.plan import make_plan
+    from ctrl_ray.comparison.plan import make_plan, num_joint_classes
 
     return make_plan(
         options.methods,
         num_steps=config.sampler.num_steps,
-        num_classes=_num_classes(config),
+        num_classes=num_joint_classes(config),
         num_seeds=options.seeds,
         quick=options.quick,
         adapters=adapters,

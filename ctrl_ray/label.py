@@ -121,7 +121,7 @@ def describe(data: LabelledData, num_classes: int) -> str:
     """The distribution of each control, thresholds that would split it evenly, and the next command."""
     from ctrl_ray.config.control import control_name_of
     from ctrl_ray.offline.statistics import class_shares, equal_share_thresholds, summarise
-    from ctrl_ray.oracles import UNITS, load_oracle, needs_prompt
+    from ctrl_ray.oracles import UNITS, is_told_prompt
 
     lines = [f"wrote {data.num_rows} rows to {data.output}"]
     if data.num_bad_rows:
@@ -166,7 +166,7 @@ def describe(data: LabelledData, num_classes: int) -> str:
             words += ["--thresholds", *borders]
         if name in data.oracles:
             words += ["--oracle", data.oracles[name]]
-            words += ["--classifier.prompt-conditional"] if needs_prompt(load_oracle(data.oracles[name])) else []
+            words += ["--classifier.prompt-conditional"] if is_told_prompt(data.oracles[name]) else []
         else:  # what the pipeline draws cannot be labelled
             words += ["--classifier.num-pipeline-samples", "0"]
         if summary.minimum < summary.maximum:  # one label has nothing to be told from

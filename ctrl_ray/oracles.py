@@ -179,6 +179,11 @@ def needs_prompt(oracle: Oracle) -> bool:
     return asked is not None and asked.default is asked.empty
 
 
+def is_told_prompt(name: str | None) -> bool:
+    """`needs_prompt` of the oracle called `name`; None: no oracle. Raises what `load_oracle` does."""
+    return name is not None and needs_prompt(load_oracle(name))
+
+
 def measure(oracle: Oracle, images: np.ndarray, prompts: Sequence[str] | None = None) -> np.ndarray:
     """The oracle's value of every image.
 

@@ -198,12 +198,11 @@ def _fit(
             best, kept = nll, copy.deepcopy(classifier.state_dict())
         left = (time.monotonic() - start) / epoch * (settings.epochs - epoch)
         accuracy = float((log_probs.argmax(1) == labels).double().mean())
-        if not tells_epoch(epoch, settings.epochs):
-            continue
-        say(
-            f"noised classifier of {classifier.control}: epoch {epoch}/{settings.epochs}, loss {mean_loss:.4f}, selection "
-            f"NLL {nll:.4f}, accuracy {accuracy:.4f}, {left:.0f} s left"
-        )
+        if tells_epoch(epoch, settings.epochs):
+            say(
+                f"noised classifier of {classifier.control}: epoch {epoch}/{settings.epochs}, loss {mean_loss:.4f}, selection "
+                f"NLL {nll:.4f}, accuracy {accuracy:.4f}, {left:.0f} s left"
+            )
     classifier.load_state_dict(kept)
 
 

@@ -10,7 +10,7 @@ from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.label_counts import count_labels
 from ctrl_ray.offline.plan import plan_reading
 from ctrl_ray.offline.prompts import has_prompts
-from ctrl_ray.oracles import load_oracle, needs_prompt
+from ctrl_ray.oracles import is_told_prompt, load_oracle
 from ctrl_ray.policy.backbones import load_backbone
 
 
@@ -42,7 +42,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
     image_size = load_backbone(config.base_model, config.base_revision).image_size()
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
-    if spec.oracle is not None and needs_prompt(load_oracle(spec.oracle)) and not has_prompts(config.data):
+    if is_told_prompt(spec.oracle) and not has_prompts(config.data):
         raise DataError(
             f"oracle {spec.oracle!r} judges an image with its prompt, but the images of {config.data} have none; expected a "
             "column 'prompt': label again with --prompts or --prompts-file"
@@ -59,7 +59,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
 
 def prompt_doubts(spec: ControlConfig, sees_prompt: bool) -> list[str]:
     """What people must be told where the oracle judges an image with its prompt, and the classifier does not see the prompt."""
-    if sees_prompt or spec.oracle is None or not needs_prompt(load_oracle(spec.oracle)):
+    if sees_prompt or not is_told_prompt(spec.oracle):
         return []
     return [
         f"the oracle {spec.oracle!r} judges an image with its prompt, but the classifier does not see the prompt: it learns "

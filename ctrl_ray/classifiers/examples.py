@@ -23,9 +23,9 @@ from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
 from ctrl_ray.offline.shapes import draw_dataset
-from ctrl_ray.oracles import load_oracle, measure, needs_prompt
+from ctrl_ray.oracles import is_told_prompt, load_oracle, measure
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
+from ctrl_ray.policy.decoder import LatentDecoder, to_pixels, to_uint8
 from ctrl_ray.runs.files import whole_file, write_whole
 
 BLOCK_ROWS = 256
@@ -107,7 +107,7 @@ def _parquet_rows(
 def require_prompts_for_oracle(config: TrainConfig, control: str) -> None:
     """ConfigError where an oracle is to be told the prompts that `classifier.ignore_prompts` leaves out."""
     oracle = config.controls[control].oracle
-    if config.classifier.ignore_prompts and oracle is not None and needs_prompt(load_oracle(oracle)):
+    if config.classifier.ignore_prompts and is_told_prompt(oracle):
         raise ConfigError(
             f"oracle {oracle!r} of control {control!r} judges an image with its prompt, and classifier.ignore_prompts leaves "
             "the prompts out; give one of the two"
@@ -156,7 +156,7 @@ def split_of(num_rows: int, shares: Sequence[float], seed: int, *, salt: int = 0
 
 def encode_images(decoder: LatentDecoder, images: np.ndarray, device: torch.device | str) -> Tensor:
     """Latents (N, C, h, w) of images uint8 (N, H, W, 3)."""
-    return decoder.encode(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
+    return decoder.encode(to_pixels(images, device))
 
 
 class BlockWriter:
@@ -254,8 +254,7 @@ class Examples:
         """Images (B, 3, H, W) float32 in [0, 1], prompts, and labels (B,) of these rows."""
         blocks = np.searchsorted(self.starts, rows, side="right") - 1
         images = np.stack([self.arrays[b][row - self.starts[b]] for b, row in zip(blocks, rows, strict=True)])
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return pixels, [self.prompts[row] for row in rows], self.labels[rows]
+        return to_pixels(images), [self.prompts[row] for row in rows], self.labels[rows]
 
 
 def _paths(folder: Path, kind: str, block: int) -> tuple[Path, Path]:

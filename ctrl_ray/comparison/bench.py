@@ -33,14 +33,14 @@ from ctrl_ray.comparison.training import (
     Train,
     TrainedRun,
     held_out_config,
-    noised_run,
+    noised_runs,
     run_config,
     trained_run,
 )
 from ctrl_ray.config import ScalingConfig, TrainConfig
 from ctrl_ray.distributed.sampling import SamplingJob
 from ctrl_ray.evaluation.certificate import exponents_of
-from ctrl_ray.evaluation.fidelity import choose_judges
+from ctrl_ray.evaluation.fidelity import judges_of
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import training_prompts
@@ -82,6 +82,11 @@ class Source:
     """Folder of a trained policy; None: the pre-trained model."""
     noised: tuple[str, ...] = ()
     """NAME=FOLDER of each control's noised classifier, for methods that need them."""
+
+    @classmethod
+    def of(cls, noised: Mapping[str, TrainedRun], adapter: str | None = None) -> Source:
+        """noised: of each control."""
+        return cls(adapter, tuple(f"{name}={run.adapter}" for name, run in noised.items()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,9 +145,7 @@ class Bench:
                 classes=classes,
                 controls=config.controls,
                 exponents=exponents,
-                **choose_judges(
-                    base.prompts, (side, side), config.evaluation.clip_model, config.evaluation.brisque_model
-                )._asdict(),
+                **judges_of(config.evaluation, base.prompts, (side, side))._asdict(),
                 seed=question.seed,
             ),
             progress=progress,
@@ -183,9 +186,8 @@ class Bench:
 
     def sources(self, plan: MethodPlan, adapters: Sequence[str]) -> list[Source]:
         """What each policy of a method draws with; one, the pre-trained model's, where there is no adapter."""
-        runs = self._noised() if plan.method.noised else {}
-        noised = tuple(f"{name}={run.adapter}" for name, run in runs.items())
-        return [Source(adapter, noised) for adapter in adapters] or [Source(noised=noised)]
+        noised = self._noised() if plan.method.noised else {}
+        return [Source.of(noised, adapter) for adapter in adapters] or [Source.of(noised)]
 
     def choose(self, plan: MethodPlan, sources: Sequence[Source]) -> tuple[float, list[dict[str, Any]]]:
         """The value of the knob that is best on the validation images, and what each value came to."""
@@ -214,8 +216,7 @@ class Bench:
 
     def _noised(self) -> dict[str, TrainedRun]:
         """Each control's classifier of noised latents."""
-        folder = self.question.folder / "noised"
-        return {name: noised_run(self.config, name, folder / name, self.say) for name in self.config.controls}
+        return noised_runs(self.config, self.question.folder / "noised", self.say)
 
     def held_out(self, rows: Sequence[Mapping[str, Any]], train: Train) -> dict[str, Any]:
         """Train CTRL without a quarter of the prompts; what it reaches on those and on the others, at CTRL's chosen value."""
@@ -286,8 +287,7 @@ class Bench:
         return self.desk.time(self._job(plain, plan, value, source), plain)
 
     def _job(self, base: SamplingJob, plan: MethodPlan, value: float, source: Source) -> SamplingJob:
-        setting = plan.method.setting(value, source.noised) if plan.method.noised else plan.method.setting(value)
-        return job_of(base, setting, source.adapter, tuple(self.target.exponents.values()))
+        return job_of(base, plan.method.at(value, source.noised), source.adapter, tuple(self.target.exponents.values()))
 
 
 def _base_job(config: TrainConfig) -> SamplingJob:

@@ -7,13 +7,12 @@ machine; those of Stable Diffusion 1.5 are kept here. What a card keeps up, and 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_ray.comparison.methods import NOMINAL_TRIES, Setting
-from ctrl_ray.comparison.plan import DEAR, EXACT_A_TEST_IMAGE, MOST_POOL, MethodPlan, Plan
+from ctrl_ray.comparison.plan import DEAR, EXACT_A_TEST_IMAGE, MOST_POOL, MethodPlan, Plan, num_joint_classes
 from ctrl_ray.comparison.windows import STARTS, has_window, starting_at
 from ctrl_ray.comparison.work import Rows, image_rows, training_rows
 from ctrl_ray.config import TrainConfig
@@ -105,10 +104,9 @@ def estimate_plan(plan: Plan, config: TrainConfig) -> list[MethodEstimate]:
     """The line of every method, with a line before them for what all share, the exact samples, one after CTRL for the prompts
     that are held back, and a last one for methods that push each step and begin later."""
     largest = max(method.counts.test for method in plan.methods)
-    num_classes = math.prod(control.num_classes for control in config.controls.values())
     plain = image_rows(Setting(), config)
     judged = plain + Rows(decodes=1)
-    pool = min(MOST_POOL * largest, NOMINAL_TRIES * EXACT_A_TEST_IMAGE * largest / num_classes)
+    pool = min(MOST_POOL * largest, NOMINAL_TRIES * EXACT_A_TEST_IMAGE * largest / num_joint_classes(config))
     lines = [MethodEstimate(title="exact samples", image=plain, drawn=judged * pool, trained=Rows())]
     for method in plan.methods:
         lines.append(_method(method, config, plain))
@@ -160,8 +158,7 @@ def _method(plan: MethodPlan, config: TrainConfig, plain: Rows) -> MethodEstimat
 
 def _setting(plan: MethodPlan, value: float, config: TrainConfig) -> Setting:
     noised = tuple(f"{name}=nowhere" for name in config.controls)
-    setting: Setting = plan.method.setting(value, noised) if plan.method.noised else plan.method.setting(value)
-    return setting
+    return plan.method.at(value, noised)
 
 
 def row_flops(config: TrainConfig) -> RowFlops:
@@ -215,7 +212,7 @@ def hardware(
             decoder=rate,
             source=source,
             dollars_per_hour=dollars_per_hour,
-            price_source="as given",
+            price_source=said,
         )
     machine = next((each for each in AWS_MACHINES if each.gpu == card), None)
     if machine is None:
@@ -235,7 +232,7 @@ def hardware(
         if teraflops
         else f"{GPU_UTILISATION:.0%} of an {card}'s peak in {precision} (as measured on an H200)",
         dollars_per_hour=remembered if dollars_per_hour is None else dollars_per_hour,
-        price_source=f"{machine.name}, {PRICES_OF}" if dollars_per_hour is None else "as given",
+        price_source=f"{machine.name}, {PRICES_OF}" if dollars_per_hour is None else said,
     )
 
 

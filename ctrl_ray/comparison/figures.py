@@ -24,6 +24,8 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, 
 _DOT = 7.0
 """Side in points of the square around a point that no label covers."""
 _GRID_COLUMNS = 8
+UNTRAINED = "#c7791a"
+"""Colour of what trains no policy."""
 _TITLE_LENGTH = 24
 
 
@@ -62,7 +64,7 @@ def _scatter(
     log: bool,
 ) -> Path:
     costs = [row["cost"]["ratio"] for row in methods]
-    colours = [AFTER if row["trained"] else BEFORE if row["name"] == "plain" else "#c7791a" for row in methods]
+    colours = [AFTER if row["trained"] else BEFORE if row["name"] == "plain" else UNTRAINED for row in methods]
     with new_figure(path, 7.2, 4.4, layout=None) as figure:
         axis = figure.add_axes((0.1, 0.13, 0.87, 0.8))
         axis.set_xscale("log")
@@ -76,10 +78,10 @@ def _scatter(
         if log:
             axis.set_ylim(low / 1.35, high * 1.35)
             axis.axhline(1.0, color=INK, linestyle="--", linewidth=0.8)
-            _plain_ticks(axis.yaxis, low / 1.35, high * 1.35)
+            plain_ticks(axis.yaxis, low / 1.35, high * 1.35)
         else:
             axis.set_ylim(max(0.0, low - 0.12), min(1.05, high + 0.12))
-        _plain_ticks(axis.xaxis, min(costs) / 1.4, max(costs) * 2.2)
+        plain_ticks(axis.xaxis, min(costs) / 1.4, max(costs) * 2.2)
         axis.set_xlabel("cost of an image / plain samples (seconds, measured side by side)")
         axis.set_ylabel(label)
         ends = [(x, y - below, y + above) for x, y, below, above in zip(costs, values, *bars, strict=True)]
@@ -87,7 +89,7 @@ def _scatter(
     return path
 
 
-def _plain_ticks(axis: Any, low: float, high: float) -> None:
+def plain_ticks(axis: Any, low: float, high: float) -> None:
     """Ticks at 1, 2, 5, 10 … as plain numbers, of a logarithmic axis."""
     every = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
     ticks = [tick for tick in every if low <= tick <= high]

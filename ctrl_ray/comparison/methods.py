@@ -53,6 +53,11 @@ class Method:
     noised: bool = False
     """Whether it needs classifiers of noised latents, which are fitted once."""
 
+    def at(self, value: float, noised: tuple[str, ...]) -> Setting:
+        """The setting of a knob's value. noised: NAME=FOLDER of each control's noised classifier, for what needs them."""
+        found: Setting = self.setting(value, noised) if self.noised else self.setting(value)
+        return found
+
 
 def _sampler(name: str, **options: Any) -> Callable[[float], Setting]:
     """Settings of a sampler; options: those of MethodConfig, the type's name where the knob's value stands, else a number."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ctrl_ray.comparison.methods import ADAPTER, METHODS, PLAIN, Method
+from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.overrides import nearest
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.wording import text_table
@@ -157,7 +159,7 @@ def make_plan(
     _check(names, given)
 
     def made(name: str, method: Method) -> MethodPlan:
-        runs = (num_seeds or (1 if quick else 3)) if method.training is not None and name not in given else 0
+        trains = method.training is not None and name not in given
         dear = max(method.cost(value, num_steps) for value in method.values) > DEAR
         return MethodPlan(
             name=name,
@@ -165,7 +167,7 @@ def make_plan(
             values=method.values,
             counts=(budget.dear if dear else budget.cheap).rounded(num_classes),
             adapters=(given[name],) if name in given else (),
-            seeds=tuple(range(runs)),
+            seeds=training_seeds(num_seeds, quick) if trains else (),
             num_steps=num_steps,
         )
 
@@ -178,6 +180,16 @@ def make_plan(
     wants_held_out = budget.held_out if held_out is None else held_out
     trains_ctrl = any(plan.name == "ctrl" and plan.seeds for plan in plans)
     return Plan(methods=tuple(plans), held_out=wants_held_out and trains_ctrl, quick=quick)
+
+
+def training_seeds(num_seeds: int | None, quick: bool) -> tuple[int, ...]:
+    """Of the runs of a trained method; None: three, with `quick` one."""
+    return tuple(range(num_seeds or (1 if quick else 3)))
+
+
+def num_joint_classes(config: TrainConfig) -> int:
+    """Of all controls together."""
+    return math.prod(control.num_classes for control in config.controls.values())
 
 
 def _check(names: Sequence[str], adapters: Mapping[str, str]) -> None:

@@ -41,7 +41,7 @@ def _row(method: Mapping[str, Any]) -> list[str]:
         distance_text(distance),
         " ".join("–" if ratio is None else f"{ratio:.1f}" for ratio in distance["classes"].values()),
         number_text(test["kl"], errors["kl"], 2),
-        number_text(test["gap"], errors["gap"], 2) + (" (loose)" if test["too_wide"] else ""),
+        gap_text(test),
         f"{cost['seconds']:.3g}",
         f"{cost['ratio']:.2f}",
         *(f"{calls[name]:g}" for name in ("forwards", "backwards", "decodes", "decode_backwards")),
@@ -64,6 +64,11 @@ def number_text(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def gap_text(test: Mapping[str, Any]) -> str:
+    """The gap with its standard error, and whether it is too wide to say more."""
+    return number_text(test["gap"], test["errors"]["gap"], 2) + (" (loose)" if test["too_wide"] else "")
+
+
 def distance_text(distance: Mapping[str, Any]) -> str:
     if distance["worst"] is None:
         return "–"
@@ -83,8 +88,7 @@ def training_text(runs: Sequence[Mapping[str, Any]] | None) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole comparison as Markdown: table, verdicts, how it was made."""
-    rows = [list(HEAD), ["---"] * len(HEAD), *table_rows(results["methods"])]
-    lines = [f"# {title_of(results)}", "", *(f"| {' | '.join(map(cell_text, row))} |" for row in rows), ""]
+    lines = [f"# {title_of(results)}", "", *table_lines(HEAD, table_rows(results["methods"])), ""]
     lines += [f"- {line}" for line in notes(results)]
     if results["verdicts"]:
         lines += ["", "## Where CTRL wins and where it loses", ""]
@@ -122,14 +126,27 @@ def terminal_text(results: Mapping[str, Any]) -> str:
     return "\n".join([text_table(rows, left=(0, 1)), *map(verdict_text, results["verdicts"])])
 
 
-def cell_text(value: str) -> str:
-    return value.replace("|", "\\|")
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown."""
+    every = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in every]
 
 
 def title_of(results: Mapping[str, Any]) -> str:
     """What was compared."""
+    return f"{len(results['methods'])} methods on {task_text(results)}"
+
+
+def task_text(results: Mapping[str, Any]) -> str:
+    """The preset, and the exponent of each control."""
     exponents = ", ".join(f"{name} λ = {exponent:g}" for name, exponent in results["exponents"].items())
-    return f"{len(results['methods'])} methods on {results['preset']} ({exponents})"
+    return f"{results['preset']} ({exponents})"
+
+
+def made_with(results: Mapping[str, Any]) -> str:
+    """Command, machine, date and time."""
+    facts = results["facts"]
+    return f"made with `{results['command']}` on {facts['processor']}, {facts['written']}, in {duration(results['seconds'])}"
 
 
 def verdict_text(verdict: Mapping[str, Any]) -> str:
@@ -150,8 +167,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         "cost: seconds in one process, beside plain sampling on the same images, in pairs; rows of the denoiser and decodes "
         f"of an image, the final decode among them; {results['batch_size']} images at a time, those of an adapter all for one "
         f"class, as `sample` draws them{_mixed(results['methods'])}",
-        f"made with `{results['command']}` on {results['facts']['processor']}, {results['facts']['written']}, in "
-        f"{duration(results['seconds'])}",
+        made_with(results),
     ]
     return lines + [row["note"] for row in results["methods"] if row.get("note")]
 

@@ -66,6 +66,11 @@ def noised_run(config: TrainConfig, control: str, folder: Path, say: Callable[[s
     return _kept_or_made(folder, fit, whole=True)
 
 
+def noised_runs(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> dict[str, TrainedRun]:
+    """`noised_run` of every control, in FOLDER/NAME."""
+    return {name: noised_run(config, name, folder / name, say) for name in config.controls}
+
+
 def _kept_or_made(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
     """What lies in the folder with its cost, else what is made now."""
     if (folder / TRAINED).is_file():

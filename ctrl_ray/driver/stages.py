@@ -31,7 +31,7 @@ from ctrl_ray.driver.remedies import with_remedies
 from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.driver.structural import measure_structural
 from ctrl_ray.evaluation.certificate import certificate_row, certify_evaluation
-from ctrl_ray.evaluation.fidelity import choose_judges
+from ctrl_ray.evaluation.fidelity import judges_of
 from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.offline.reading import OnBadRow
@@ -199,12 +199,7 @@ def evaluate_and_report(
             part = dataclasses.replace(job, reference=reference, adapter=str(folder / ADAPTER))
             with with_remedies(checked):
                 samples = sample_policy(part, rewards, config.scaling)
-        judges = judges or choose_judges(
-            checked.evaluation_prompts,
-            samples.image_size,
-            config.evaluation.clip_model,
-            config.evaluation.brisque_model,
-        )
+        judges = judges or judges_of(config.evaluation, checked.evaluation_prompts, samples.image_size)
         judged = judge(samples, config.controls, **judges._asdict(), by="oracle" if reference else "label")
         evaluations[name] = Evaluation(judged, samples)
     scored = pre_trained.scored or evaluations["before"].samples

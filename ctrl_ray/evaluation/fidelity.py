@@ -11,21 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctrl_ray.config import EvaluationConfig
 from ctrl_ray.embedded import RECOGNISER
 from ctrl_ray.errors import ModelError
 from ctrl_ray.evaluation.brisque import Brisque
 from ctrl_ray.evaluation.judging import ImageScore
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS
+from ctrl_ray.policy.decoder import to_pixels
 from ctrl_ray.policy.device import fastest_device
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _RECOGNISER_SIZE = 64
-
-
-def _to_tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
 class RecogniserFidelity:
@@ -41,7 +39,7 @@ class RecogniserFidelity:
         """Scores (N,) in {0, 1} of images (N, 64, 64, 3) uint8; ValueError for another size or another grammar."""
         scores = [
             self.recogniser.is_right(
-                _to_tensor(images[start : start + self.batch_size]), prompts[start : start + self.batch_size]
+                to_pixels(images[start : start + self.batch_size]), prompts[start : start + self.batch_size]
             ).numpy()
             for start in range(0, len(images), self.batch_size)
         ]
@@ -90,7 +88,7 @@ class ClipFidelity:
         text_of = self._embed_prompts(sorted(set(prompts)))
         scores = []
         for start in range(0, len(images), self.batch_size):
-            pixels = self._pixels(_to_tensor(images[start : start + self.batch_size]).to(self.device))
+            pixels = self._pixels(to_pixels(images[start : start + self.batch_size]).to(self.device))
             vision = self.model.vision_model(pixel_values=pixels).pooler_output
             image_embeddings = F.normalize(self.model.visual_projection(vision), dim=-1)
             texts = torch.stack([text_of[prompt] for prompt in prompts[start : start + self.batch_size]])
@@ -174,3 +172,8 @@ def choose_judges(
     known = set(prompts) <= set(PROMPTS) and image_size == (_RECOGNISER_SIZE, _RECOGNISER_SIZE)
     recogniser = RecogniserFidelity() if known and (RECOGNISER / "config.json").is_file() else None
     return Judges(recogniser or clip, scorers)
+
+
+def judges_of(evaluation: EvaluationConfig, prompts: Sequence[str], image_size: tuple[int, int]) -> Judges:
+    """`choose_judges` with the models that a run names."""
+    return choose_judges(prompts, image_size, evaluation.clip_model, evaluation.brisque_model)

@@ -37,7 +37,7 @@ from ctrl_ray.offline.reading import OnBadRow, side_file
 from ctrl_ray.offline.schema import IMAGE, PROMPT, BadRow, caption_hint, check_on_bad_row, handle_bad_rows
 from ctrl_ray.offline.text import UTF_8
 from ctrl_ray.offline.writing import ParquetSink, refuse_existing
-from ctrl_ray.oracles import UNITS, control_name, load_oracle, needs_prompt
+from ctrl_ray.oracles import UNITS, control_name, is_told_prompt, load_oracle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def _named_oracles(controls: Sequence[str]) -> dict[str, str]:
 
 
 def _check_prompts(oracles: dict[str, str], has_prompts: bool) -> None:
-    blind = [oracle for oracle in oracles.values() if not has_prompts and needs_prompt(load_oracle(oracle))]
+    blind = [oracle for oracle in oracles.values() if not has_prompts and is_told_prompt(oracle)]
     if blind:
         raise ConfigError(
             f"oracle {blind[0]!r} judges an image with its prompt, but no prompts are given; give --prompts sidecar, "

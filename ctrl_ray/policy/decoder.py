@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,11 @@ class LatentDecoder(nn.Module):
         """Latents (the posterior's mean) of images (B, 3, H, W) in [0, 1]; H and W multiples of `downsampling`."""
         chunks = [self.vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in images.float().split(self.chunk_size)]
         return (torch.cat(chunks) - self.shift_factor) * self.scaling_factor
+
+
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Images uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def to_uint8(images: Tensor) -> Tensor:

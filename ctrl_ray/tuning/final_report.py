@@ -12,7 +12,7 @@ from typing import Any
 from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.driver.pre_trained import PreTrained, reference_job, sample_pre_trained
 from ctrl_ray.driver.stages import ADAPTER, Scorer
-from ctrl_ray.evaluation.fidelity import choose_judges
+from ctrl_ray.evaluation.fidelity import Judges, judges_of
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
 from ctrl_ray.planning.preflight import CheckedRun
@@ -114,6 +114,7 @@ class _Evaluations:
 
     def __init__(self, checked: CheckedRun) -> None:
         self._checked = checked
+        self._judges: Judges | None = None
 
     def of(self, trial: SweepTrial) -> Evaluation:
         """A finished trial's final evaluation, from the samples it kept."""
@@ -123,11 +124,7 @@ class _Evaluations:
     def judged(self, samples: EvaluationSamples, *, reference: bool = False) -> Evaluation:
         """The samples with their judgement."""
         config = self._checked.config
-        judges = choose_judges(
-            self._checked.evaluation_prompts,
-            samples.image_size,
-            config.evaluation.clip_model,
-            config.evaluation.brisque_model,
-        )
-        judged = judge(samples, config.controls, **judges._asdict(), by="oracle" if reference else "label")
+        prompts = self._checked.evaluation_prompts
+        self._judges = self._judges or judges_of(config.evaluation, prompts, samples.image_size)
+        judged = judge(samples, config.controls, **self._judges._asdict(), by="oracle" if reference else "label")
         return Evaluation(judged, samples)

@@ -10,13 +10,14 @@ from matplotlib.ticker import NullLocator
 
 from ctrl_ray.canvas import AFTER, BEFORE, INK, new_figure
 from ctrl_ray.comparison.budgets.lines import LINES
+from ctrl_ray.comparison.figures import UNTRAINED, plain_ticks
 
 TITLE = "Accuracy and distance against labels"
 CAPTION = (
     "Mean over seeds; the band is from the lowest to the highest. Grey: the pre-trained model. Dashed: all right, and as near "
     "as exact samples."
 )
-_COLOURS = {"ctrl": AFTER, "cfg": "#b5402a", "classifier_guidance": "#c7791a"}
+_COLOURS = {"ctrl": AFTER, "cfg": "#b5402a", "classifier_guidance": UNTRAINED}
 _STYLES = ("-", "--", ":")
 """Of the lines of one method, in their order."""
 
@@ -80,8 +81,4 @@ def _draw(axis: Any, results: Mapping[str, Any], key: Any, *, log: bool) -> None
     axis.set_xticks(budgets, [str(budget) for budget in budgets])
     axis.xaxis.set_minor_locator(NullLocator())
     if log:
-        low, high = axis.get_ylim()
-        ticks = [tick for power in range(-2, 5) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.yaxis.set_minor_locator(NullLocator())
+        plain_ticks(axis.yaxis, *axis.get_ylim())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ctrl_ray import embedded
 from ctrl_ray.comparison.methods import METHODS
-from ctrl_ray.comparison.plan import Counts, MethodPlan, Plan
+from ctrl_ray.comparison.plan import Counts, MethodPlan, Plan, training_seeds
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ConfigError
 
@@ -73,8 +73,7 @@ class BudgetPlan:
 
     def of(self, line: str, budget: int) -> MethodPlan:
         """Of one line at one budget."""
-        place = 1 + self.lines.index(line) * len(self.budgets) + self.budgets.index(budget)
-        return self.plan.methods[place]
+        return next(plan for plan in self.plan.methods if plan.name == f"{line}-{budget}")
 
     def to_text(self) -> str:
         """What is printed before anything is drawn."""
@@ -125,7 +124,7 @@ def make_budget_plan(
     if quick and not methods:
         wanted = ["ctrl", "cfg", "guidance"]
     counts = (QUICK if quick else FULL).rounded(num_classes)
-    seeds = tuple(range(num_seeds or (1 if quick else 3)))
+    seeds = training_seeds(num_seeds, quick)
     ordered = tuple(sorted(budgets))
 
     def made(name: str, title: str, method: str, seeds: tuple[int, ...]) -> MethodPlan:

@@ -9,15 +9,18 @@ from typing import Any
 from ctrl_ray.comparison.budgets import figure
 from ctrl_ray.comparison.budgets.lines import LINES
 from ctrl_ray.comparison.report import (
-    cell_text,
     distance_text,
+    gap_text,
     list_html,
+    made_with,
     number_text,
     share_text,
+    table_lines,
+    task_text,
     training_text,
 )
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
-from ctrl_ray.wording import duration, text_table
+from ctrl_ray.wording import text_table
 
 HEAD = (
     *("line", "labelled images", "knob", "accuracy", "fidelity", "distance, worst class", "gap / nats"),
@@ -53,7 +56,7 @@ def _numbers(test: Mapping[str, Any]) -> list[str]:
         share_text(test["accuracy"], errors["accuracy"]),
         number_text(test["prompt_fidelity"], errors["prompt_fidelity"], 3),
         distance_text(test["common_distance"]),
-        number_text(test["gap"], errors["gap"], 2) + (" (loose)" if test["too_wide"] else ""),
+        gap_text(test),
     ]
 
 
@@ -94,8 +97,7 @@ def ratio_text(row: Mapping[str, Any]) -> str:
 
 def title_of(results: Mapping[str, Any]) -> str:
     """What was compared."""
-    exponents = ", ".join(f"{name} λ = {exponent:g}" for name, exponent in results["exponents"].items())
-    return f"Label budgets on {results['preset']} ({exponents})"
+    return f"Label budgets on {task_text(results)}"
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
@@ -107,8 +109,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         f"many exact samples; {results['common_test']} images, mean over {results['num_seeds']} seeds (range)",
         f"knobs: chosen for each line and budget by the {results['criterion']}",
         "ECE and NLL: of the classifier, on samples of the pre-trained model",
-        f"made with `{results['command']}` on {results['facts']['processor']}, {results['facts']['written']}, in "
-        f"{duration(results['seconds'])}",
+        made_with(results),
     ]
 
 
@@ -117,8 +118,7 @@ RATIOS = "How many times CTRL's labels another method needs for the same distanc
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole comparison as Markdown."""
-    rows = [list(HEAD), ["---"] * len(HEAD), *table_rows(results)]
-    lines = [f"# {title_of(results)}", "", *(f"| {' | '.join(map(cell_text, row))} |" for row in rows), ""]
+    lines = [f"# {title_of(results)}", "", *table_lines(HEAD, table_rows(results)), ""]
     lines += [f"- {line}" for line in notes(results)]
     if ratios := ratio_lines(results):
         lines += ["", f"## {RATIOS}", "", *(f"- {line}" for line in ratios)]

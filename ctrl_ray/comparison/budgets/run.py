@@ -21,12 +21,13 @@ from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifier
 from ctrl_ray.comparison.methods import METHODS
 from ctrl_ray.comparison.report import write
 from ctrl_ray.comparison.results import CRITERION, over_seeds
-from ctrl_ray.comparison.training import Train, TrainedRun, noised_run, run_config, trained_run
+from ctrl_ray.comparison.training import Train, TrainedRun, noised_runs, run_config, trained_run
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.offline.prompts import training_prompts
+from ctrl_ray.policy.decoder import to_pixels
 from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 from ctrl_ray.reporting.facts import environment_facts
 
@@ -134,12 +135,8 @@ class _Row:
         name = f"{self.name}-{self.budget}-{seed}"
         say(f"{self.line.title}: {self.budget} images, seed {seed}")
         if self.line.method == "classifier_guidance":
-            runs = {
-                control: noised_run(config, control, folder / "noised" / name / control, say)
-                for control in config.controls
-            }
-            source = Source(noised=tuple(f"{control}={run.adapter}" for control, run in runs.items()))
-            return source, list(runs.values()), {}
+            runs = noised_runs(config, folder / "noised" / name, say)
+            return Source.of(runs), list(runs.values()), {}
         folders = self._classifiers(config, folder / "classifiers" / self._classifier_name(seed))
         training = METHODS[self.line.method].training
         assert training is not None
@@ -178,7 +175,7 @@ class _Row:
 def _beliefs(folder: Path, samples: EvaluationSamples) -> torch.Tensor:
     """log p̂(y|x), (N, K), of samples' images."""
     classifier = ImageClassifier.from_pretrained(folder)
-    images = torch.from_numpy(samples.images).permute(0, 3, 1, 2).float() / 255
+    images = to_pixels(samples.images)
     parts = [
         classifier(images[start : start + 128], samples.prompts[start : start + 128])
         for start in range(0, len(images), 128)
