@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ctrl_ray.comparison.methods import NOMINAL_TRIES, Setting
 from ctrl_ray.comparison.plan import DEAR, EXACT_A_TEST_IMAGE, MOST_POOL, MethodPlan, Plan, num_joint_classes
+from ctrl_ray.comparison.training import run_config
 from ctrl_ray.comparison.windows import STARTS, has_window, starting_at
 from ctrl_ray.comparison.work import Rows, image_rows, training_rows
 from ctrl_ray.config import TrainConfig
@@ -147,7 +148,8 @@ def _method(plan: MethodPlan, config: TrainConfig, plain: Rows) -> MethodEstimat
     if trains:
         assert plan.method.training is not None
         with_data = dataclasses.replace(config, data=config.data or _DATA)
-        trained = training_rows(plan.method.training(with_data)) * len(plan.seeds)
+        run = run_config(with_data, plan.method.training, Path(config.output_dir), seed=0)
+        trained = training_rows(run) * len(plan.seeds)
     return MethodEstimate(
         title=plan.method.title,
         image=images[dearest],

@@ -27,7 +27,7 @@ class TrainedRun:
     adapter: str
     """Its folder; of a noised classifier, that one's."""
     seconds: float
-    """Of the session that finished it, with its evaluations and its report, on whatever the run asks for."""
+    """Of the session that finished it, with its start, its evaluations and its report."""
     whole: bool
     """Whether that session was the only one."""
 
@@ -36,7 +36,7 @@ def run_config(
     config: TrainConfig, training: Callable[[TrainConfig], TrainConfig], folder: Path, seed: int
 ) -> TrainConfig:
     """The settings of one run of a method."""
-    return dataclasses.replace(training(config), output_dir=str(folder), seed=seed)
+    return _judged_elsewhere(dataclasses.replace(training(config), output_dir=str(folder), seed=seed))
 
 
 def held_out_config(config: TrainConfig, folder: Path, kept: Sequence[str]) -> TrainConfig:
@@ -44,7 +44,22 @@ def held_out_config(config: TrainConfig, folder: Path, kept: Sequence[str]) -> T
     file = folder.with_name(f"{folder.name}.txt")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "".join(f"{prompt}\n" for prompt in kept))
-    return dataclasses.replace(config, output_dir=str(folder), prompts_file=str(file), encoding="utf-8")
+    return _judged_elsewhere(
+        dataclasses.replace(config, output_dir=str(folder), prompts_file=str(file), encoding="utf-8")
+    )
+
+
+def _judged_elsewhere(config: TrainConfig) -> TrainConfig:
+    """The run with no more samples before and after it than its evaluations on the way have: those choose the checkpoint, and
+    the comparison draws its own images of what comes out."""
+    beside = config.evaluation
+    few = min(beside.num_samples, beside.final_num_samples)
+    return dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(
+            beside, final_num_samples=few, log_z_samples=few, max_log_z_samples=few, num_pairs=0
+        ),
+    )
 
 
 def trained_run(config: TrainConfig, train: Train) -> TrainedRun:

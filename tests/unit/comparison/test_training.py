@@ -1,4 +1,4 @@
-"""Runs of a comparison: their settings, once each, and the CPU time below a process."""
+"""Runs of a comparison: their settings, and each made once."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def run(folder: Path, seed: int = 0) -> TrainConfig:
     training = METHODS["ctrl"].training
     assert training is not None
     return run_config(preset("shapes"), training, folder, seed)
+
+
+def test_a_run_chooses_its_checkpoint_as_the_preset_does_and_leaves_the_rest_to_the_comparison(tmp_path: Path) -> None:
+    own = preset("shapes").evaluation
+    for config in (run(tmp_path), held_out_config(preset("shapes"), tmp_path / "held", ["a red circle"])):
+        judged = config.evaluation
+        assert (judged.every_updates, judged.num_samples) == (own.every_updates, own.num_samples)
+        assert (judged.final_num_samples, judged.max_log_z_samples, judged.num_pairs) == (own.num_samples, own.num_samples, 0)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
