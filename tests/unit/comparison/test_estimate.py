@@ -20,8 +20,9 @@ from ctrl_ray.comparison.estimate import (
     hardware,
     row_flops,
 )
-from ctrl_ray.comparison.methods import METHODS, NOMINAL_TRIES, Setting, draft_run
+from ctrl_ray.comparison.methods import METHODS, NOMINAL_TRIES, Setting, ctrl_run, draft_run
 from ctrl_ray.comparison.plan import make_plan
+from ctrl_ray.comparison.training import run_config
 from ctrl_ray.comparison.work import Rows, image_rows, training_rows
 from ctrl_ray.config import MethodConfig, TrainConfig
 from ctrl_ray.config.presets import as_cfg, preset
@@ -31,6 +32,8 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
 
 PAPER = preset("paper-compressibility")  # 50 steps, the last one the reference's, and two branches
+RUN = run_config(PAPER, ctrl_run, Path("run"), seed=0)
+"""Its run in a comparison, which has fewer samples before and after it."""
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_a_line_is_all_that_is_drawn_of_a_method() -> None:
     assert (dps.title, dps.image) == ("DPS", Rows(100, 98, 50, 49))
     images = 3 * 256 + 512
     assert dps.drawn == Rows(100 * images + 32 * 200, 98 * (images + 32), 51 * images + 32 * 51, 49 * (images + 32))
-    assert dps.trained == Rows() and ctrl.trained == training_rows(PAPER) * 2
+    assert dps.trained == Rows() and ctrl.trained == training_rows(RUN) * 2
     assert ctrl.drawn.forwards == 198 * 2 * images + 32 * 200, "an adapter of each seed"
     assert plain.drawn.forwards == 100 * 512 + 32 * 200
     assert exact.drawn.forwards == 100 * NOMINAL_TRIES * 4 * 512 / 4
@@ -162,8 +165,8 @@ def test_the_papers_dry_run_loads_nothing(
     assert command.main([*arguments, *place, *price, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (ctrl,) = [line.split() for line in lines if line.startswith("CTRL ") and "M" in line]
-    assert ctrl[1:5] == ["100", "0", "1", "0"] and ctrl[-4:-2] == ["4.92", "M"]
-    rows = training_rows(PAPER) + image_rows(Setting(), PAPER, adapter=True, judged=True) * (3 * 256 + 512)
+    assert ctrl[1:5] == ["100", "0", "1", "0"] and ctrl[-4:-2] == ["4.79", "M"]
+    rows = training_rows(RUN) + image_rows(Setting(), PAPER, adapter=True, judged=True) * (3 * 256 + 512)
     rows += image_rows(Setting(), PAPER) * 64
     hours = (STABLE_DIFFUSION.denoiser(rows) + 2 * STABLE_DIFFUSION.decoder(rows)) / 50e12 / 2 / 3600
     assert (float(ctrl[-2]), float(ctrl[-1])) == (pytest.approx(hours, abs=0.01), pytest.approx(6 * hours, abs=0.51))

@@ -37,7 +37,11 @@ def test_a_run_chooses_its_checkpoint_as_the_preset_does_and_leaves_the_rest_to_
     for config in (run(tmp_path), held_out_config(preset("shapes"), tmp_path / "held", ["a red circle"])):
         judged = config.evaluation
         assert (judged.every_updates, judged.num_samples) == (own.every_updates, own.num_samples)
-        assert (judged.final_num_samples, judged.max_log_z_samples, judged.num_pairs) == (own.num_samples, own.num_samples, 0)
+        assert (judged.final_num_samples, judged.max_log_z_samples, judged.num_pairs) == (
+            own.num_samples,
+            own.num_samples,
+            0,
+        )
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
