@@ -37,7 +37,7 @@ class CompareOptions:
     seeds: Annotated[int | None, at_least(1)] = None
     """Runs of each method that is trained. None: 3, with --quick 1."""
     quick: bool = False
-    """Fewer images and values of each knob, one seed, and none of the dearest methods: about 25 minutes on two cores."""
+    """Fewer images, one seed, shorter timing and none of the dearest methods: about 25 minutes on two cores."""
     adapters: tuple[str, ...] = ()
     """NAME=FOLDER: finished adapters. Of a trained method's name it is judged instead of training that method; another name
     is a line of its own."""

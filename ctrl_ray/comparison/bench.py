@@ -133,7 +133,13 @@ class Bench:
             say=say,
         )
         progress = Progress(question.plan.units, say)
-        desk = Desk(rewards=rewards, scaling=scaling, folder=question.folder, drawn=progress.drawn)
+        desk = Desk(
+            rewards=rewards,
+            scaling=scaling,
+            folder=question.folder,
+            drawn=progress.drawn,
+            timing_s=question.plan.timing_s,
+        )
         side = load_backbone(base.base_model, base.revision).image_size()
         return cls(
             question=question,

@@ -19,8 +19,6 @@ from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.policy.protocol import Inputs, beside_reference, policy_for_latents
 
 FEWEST_PAIRS, MOST_PAIRS = 3, 25
-LONG_ENOUGH_S = 20.0
-"""Seconds after which no further pair of timings is begun, once there are FEWEST_PAIRS."""
 
 
 @dataclass
@@ -125,12 +123,14 @@ def timed_pairs(
     images: int,
     calls: Calls,
     *,
+    long_enough_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """Time a method and plain sampling in turn, each of `images` images; what is counted is that of the first method's.
 
-    Each runs once before, for caches and allocators; where that alone takes the method LONG_ENOUGH_S, it is the first pair, and
-    the only one. The order changes from pair to pair.
+    Each runs once before, for caches and allocators; where that alone takes the method long_enough_s, it is the first pair, and
+    the only one. After so many seconds no further pair is begun, once there are FEWEST_PAIRS. The order changes from pair to
+    pair.
     """
 
     def seconds(run: Callable[[], None]) -> float:
@@ -141,11 +141,11 @@ def timed_pairs(
     plain()
     first = seconds(method)
     counted = calls.per_image(images)
-    if first > LONG_ENOUGH_S:
+    if first > long_enough_s:
         pairs = [(first, seconds(plain))]
     else:
         pairs, began = [], clock()
-        while len(pairs) < FEWEST_PAIRS or (len(pairs) < MOST_PAIRS and clock() - began < LONG_ENOUGH_S):
+        while len(pairs) < FEWEST_PAIRS or (len(pairs) < MOST_PAIRS and clock() - began < long_enough_s):
             order = (method, plain) if len(pairs) % 2 == 0 else (plain, method)
             took = {run: seconds(run) for run in order}
             pairs.append((took[method], took[plain]))

@@ -72,6 +72,8 @@ class Desk:
     folder: Path
     drawn: Callable[[float, float | None], None]
     """Told the nominal cost of a part, in plain samples, and the seconds it took; None: it was there."""
+    timing_s: float
+    """As in `plan.Budget`."""
 
     def draw(self, job: SamplingJob, cost: float) -> EvaluationSamples:
         """The job's samples: parts that are there are read, the others drawn. cost: nominal, of an image."""
@@ -100,7 +102,7 @@ class Desk:
         job, plain = with_copies(job), with_copies(plain)
         rewards = dataclasses.replace(self.rewards, copies=copies_of(list(self.rewards.classifiers.values())))
         device = "cuda" if self.scaling.use_gpu else "cpu"
-        cost: Cost = ray.get(sampling_task(time_job, self.scaling).remote(job, plain, rewards, device))
+        cost: Cost = ray.get(sampling_task(time_job, self.scaling).remote(job, plain, rewards, device, self.timing_s))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(dataclasses.asdict(cost), indent=2) + "\n")
         return cost
@@ -117,12 +119,16 @@ class Desk:
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def time_job(job: SamplingJob, plain: SamplingJob, rewards: RewardModelSpec, device: str) -> Cost:
+def time_job(job: SamplingJob, plain: SamplingJob, rewards: RewardModelSpec, device: str, timing_s: float) -> Cost:
     """Time `job` and `plain` in turn in this process, each drawing the images of `job.sample_ids` at once, decoded."""
     scorer = prepare_process(job, rewards, device)
     calls = Calls()
     return timed_pairs(
-        _run(job, scorer, calls, device), _run(plain, scorer, Calls(), device), len(job.sample_ids), calls
+        _run(job, scorer, calls, device),
+        _run(plain, scorer, Calls(), device),
+        len(job.sample_ids),
+        calls,
+        long_enough_s=timing_s,
     )
 
 

@@ -50,10 +50,12 @@ class Budget:
     """Whether methods above DEAR are among the default ones."""
     held_out: bool
     """Whether CTRL is also trained without some of the prompts."""
+    timing_s: float
+    """Seconds after which no further pair of timings of a method is begun."""
 
 
-FULL = Budget(cheap=Counts(256, 512), dear=Counts(64, 128), with_dear=True, held_out=True)
-QUICK = Budget(cheap=Counts(64, 128), dear=Counts(64, 128), with_dear=False, held_out=False)
+FULL = Budget(cheap=Counts(256, 512), dear=Counts(64, 128), with_dear=True, held_out=True, timing_s=20.0)
+QUICK = Budget(cheap=Counts(64, 128), dear=Counts(64, 128), with_dear=False, held_out=False, timing_s=5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,8 @@ class Plan:
     """The pre-trained model first."""
     held_out: bool
     quick: bool
+    timing_s: float = FULL.timing_s
+    """As in `Budget`."""
 
     @property
     def common_test(self) -> int:
@@ -179,7 +183,7 @@ def make_plan(
     plans += [made(name, dataclasses.replace(ADAPTER, title=name)) for name in given if name not in METHODS]
     wants_held_out = budget.held_out if held_out is None else held_out
     trains_ctrl = any(plan.name == "ctrl" and plan.seeds for plan in plans)
-    return Plan(methods=tuple(plans), held_out=wants_held_out and trains_ctrl, quick=quick)
+    return Plan(methods=tuple(plans), held_out=wants_held_out and trains_ctrl, quick=quick, timing_s=budget.timing_s)
 
 
 def training_seeds(num_seeds: int | None, quick: bool) -> tuple[int, ...]:

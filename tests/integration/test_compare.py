@@ -19,7 +19,7 @@ from ctrl_ray.config.presets import PRESETS
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
 
-TINY = Budget(cheap=Counts(64, 64), dear=Counts(64, 64), with_dear=False, held_out=False)
+TINY = Budget(cheap=Counts(64, 64), dear=Counts(64, 64), with_dear=False, held_out=False, timing_s=1.0)
 
 
 @pytest.fixture

@@ -149,7 +149,14 @@ class Clock:
 def test_seconds_are_medians_of_pairs_after_one_run_that_does_not_count() -> None:
     """A warm-up that is slow plays no part; long runs are timed in as few pairs as there may be."""
     clock = Clock()
-    cost = timed_pairs(clock.takes(20.0, 8.0, 10.0, 24.0), clock.takes(50.0, 2.0, 2.0, 4.0), 2, Calls(), clock=clock)
+    cost = timed_pairs(
+        clock.takes(20.0, 8.0, 10.0, 24.0),
+        clock.takes(50.0, 2.0, 2.0, 4.0),
+        2,
+        Calls(),
+        long_enough_s=20.0,
+        clock=clock,
+    )
     assert cost.num_pairs == FEWEST_PAIRS
     assert (cost.seconds, cost.plain_seconds) == (5.0, 1.0)
     assert cost.ratio == 5.0 and cost.ratio_range == (4.0, 6.0)
@@ -158,15 +165,21 @@ def test_seconds_are_medians_of_pairs_after_one_run_that_does_not_count() -> Non
 def test_a_run_of_minutes_is_timed_once() -> None:
     """Its first run counts: what warms up is nothing beside it."""
     clock = Clock()
-    cost = timed_pairs(clock.takes(200.0, 1.0), clock.takes(5.0, 2.0), 2, Calls(), clock=clock)
+    cost = timed_pairs(clock.takes(200.0, 1.0), clock.takes(5.0, 2.0), 2, Calls(), long_enough_s=20.0, clock=clock)
     assert (cost.num_pairs, cost.ratio, cost.seconds) == (1, 100.0, 100.0)
 
 
 def test_short_runs_are_timed_more_often() -> None:
     clock = Clock()
-    cost = timed_pairs(clock.takes(0.02), clock.takes(0.01), 1, Calls(), clock=clock)
+    cost = timed_pairs(clock.takes(0.02), clock.takes(0.01), 1, Calls(), long_enough_s=20.0, clock=clock)
     assert cost.num_pairs == MOST_PAIRS
     assert cost.ratio == pytest.approx(2.0)
+
+
+def test_no_pair_is_begun_after_so_many_seconds() -> None:
+    clock = Clock()
+    cost = timed_pairs(clock.takes(0.9), clock.takes(0.1), 1, Calls(), long_enough_s=5.0, clock=clock)
+    assert cost.num_pairs == 5
 
 
 def test_what_is_counted_is_one_run_of_the_method() -> None:
@@ -177,5 +190,5 @@ def test_what_is_counted_is_one_run_of_the_method() -> None:
         calls.forwards += 20
         clock.now += 1.0
 
-    cost = timed_pairs(method, clock.takes(1.0), 4, calls, clock=clock)
+    cost = timed_pairs(method, clock.takes(1.0), 4, calls, long_enough_s=20.0, clock=clock)
     assert cost.calls["forwards"] == 5.0

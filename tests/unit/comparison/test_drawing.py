@@ -74,7 +74,7 @@ def desk(folder: Path, told: list[tuple[float, bool]] | None = None, classifier:
             told.append((units, seconds is not None))
 
     rewards = RewardModelSpec(base_model="shapes", classifiers={"jpeg_size": classifier})
-    return Desk(rewards=rewards, scaling=ScalingConfig(), folder=folder, drawn=drawn)
+    return Desk(rewards=rewards, scaling=ScalingConfig(), folder=folder, drawn=drawn, timing_s=1.0)
 
 
 def test_a_killed_drawing_goes_on_with_the_part_it_was_at(tmp_path: Path, cluster: Ray) -> None:
