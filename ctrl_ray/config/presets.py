@@ -80,10 +80,11 @@ def shapes() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-2, gradient_clipping=20.0, warmup_updates=4, final_learning_rate_fraction=0.0
         ),
-        rewards=RewardPoolConfig(decode_chunk_size=64),
+        # a batch of one micro-batch has worker and pool compute in turn, so each may take both cores
+        rewards=RewardPoolConfig(decode_chunk_size=64, threads_per_actor=2),
         evaluation=EvaluationConfig(every_updates=100),
         checkpoint_every_updates=50,
-        scaling=ScalingConfig(num_workers=1),
+        scaling=ScalingConfig(num_workers=1, threads_per_worker=2),
     )
 
 
@@ -118,7 +119,7 @@ def shapes_exact() -> TrainConfig:
         controls={name: dataclasses.replace(c, guidance_strength=1.0) for name, c in base.controls.items()},
         num_updates=400,
         global_batch_size=64,
-        micro_batch_size_per_worker=64,  # two cores serve worker and pool better in turn than at once
+        micro_batch_size_per_worker=64,
         label_draws="independent",
         adapter=AdapterConfig(kind="embedding"),
         lora=dataclasses.replace(base.lora, target_modules=_EVERY_LAYER),
@@ -126,8 +127,6 @@ def shapes_exact() -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=4e-3, embedding_learning_rate=0.08, final_learning_rate_fraction=0.01),
         evaluation=dataclasses.replace(base.evaluation, every_updates=100),
         checkpoint_every_updates=25,
-        rewards=dataclasses.replace(base.rewards, threads_per_actor=2),
-        scaling=dataclasses.replace(base.scaling, threads_per_worker=2),
     )
 
 
