@@ -61,7 +61,14 @@ class Learner:
         return evaluation_batch(sample_ids, prompts, self.controls, tuple(self.config.controls))
 
     def roll_out(
-        self, batch: Batch, seed: int, update: int, *, with_kl: bool = False, with_graphs: bool = False
+        self,
+        batch: Batch,
+        seed: int,
+        update: int,
+        *,
+        with_kl: bool = False,
+        with_graphs: bool = False,
+        with_means: bool = False,
     ) -> Trajectory:
         """Sample a batch under the policy, its noise keyed by (seed, update, sample id)."""
         return rollout(
@@ -73,6 +80,7 @@ class Learner:
             ),
             with_kl=with_kl,
             with_graphs=with_graphs,
+            with_means=with_means,
             latent_reduction=self.config.latent_reduction,
         )
 

@@ -67,7 +67,11 @@ class CTRL:
             if padding:
                 part = batch.select(0, 1)
             with clock("rollout_s"):
-                trajectory = learner.roll_out(part, config.seed, update, with_graphs=self.estimator.keep_graphs)
+                trajectory = learner.roll_out(
+                    *(part, config.seed, update),
+                    with_graphs=self.estimator.keep_graphs,
+                    with_means=self.estimator.keep_means,
+                )
                 pending = learner.submit(part, trajectory.clean_latents)
             if waiting is not None:
                 totals += self._go_back(learner, waiting, update, clock)

@@ -7,7 +7,8 @@ For k = T−1 … 0, with h_k a fresh leaf and λ_{k+1} the cotangent of h_{k+1}
 
 which is reverse-mode differentiation of  −Σ weights · log p(y|h_T) + kl_coef Σ_k KL_k  through
 h_{k+1} = mean_k(h_k) + std_k z_k, step by step (the discrete adjoint): memory is flat in T and independent of the
-reward model. KL_k depends on h_k through the policy and through the reference; both paths count.
+reward model. KL_k depends on h_k through the policy and through the reference; both paths count. The rollout knows the
+policy's mean already, so the reference's path goes back first, and its graph is gone before the policy's is made.
 
 What is computed at one step, and what is carried from step to step, is the estimator's (`Estimator.pull_back`; the
 estimators are in `ctrl_ray.gradients.estimators`).
@@ -101,6 +102,18 @@ class MicroBatch:
         step, ref = (self.step(step_index, latents, reference=reference) for reference in (False, True))
         return StepGraph(latents, step, ref)
 
+    def through_kl(self, step_index: int, policy_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Of kl_coef Σ_b weights_b KL_kb: its gradient by the latents through the reference's step alone, and by the policy's
+        mean, which the rollout knows. No parameter gets a gradient."""
+        latents = self.leaf(step_index)
+        with torch.enable_grad():
+            ref = self.step(step_index, latents, reference=True)
+            means = [mean.detach().requires_grad_(True) for mean in (policy_mean, ref.mean)]
+            kl = self.kl(step_index, *(GaussianStep(mean, ref.std.detach()) for mean in means))
+            by_policy, by_ref = torch.autograd.grad(self.kl_coef * (kl * self.weights).sum(), means)
+            (pulled_back,) = torch.autograd.grad((ref.mean * by_ref).sum(), latents)
+        return pulled_back, by_policy
+
     def kl(self, step_index: int, step: GaussianStep, ref: GaussianStep) -> Tensor:
         """KL_k, (B,) in nats; it is also noted for the statistics. **The KL of training is computed here.**"""
         kl = step_kl(step, ref, self._latent_reduction)
@@ -172,6 +185,11 @@ class Estimator(ABC):
 
     keep_graphs: bool = False
     """Whether the rollout keeps every step's graph for the adjoint pass."""
+
+    @property
+    def keep_means(self) -> bool:
+        """Whether the rollout keeps every step's mean for the adjoint pass."""
+        return False
 
     @abstractmethod
     def plan(self, num_steps: int, seed: int, update: int, micro_batch: int) -> AdjointPlan:

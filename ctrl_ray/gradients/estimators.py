@@ -42,11 +42,27 @@ class _ByCotangent(Estimator):
 class _ThroughPolicy(_ByCotangent):
     """The cotangent goes back through the policy's own step, and through the KL's two means."""
 
+    @property
+    def keep_means(self) -> bool:
+        """Where the graphs are not kept, which have them."""
+        return not self.keep_graphs
+
     def pull_back(self, batch: MicroBatch, step_index: int, carried: Tensor, weight: float) -> Tensor:
-        """One backward gives both: parameter gradient and next cotangent."""
-        latents, step, ref = batch.graph(step_index)
-        kl = batch.kl(step_index, step, ref)
-        loss = self._loss(batch, step_index, step.mean, carried, kl)
+        """One graph at a time where the rollout kept the policy's means: the KL's gradient by the reference's mean is known
+        before the policy's graph is made, and goes back first. Else one backward through both."""
+        if batch.trajectory.means is None:
+            latents, step, ref = batch.graph(step_index)
+            loss = self._loss(batch, step_index, step.mean, carried, batch.kl(step_index, step, ref))
+            return self._by_loss(batch, latents, loss, weight)
+        through_ref, by_policy = batch.through_kl(step_index, batch.trajectory.means[step_index])
+        latents = batch.leaf(step_index)
+        step = batch.step(step_index, latents, reference=False)
+        loss = (step.mean * (carried + by_policy)).sum()
+        batch.require_finite(loss, f"the loss of denoising step {step_index}")
+        return self._by_loss(batch, latents, loss, weight) + through_ref
+
+    def _by_loss(self, batch: MicroBatch, latents: Tensor, loss: Tensor, weight: float) -> Tensor:
+        """One backward gives both: `weight` times the parameter gradient, and the gradient of the latents."""
         if weight == 0:
             return torch.autograd.grad(loss, latents)[0]
         batch.backward(loss * weight)

@@ -49,6 +49,8 @@ class Trajectory:
     what the path's weight for the target takes away from its reward (`evaluation.certificate`)."""
     graphs: Mapping[int, StepGraph] = field(default_factory=dict, repr=False)
     """By step index, where the rollout kept them: each serves one backward."""
+    means: Tensor | None = None
+    """(T, B, ...) float32: the mean of every step's next latents, when it was asked for."""
 
     @property
     def clean_latents(self) -> Tensor:
@@ -109,6 +111,7 @@ def rollout(
     with_kl: bool = False,
     with_log_ratio: bool = False,
     with_graphs: bool = False,
+    with_means: bool = False,
     latent_reduction: LatentReduction = "sum",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -119,7 +122,8 @@ def rollout(
     in nats, and the path's log-ratio; both are of the model that samples, so of the pre-trained one they are 0.
     with_log_ratio asks for the policy's log-ratio on a path of either model: with `reference` the policy runs too,
     and the sum is of z · u − ½ ‖u‖². with_graphs keeps the graph of every step of the policy, and of the reference beside
-    it, so that an adjoint pass computes no forward again; its memory grows with the number of steps.
+    it, so that an adjoint pass computes no forward again; its memory grows with the number of steps. with_means keeps the
+    means of all steps, so that an adjoint pass needs one graph at a time.
     on_step(step_index, next_latents) is told each step as it is done. The rewards are not asked.
 
         noise = keyed_noise(seed, update, sample_ids, policy.latent_shape, kernel.num_steps)
@@ -128,7 +132,7 @@ def rollout(
     """
     latents = noise(0)
     kept = [latents]
-    kls = []
+    kls, means = [], []
     log_ratio = None
     graphs = {}
     doubled = beside_reference(policy, inputs) if with_graphs else None
@@ -150,11 +154,20 @@ def rollout(
             assert z is not None  # the policy takes no step without a density
             log_ratio += step_log_ratio(step, other, z) * (-1 if reference else 1)
         kls.append(kl)
+        if with_means:
+            means.append(step.mean)
         latents = step.mean if z is None else gaussian_sample(step, z)
         kept.append(latents)
         if on_step is not None:
             on_step(step_index, latents)
-    return Trajectory(torch.stack(kept), inputs, torch.stack(kls, dim=1) if with_kl else None, log_ratio, graphs)
+    return Trajectory(
+        torch.stack(kept),
+        inputs,
+        torch.stack(kls, dim=1) if with_kl else None,
+        log_ratio,
+        graphs,
+        torch.stack(means) if with_means else None,
+    )
 
 
 def step_graph(

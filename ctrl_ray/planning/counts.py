@@ -231,7 +231,8 @@ def _count_step(
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     latents, inputs = _inputs(policy, batch_size, Guidance.of(config.sampler))
-    trajectory = Trajectory(latents.expand(kernel.num_steps + 1, *latents.shape), inputs)
+    path = latents.expand(kernel.num_steps + 1, *latents.shape)
+    trajectory = Trajectory(path, inputs, means=path[1:] if estimator.keep_means else None)
     batch = _WatchedMicroBatch(
         *(live, policy, kernel, trajectory),
         kl_coef=config.kl_coef,

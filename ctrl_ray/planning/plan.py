@@ -60,15 +60,15 @@ class MemoryPlan:
     communication: int
     """DeepSpeed's reduction bucket; under ZeRO-3 also the parameters gathered at a time."""
     activations: int
-    """Both forwards and the backward of one denoising step, at their peak; with estimator.keep_graphs also the graphs of all
-    other steps, and of the micro-batch that is scored meanwhile."""
+    """Forwards and backwards of one denoising step, at their peak; with estimator.keep_graphs also the graphs of all other
+    steps, and of the micro-batch that is scored meanwhile."""
     policy_kept: int
     """Of the activations: what the policy's forward keeps for its backward."""
     reference_kept: int
     """Of the activations: what the reference's forward keeps."""
     latents: int
-    """(T + 1) latents of the micro-batch, twice where one more is in flight while the pool scores; without trajectories
-    NUM_DENOISED."""
+    """(T + 1) latents of the micro-batch and T means where the estimator keeps them, twice where one more is in flight while
+    the pool scores; without trajectories NUM_DENOISED."""
     requests: int
     """Reward cotangents (none without trajectories) and encoded prompts of the micro-batches under way."""
     rollout_peak: int
@@ -182,7 +182,10 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
     batch = config.fixed_micro_batch_size
     latents = FLOAT * batch * counts.latent_elements
     draws = config.draws_trajectories
-    trajectory = (config.sampler.num_steps + 1 if draws else NUM_DENOISED) * latents
+    num_steps = config.sampler.num_steps
+    path = (num_steps + 1 if draws else NUM_DENOISED) * latents
+    means = num_steps * latents if keeps_means(config) else 0
+    trajectory = path + means
     in_flight = min(2, config.num_micro_batches) if draws else 1
     prompts = batch * counts.prompt_bytes
     encoder = counts.encoder_bytes + counts.prompt_bytes
@@ -190,11 +193,11 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
     local_rewards = counts.decoder.weights if local else 0
     resident = sum(weights.values()) + encoder + local_rewards + master + moments
     kept_buffers = bucket if stage == 3 else 0
-    graphs = (config.sampler.num_steps - config.sampler.reference_steps) * step.graph_kept
+    graphs = (num_steps - config.sampler.reference_steps) * step.graph_kept
     waiting = (in_flight - 1) * (trajectory + prompts + graphs)
     always = resident + gradients + kept_buffers + gathered
     other_graphs = graphs - step.graph_kept
-    rollout = 3 * trajectory + prompts + other_graphs + step.rollout_peak  # noise, latents kept, their stack at the end
+    rollout = 3 * path + 2 * means + prompts + other_graphs + step.rollout_peak  # noise; what is kept, and its stack
     scoring = trajectory + prompts + graphs + min(_chunk(config), batch) * counts.decoder.with_gradient
     evaluated = 0 if config.evaluation.asynchronous else always + _evaluating(config, counts, evaluation)
     return MemoryPlan(
@@ -218,6 +221,11 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
         scoring_peak=always + waiting + scoring if local and draws else 0,
         offloaded=offloaded,
     )
+
+
+def keeps_means(config: TrainConfig) -> bool:
+    """Whether a micro-batch's rollout keeps the means of its steps beside the latents."""
+    return config.draws_trajectories and make_estimator(config.estimator, config.sampler.num_steps).keep_means
 
 
 def _chunk(config: TrainConfig) -> int:

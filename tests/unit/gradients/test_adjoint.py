@@ -14,6 +14,7 @@ from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.steps import Guidance, step_kl
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.gradients.rollout import keyed_noise, policy_step, rollout
+from ctrl_ray.planning.live_bytes import LiveBytes
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs
 from ctrl_ray.policy.schedule import ddim_scheduler
@@ -87,22 +88,51 @@ def _whole_graph_gradient(
     ],
 )
 def test_adjoint_pass_equals_autograd_through_the_whole_graph(tiny_pipeline: str, guidance: Guidance) -> None:
-    """float64, T = 4, LoRA and two tables, one sample with a null label, in one and in three micro-batches: 1e-9 relative."""
+    """float64, T = 4, LoRA and two tables, one sample with a null label: 1e-9 relative, in one and in three micro-batches, with
+    one graph at a time and with two."""
     policy, kernel, inputs = _setup(tiny_pipeline, 4, guidance)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     expected = _whole_graph_gradient(policy, kernel, inputs, [0, 1, 2], weights, 0.7)
-    for batches in ([[0, 1, 2]], [[0], [1], [2]]):
+    for batches, with_means in (
+        ([[0, 1, 2]], False),
+        ([[0], [1], [2]], False),
+        ([[0, 1, 2]], True),
+        ([[0], [1, 2]], True),
+    ):
         policy.zero_grad()
         for rows in batches:
             noise = keyed_noise(0, 0, rows, policy.latent_shape, kernel.num_steps)
-            trajectory = rollout(policy, kernel, inputs.select(rows), lambda p, n=noise: n(p).double())
+            trajectory = rollout(
+                policy, kernel, inputs.select(rows), lambda p, n=noise: n(p).double(), with_means=with_means
+            )
             clean = trajectory.clean_latents.clone().requires_grad_(True)
             (cotangent,) = torch.autograd.grad(_reward(clean).sum(), clean)
             full_pass(policy, kernel, trajectory, cotangent, weights[rows], kl_coef=0.7)
         for name, parameter in policy.trainable_parameters().items():
             assert parameter.grad is not None
             scale = expected[name].norm().clamp_min(1e-12)
-            assert (parameter.grad - expected[name]).norm() / scale < 1e-9, (name, len(batches))
+            assert (parameter.grad - expected[name]).norm() / scale < 1e-9, (name, len(batches), with_means)
+
+
+def test_one_graph_at_a_time_takes_two_thirds_of_the_memory_however_long_the_trajectory(tiny_pipeline: str) -> None:
+    """Peak bytes of the adjoint pass beyond what is there before it, with guidance."""
+
+    def peak(num_steps: int, *, with_means: bool) -> int:
+        policy, kernel, inputs = _setup(tiny_pipeline, num_steps, Guidance(1.7))
+        for parameter in policy.trainable_parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+        noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, num_steps)
+        with LiveBytes() as live:
+            for parameter in policy.parameters():
+                live.add(parameter)
+            trajectory = rollout(policy, kernel, inputs, lambda k: noise(k).double(), with_means=with_means)
+            start = live.restart_peak()
+            full_pass(policy, kernel, trajectory, torch.ones_like(trajectory.clean_latents), torch.ones(3).double())
+            return live.peak - start
+
+    one, two = (peak(10, with_means=with_means) for with_means in (True, False))
+    assert one <= 0.65 * two
+    assert peak(50, with_means=True) <= 1.05 * one
 
 
 def test_null_row_gets_no_gradient_and_padding_none_at_all(tiny_pipeline: str) -> None:

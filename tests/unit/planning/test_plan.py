@@ -93,7 +93,8 @@ def test_zero_shards_what_it_says() -> None:
         plan = memory_plan(_scaled(stage, 4), COUNTS, STEP, EVALUATION)
         rows[stage] = (plan.trainable_weights, plan.master_weights, plan.gradients, plan.optimizer)
         assert plan.prompt_encoder == 700 + 100
-        assert plan.latents == 2 * 11 * 2 * 16 * 4  # two micro-batches, T + 1 latents, 2 samples of 16 floats
+        # two micro-batches, T + 1 latents and T means, 2 samples of 16 floats
+        assert plan.latents == 2 * (11 + 10) * 2 * 16 * 4
         assert plan.activations == 120_000
         assert stage == 3 or plan.communication == (4000 if stage else 0)  # a bucket of what is trained
         assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak, plan.evaluation_peak)
@@ -109,7 +110,7 @@ def test_one_micro_batch_has_nothing_in_flight_and_local_rewards_bring_the_decod
     """Latents once; the VAE in the worker, with a chunk of two images, the micro-batch, while it scores."""
     config = _config(global_batch_size=2, rewards=RewardPoolConfig(num_actors=0), scaling=ScalingConfig(zero_stage=0))
     plan = memory_plan(config, COUNTS, STEP, EVALUATION)
-    trajectory = 11 * 2 * 16 * 4
+    trajectory = (11 + 10) * 2 * 16 * 4
     assert plan.latents == trajectory
     assert plan.reward_model == 900
     always = 36_000 + 4000 + 800 + 900 + 8000 + 4000  # weights, encoder, VAE, moments, gradients
