@@ -15,7 +15,7 @@ from ray.train import Checkpoint, CheckpointConfig, Result, UserCallback
 from ctrl_ray.cluster.resources import needed_resources
 from ctrl_ray.distributed.checkpoints import ADAPTER_FOLDER
 from ctrl_ray.distributed.environment import worker_environment
-from ctrl_ray.distributed.rows import Row, Started, Stop, Stopped, UpdateDone
+from ctrl_ray.distributed.rows import Row, Started, Stop, Stopped, Stopping, UpdateDone
 from ctrl_ray.distributed.validation import validation_config
 from ctrl_ray.distributed.worker import TrainJob, train_worker
 from ctrl_ray.distributed.worker_group import WorkerGroup, num_workers, run_workers
@@ -111,7 +111,9 @@ class _Follower:
     def __call__(self, row: Row) -> None:
         if isinstance(row, Started):
             self.kl_noise_floor = row.kl_noise_floor
-        if isinstance(row, Stopped):
+        if isinstance(row, Stopping):  # also where it came too late for the workers: they were at their last update
+            self.stopped = Stop("asked", f"{row.signal} received")
+        if isinstance(row, Stopped) and (self.stopped is None or self.stopped.kind != "asked"):
             self.stopped = row.stop
         if isinstance(row, UpdateDone):
             self.updates_done = row.update

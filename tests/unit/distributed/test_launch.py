@@ -8,7 +8,8 @@ import pytest
 
 from ctrl_ray.cluster.resources import check_resources
 from ctrl_ray.config import ControlConfig, RewardPoolConfig, ScalingConfig, TrainConfig
-from ctrl_ray.distributed.launch import ascii_name, num_workers
+from ctrl_ray.distributed.launch import _Follower, ascii_name, num_workers
+from ctrl_ray.distributed.rows import Row, Stop, Stopped, Stopping, UpdateDone
 from ctrl_ray.errors import ConfigError, ResourceError
 
 CONFIG = TrainConfig(controls={"size": ControlConfig(classes=("a", "b"), oracle="jpeg_size")})
@@ -40,3 +41,16 @@ def test_a_runs_name_for_ray_is_ascii_and_always_the_same() -> None:
     assert ascii_name("größe").startswith("gr__e-") and ascii_name("größe").isascii()
     assert ascii_name("größe") == ascii_name("größe") != ascii_name("grüße")
     assert len(ascii_name("好" * 85)) <= 255
+
+
+def test_a_run_that_was_asked_to_stop_is_stopped_even_where_its_last_update_was_done() -> None:
+    """No worker says so then; a comparison or a script that trains would go on with what comes next."""
+    kl = Stopped(4, Stop("target_kl", "KL 9"))
+    shown: list[Row] = []
+    cases = (([Stopping("SIGTERM")], "asked"), ([kl], "target_kl"), ([Stopping("SIGINT"), kl], "asked"), ([], None))
+    for rows, kind in cases:
+        follower = _Follower(shown.append)
+        for row in (UpdateDone(4, {}), *rows):
+            follower(row)
+        assert (follower.stopped and follower.stopped.kind) == kind and follower.updates_done == 4
+    assert len(shown) == 8
