@@ -1,9 +1,13 @@
-"""A whole comparison on a tiny pipeline: training, choice of knobs, test, costs, report; asked again, nothing is drawn."""
+"""Both comparisons on a tiny pipeline: training, choice of knobs, test, costs, report; asked again, nothing is drawn.
+
+That over label budgets trains, and the other takes its adapter.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +24,40 @@ from ctrl_ray.config.presets import PRESETS
 pytestmark = [pytest.mark.integration, pytest.mark.full]
 
 TINY = Budget(cheap=Counts(64, 64), dear=Counts(64, 64), with_dear=False, held_out=False, timing_s=1.0)
+Asked = tuple[CompareOptions, dict[str, Any]]
+"""A question and what it came to."""
 
 
-@pytest.fixture
-def options(base_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareOptions:
-    """CTRL and best of N on two prompts, at an exponent that leaves enough exact samples."""
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+@pytest.fixture(scope="module")
+def options(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompareOptions]:
+    """Two prompts, and an exponent that leaves enough exact samples."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     control = dataclasses.replace(base_config.controls["jpeg_size"], guidance_strength=1.0)
     preset = dataclasses.replace(
         base_config,
         controls={"jpeg_size": control},
-        prompts_file=str(tmp_path / "prompts.txt"),
+        prompts_file=str(folder / "prompts.txt"),
         evaluation=dataclasses.replace(base_config.evaluation, batch_size=64),
     )
-    monkeypatch.setitem(PRESETS, "tiny", lambda: preset)
-    monkeypatch.setattr(plan, "QUICK", TINY)
-    return CompareOptions(
-        preset="tiny",
-        quick=True,
-        methods=("ctrl", "best_of_n"),
-        classifier=(f"jpeg_size={control.classifier}",),
-        output_dir=str(tmp_path / "out"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", lambda: preset)
+        patch.setattr(plan, "QUICK", TINY)
+        patch.setattr(lines, "QUICK", Counts(64, 64))
+        patch.setattr(lines, "FEWEST_UPDATES", 2)
+        yield CompareOptions(
+            preset="tiny",
+            quick=True,
+            classifier=(f"jpeg_size={control.classifier}",),
+            output_dir=str(folder / "out"),
+        )
+
+
+@pytest.fixture(scope="module")
+def over_budgets(options: CompareOptions) -> Asked:
+    """One budget of 24 images."""
+    asked = dataclasses.replace(options, label_budgets=(24,), output_dir=f"{options.output_dir}-budgets")
+    return asked, compare(asked)
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
@@ -49,9 +65,34 @@ def numbers(results: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in results.items() if key not in ("seconds", "facts")}
 
 
-def test_a_comparison_end_to_end_and_again(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = compare(options)
-    folder = Path(options.output_dir)
+def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted."""
+    asked, results = over_budgets
+    assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("cfg", 24), ("guidance", 24)]
+    folder = Path(asked.folder)
+    for row in results["rows"]:
+        assert row["test"]["num_images"] == 64 and len(row["validation"]) == 3
+        assert bool(row["calibration"][0]) == (row["line"] == "ctrl")
+        assert row["training"][0]["whole"] and row["training"][0]["seconds"] > 0
+    fitted = json.loads((folder / "classifiers" / "pairs-0-24-0" / "jpeg_size" / "classifier.json").read_text())
+    rows = fitted["calibration"]["num_rows"]
+    assert sum(rows[split] for split in ("fitting", "selection", "temperature")) == 24
+    assert (folder / "label_budgets.png").stat().st_size > 0
+    assert set(results["ratios"]) == {"cfg", "guidance"}
+    monkeypatch.setattr(budget_run, "fit_classifier", None)
+    monkeypatch.setattr(drawing, "sample_policy", None)
+    monkeypatch.setattr("ctrl_ray.train.fit", lambda *_, **__: pytest.fail("trained again"))
+    assert numbers(compare(asked)) == numbers(results)
+
+
+def test_a_comparison_end_to_end_and_again(
+    options: CompareOptions, over_budgets: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CTRL and best of N."""
+    adapter = Path(over_budgets[0].folder) / "runs" / "ctrl-24-0" / "adapter"
+    asked = dataclasses.replace(options, methods=("ctrl", "best_of_n"), adapters=(f"ctrl={adapter}",))
+    results = compare(asked)
+    folder = Path(asked.folder)
     by_name = {row["name"]: row for row in results["methods"]}
     assert list(by_name) == ["plain", "ctrl", "best_of_n"]
     for row in by_name.values():
@@ -75,7 +116,7 @@ def test_a_comparison_end_to_end_and_again(options: CompareOptions, monkeypatch:
     ctrl = by_name["ctrl"]
     assert ctrl["test"]["kl"] > 0 and ctrl["test"]["gap"] is not None
     assert ctrl["cost_mixed"]["ratio"] > 0 and best["cost_mixed"] is None
-    assert ctrl["training"][0]["whole"] and ctrl["training"][0]["seconds"] > 0
+    assert ctrl["training"] == [] and ctrl["trained"], "where it was trained is not known here"
     assert len(results["verdicts"]) == 3 and results["classifiers"] == {}
     for name in ("report.html", "report.md", *results["figures"].values()):
         assert (folder / name).stat().st_size > 0
@@ -85,26 +126,4 @@ def test_a_comparison_end_to_end_and_again(options: CompareOptions, monkeypatch:
         for name in ("sample_policy", "sampling_task", "fit_classifier"):
             monkeypatch.setattr(place, name, lambda *_: pytest.fail("drawn again"), raising=False)
     monkeypatch.setattr("ctrl_ray.verification.drawing.sample_policy", lambda *_: pytest.fail("drawn again"))
-    monkeypatch.setattr("ctrl_ray.train.fit", lambda *_, **__: pytest.fail("trained again"))
-    assert numbers(compare(options)) == numbers(results)
-
-
-def test_label_budgets_end_to_end_and_again(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted."""
-    monkeypatch.setattr(lines, "QUICK", Counts(64, 64))
-    monkeypatch.setattr(lines, "FEWEST_UPDATES", 2)
-    asked = dataclasses.replace(options, methods=(), label_budgets=(24,))
-    results = compare(asked)
-    assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("cfg", 24), ("guidance", 24)]
-    folder = Path(asked.folder)
-    for row in results["rows"]:
-        assert row["test"]["num_images"] == 64 and len(row["validation"]) == 3
-        assert bool(row["calibration"][0]) == (row["line"] == "ctrl")
-    fitted = json.loads((folder / "classifiers" / "pairs-0-24-0" / "jpeg_size" / "classifier.json").read_text())
-    rows = fitted["calibration"]["num_rows"]
-    assert sum(rows[split] for split in ("fitting", "selection", "temperature")) == 24
-    assert (folder / "label_budgets.png").stat().st_size > 0
-    assert set(results["ratios"]) == {"cfg", "guidance"}
-    monkeypatch.setattr(budget_run, "fit_classifier", None)
-    monkeypatch.setattr(drawing, "sample_policy", None)
     assert numbers(compare(asked)) == numbers(results)
