@@ -60,6 +60,16 @@ class AdjointStats:
     """(B,): share of the controlled steps whose cotangent was bounded."""
 
 
+class _Checked(NamedTuple):
+    """What must be finite."""
+
+    what: str
+    finite: Tensor
+    """() bool, where it was computed."""
+    value: Tensor | None
+    """Of a single number."""
+
+
 class MicroBatch:
     """One micro-batch in its adjoint pass: what an estimator asks for at a step."""
 
@@ -84,6 +94,7 @@ class MicroBatch:
         self.kl_per_step = torch.full((len(clean), kernel.num_steps), float("nan"), device=clean.device)
         self.num_bounded = torch.zeros(len(clean), device=clean.device)
         self._policy, self._latent_reduction, self._max_drift = policy, latent_reduction, max_drift
+        self._checked: list[_Checked] = []
 
     def leaf(self, step_index: int) -> Tensor:
         """h_k as a leaf that takes a gradient."""
@@ -104,7 +115,7 @@ class MicroBatch:
 
     def through_kl(self, step_index: int, policy_mean: Tensor) -> tuple[Tensor, Tensor]:
         """Of kl_coef Σ_b weights_b KL_kb: its gradient by the latents through the reference's step alone, and by the policy's
-        mean, which the rollout knows. No parameter gets a gradient."""
+        mean, which the rollout knows. No parameter gets a gradient. Both have the kernel's std, which nothing trains."""
         latents = self.leaf(step_index)
         with torch.enable_grad():
             ref = self.step(step_index, latents, reference=True)
@@ -158,10 +169,16 @@ class MicroBatch:
         return pulled_back, GaussianStep(ref.mean.detach(), ref.std.detach())
 
     def require_finite(self, values: Tensor, what: str) -> None:
-        """NonFiniteError that names `what`, and its value where it is a single one."""
-        if bool(torch.isfinite(values).all()):
+        """Note whether they are finite, for `check`: to look at every step would wait for a GPU each time."""
+        values = values.detach()
+        self._checked.append(_Checked(what, torch.isfinite(values).all(), values if values.numel() == 1 else None))
+
+    def check(self) -> None:
+        """NonFiniteError that names the first of what was to be finite and is not, with its value where it is a single one."""
+        if not self._checked or bool(torch.stack([each.finite for each in self._checked]).all()):
             return
-        got = f" is {float(values.detach())}; expected a finite number" if values.numel() == 1 else " is not finite"
+        what, _, value = next(each for each in self._checked if not bool(each.finite))
+        got = " is not finite" if value is None else f" is {float(value)}; expected a finite number"
         raise NonFiniteError(
             f"{what}{got}. Lower the learning rate or gradient_clipping, or look at the rewards of this micro-batch"
         )
@@ -258,7 +275,8 @@ def adjoint_pass(
         max_drift: longest drift, in standard deviations of a step's noise, that a sample's cotangent may ask of a step; a
             longer cotangent is shortened before the step is gone back through. Biased where it binds.
 
-    Raises NonFiniteError where the loss of a step, or what is carried to the next, is not finite.
+    Raises NonFiniteError where the loss of a step, or what is carried to the next, is not finite: after the last step, for
+    all of them at once.
     """
     batch = MicroBatch(
         policy,
@@ -282,4 +300,5 @@ def adjoint_pass(
             batch.kl_per_step[:, step_index] = 0.0
             carried = estimator.pass_reference(batch, step_index, carried)
         batch.require_finite(carried, f"the cotangent at denoising step {step_index}")
+    batch.check()
     return AdjointStats(batch.kl_per_step, batch.num_bounded / max(1, len(controlled)))

@@ -190,7 +190,8 @@ class PolicyCounter:
 
 
 class _WatchedMicroBatch(MicroBatch):
-    """An adjoint step on fake tensors: notes what each forward leaves alive; there are no values to check."""
+    """An adjoint step on fake tensors: notes what each forward leaves alive. A step that looked at a value would fail here, as
+    it would wait for a GPU."""
 
     def __init__(self, live: LiveBytes, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -212,9 +213,6 @@ class _WatchedMicroBatch(MicroBatch):
             (ref.mean * cotangent).sum().backward()
         assert latents.grad is not None
         return latents.grad, GaussianStep(ref.mean.detach(), ref.std.detach())
-
-    def require_finite(self, values: Tensor, what: str) -> None:
-        """Fake tensors have no values."""
 
 
 def _count_step(

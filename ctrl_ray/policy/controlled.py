@@ -163,6 +163,7 @@ class ControlledPolicy(TrainablePolicy):
                 module.__call__,
                 *args,
                 use_reentrant=False,
+                preserve_rng_state=False,  # nothing in it is random, and to ask a GPU for its state waits for it
                 context_fn=lambda: (nullcontext(), self._mode(reference, labels)),
             )
 
