@@ -28,11 +28,13 @@ from ctrl_ray.comparison.plan import (
 )
 from ctrl_ray.comparison.progress import Progress
 from ctrl_ray.comparison.results import Target, choose, distance_of, numbers_of, over_seeds
+from ctrl_ray.comparison.side_by_side import runs_at_a_time, sharing
 from ctrl_ray.comparison.training import (
     HELD_OUT,
     Train,
     TrainedRun,
     held_out_config,
+    is_finished,
     noised_runs,
     run_config,
     trained_run,
@@ -102,6 +104,8 @@ class Bench:
     target: Target
     progress: Progress
     say: Callable[[str], None]
+    at_a_time: int
+    """Runs that train side by side."""
     shown: dict[str, EvaluationSamples] = dataclasses.field(default_factory=dict)
     """Title of each method to its first test images."""
 
@@ -156,6 +160,7 @@ class Bench:
             ),
             progress=progress,
             say=say,
+            at_a_time=runs_at_a_time(config),
         )
 
     @property
@@ -213,12 +218,29 @@ class Bench:
         numbers = [numbers_of(self.target, part, pre_trained=pre_trained, common=common) for part in drawn]
         return numbers, drawn[0]
 
-    def trained(self, plan: MethodPlan, seed: int, train: Train) -> TrainedRun:
+    def all_runs(self) -> list[TrainConfig]:
+        """Of all methods and seeds, and the one without some of the prompts."""
+        runs = [self.run_of(plan, seed) for plan in self.question.plan.methods for seed in plan.seeds]
+        return [*runs, *([self._held_out_run()] if self.question.plan.held_out else [])]
+
+    def run_of(self, plan: MethodPlan, seed: int) -> TrainConfig:
         """The method's run of this seed."""
         assert plan.method.training is not None
         folder = self.question.folder / "runs" / f"{plan.name}-{seed}"
-        self.say(f"{plan.method.title}: training with seed {seed}, in {folder}")
-        return trained_run(run_config(self.config, plan.method.training, folder, seed), train)
+        return sharing(run_config(self.config, plan.method.training, folder, seed), self.at_a_time)
+
+    def trained(self, plan: MethodPlan, seed: int, train: Train) -> TrainedRun:
+        """The method's run of this seed, finished."""
+        config = self.run_of(plan, seed)
+        if not is_finished(Path(config.output_dir)):
+            self.say(f"{plan.method.title}: training with seed {seed}, in {config.output_dir}")
+        return trained_run(config, train)
+
+    def _held_out_run(self) -> TrainConfig:
+        held = held_out_prompts(self.base.prompts)
+        kept = tuple(prompt for prompt in self.base.prompts if prompt not in held)
+        config = held_out_config(self.config, self.question.folder / "runs" / HELD_OUT, kept)
+        return sharing(config, self.at_a_time)
 
     def _noised(self) -> dict[str, TrainedRun]:
         """Each control's classifier of noised latents."""
@@ -228,8 +250,9 @@ class Bench:
         """Train CTRL without a quarter of the prompts; what it reaches on those and on the others, at CTRL's chosen value."""
         held = held_out_prompts(self.base.prompts)
         kept = tuple(prompt for prompt in self.base.prompts if prompt not in held)
-        self.say(f"CTRL: training without {len(held)} of {len(held) + len(kept)} prompts")
-        config = held_out_config(self.config, self.question.folder / "runs" / HELD_OUT, kept)
+        config = self._held_out_run()
+        if not is_finished(Path(config.output_dir)):
+            self.say(f"CTRL: training without {len(held)} of {len(held) + len(kept)} prompts")
         source = Source(trained_run(config, train).adapter)
         plan = next(plan for plan in self.question.plan.methods if plan.name == "ctrl")
         value = next(row["chosen"] for row in rows if row["name"] == "ctrl")

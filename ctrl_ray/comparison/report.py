@@ -156,7 +156,7 @@ def verdict_text(verdict: Mapping[str, Any]) -> str:
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What stands under the table."""
-    pool = results["pool"]
+    pool, together = results["pool"], results["runs_at_a_time"]
     lines = [
         f"knobs: chosen by the {results['criterion']}; {results['num_values']} values of each; judged on images with noise "
         "that was used for nothing else",
@@ -167,6 +167,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         "cost: seconds in one process, beside plain sampling on the same images, in pairs; rows of the denoiser and decodes "
         f"of an image, the final decode among them; {results['batch_size']} images at a time, those of an adapter all for one "
         f"class, as `sample` draws them{_mixed(results['methods'])}",
+        *([f"training: seconds of a run while {together} train side by side, one thread each"] if together > 1 else []),
         made_with(results),
     ]
     return lines + [row["note"] for row in results["methods"] if row.get("note")]

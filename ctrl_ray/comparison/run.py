@@ -13,6 +13,7 @@ from ctrl_ray.comparison.bench import TIMED_IMAGES, Bench, Question
 from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifiers
 from ctrl_ray.comparison.plan import held_out_prompts
 from ctrl_ray.comparison.results import CRITERION, verdicts
+from ctrl_ray.comparison.side_by_side import train_side_by_side
 from ctrl_ray.comparison.training import Train, run_config
 from ctrl_ray.comparison.windows import windows_of
 from ctrl_ray.offline.prompts import training_prompts
@@ -34,6 +35,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
         folders = offline_classifiers(question.config, question.folder / "classifier", question.classifiers)
         _check_runs(question, folders)
         bench = Bench.made(question, folders, say)
+        train_side_by_side(bench.all_runs(), bench.at_a_time, say)
         rows = []
         reached = 0.0
         for plan in question.plan.methods:
@@ -52,6 +54,7 @@ def run_comparison(question: Question, train: Train, say: Callable[[str], None])
         "num_values": max(len(plan.values) for plan in question.plan.methods),
         "common_test": question.plan.common_test,
         "batch_size": TIMED_IMAGES,
+        "runs_at_a_time": bench.at_a_time,
         "seed": question.seed,
         "pool": {
             "samples": len(bench.target.pool.samples),

@@ -70,6 +70,16 @@ def trained_run(config: TrainConfig, train: Train) -> TrainedRun:
     return _kept_or_made(folder, lambda: train(config, begun), whole=not begun)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds all that it is to leave."""
+    return (folder / TRAINED).is_file()
+
+
+def note_finished(folder: Path, run: TrainedRun) -> None:
+    """To be called when it does."""
+    write_whole(folder / TRAINED, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+
+
 def noised_run(config: TrainConfig, control: str, folder: Path, say: Callable[[str], None]) -> TrainedRun:
     """The classifier of noised latents of one control: that in the folder, or one that is fitted now."""
     offline = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, num_pipeline_samples=0))
@@ -88,11 +98,11 @@ def noised_runs(config: TrainConfig, folder: Path, say: Callable[[str], None]) -
 
 def _kept_or_made(folder: Path, make: Callable[[], Path], *, whole: bool) -> TrainedRun:
     """What lies in the folder with its cost, else what is made now."""
-    if (folder / TRAINED).is_file():
+    if is_finished(folder):
         known = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
         return TrainedRun(**{field.name: known[field.name] for field in dataclasses.fields(TrainedRun)})
     started = time.monotonic()
     made = make()
     run = TrainedRun(adapter=str(made), seconds=time.monotonic() - started, whole=whole)
-    write_whole(folder / TRAINED, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    note_finished(folder, run)
     return run

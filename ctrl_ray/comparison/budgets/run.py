@@ -21,6 +21,7 @@ from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifier
 from ctrl_ray.comparison.methods import METHODS
 from ctrl_ray.comparison.report import write
 from ctrl_ray.comparison.results import CRITERION, over_seeds
+from ctrl_ray.comparison.side_by_side import sharing, train_side_by_side
 from ctrl_ray.comparison.training import Train, TrainedRun, noised_runs, run_config, trained_run
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.driver.classifier import fit_classifier
@@ -45,11 +46,13 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
         folders = offline_classifiers(question.config, question.folder / "classifier", question.classifiers)
         bench = Bench.made(question, folders, say)
         numbers, plain = bench.test(budgets.plain, 1.0, [Source()])
+        lines = [_Row(bench, budgets, line, n, plain, train) for line in budgets.lines for n in budgets.budgets]
+        if bench.at_a_time > 1:
+            train_side_by_side([run for line in lines for run in line.runs()], bench.at_a_time, say)
         rows = []
-        for line in budgets.lines:
-            for budget in budgets.budgets:
-                rows.append(_Row(bench, budgets, line, budget, plain, train).made())
-                say(report.line_of(rows[-1]))
+        for each in lines:
+            rows.append(each.made())
+            say(report.line_of(rows[-1]))
     results = {
         "preset": question.preset,
         "command": question.command,
@@ -132,18 +135,29 @@ class _Row:
         """What one seed trains, and the figures of its classifiers, by control."""
         folder, say = self.bench.question.folder, self.bench.say
         config = fitting_config(self.bench.question.config, self.line, self.budget, seed)
-        name = f"{self.name}-{self.budget}-{seed}"
         say(f"{self.line.title}: {self.budget} images, seed {seed}")
-        if self.line.method == "classifier_guidance":
-            runs = noised_runs(config, folder / "noised" / name, say)
+        if METHODS[self.line.method].training is None:
+            runs = noised_runs(config, folder / "noised" / f"{self.name}-{self.budget}-{seed}", say)
             return Source.of(runs), list(runs.values()), {}
-        folders = self._classifiers(config, folder / "classifiers" / self._classifier_name(seed))
-        training = METHODS[self.line.method].training
-        assert training is not None
-        given = run_config(with_classifiers(config, folders), training, folder / "runs" / name, seed)
+        given = self._run(seed)
         run = trained_run(given, self.train)
+        folders = {name: str(control.classifier) for name, control in given.controls.items()}
         figures = self._figures(folders) if self.line.method == "ctrl" else {}
         return Source(run.adapter), [run], figures
+
+    def runs(self) -> list[TrainConfig]:
+        """Of all seeds, with classifiers that are fitted; () where nothing is trained."""
+        if METHODS[self.line.method].training is None:
+            return []
+        return [self._run(seed) for seed in self.budgets.seeds]
+
+    def _run(self, seed: int) -> TrainConfig:
+        bench, training = self.bench, METHODS[self.line.method].training
+        assert training is not None
+        config = fitting_config(bench.question.config, self.line, self.budget, seed)
+        folders = self._classifiers(config, bench.question.folder / "classifiers" / self._classifier_name(seed))
+        place = bench.question.folder / "runs" / f"{self.name}-{self.budget}-{seed}"
+        return sharing(run_config(with_classifiers(config, folders), training, place, seed), bench.at_a_time)
 
     def _classifier_name(self, seed: int) -> str:
         """Of the classifiers: those on the same images are the same for every line (CFG fine-tuning only reports with one)."""

@@ -22,6 +22,7 @@ def results(*methods: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "num_values": 3,
         "common_test": 128,
         "batch_size": 16,
+        "runs_at_a_time": 2,
         "seed": 0,
         "pool": {"samples": 672, "exact": {"small": 170, "large": 148}},
         "classifiers": {},
