@@ -178,12 +178,6 @@ class TrainConfig:
         return self.training_method == "ctrl"
 
     @property
-    def can_keep_means(self) -> bool:
-        """Whether the adjoint pass may hold one graph at a time. Not under ZeRO-3, where the reference goes through DeepSpeed's
-        engine, which takes its gradient for a backward of its own: parameter gradients were measured to be wrong then."""
-        return self.scaling.zero_stage < 3
-
-    @property
     def can_keep_graphs(self) -> bool:
         """Whether method, estimator, sharding and precision go with estimator.keep_graphs; gradient checkpointing does not."""
         full = self.draws_trajectories and self.estimator.name == "full"

@@ -74,25 +74,21 @@ class PolicyEngine:
     def __call__(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
         """The policy's forward, through the engine.
 
-        The reference goes past it where its weights are whole: it has no parameter gradients, and the engine refuses
-        `torch.autograd.grad` through its output under ZeRO-0.
+        The reference goes past it (the module's own hooks gather what ZeRO-3 shards): it has no parameter gradients, and the
+        engine takes a `torch.autograd.grad` through its output for a backward. It refuses that under ZeRO-0; under ZeRO-3 the
+        parameter gradients of later backwards were measured to be half wrong.
         """
-        forward = self.policy if reference and self._weights_are_whole else self.engine
+        forward = self.policy if reference else self.engine
         return forward(latents, time, inputs, reference=reference)
 
     @property
     def for_latents(self) -> Policy:
-        """What `torch.autograd.grad` to the latents may go through: the engine takes a gradient through its own output for
-        its backward, which under ZeRO-3 it must, to gather the weights."""
-        return self.policy if self._weights_are_whole else self
+        """What `torch.autograd.grad` to the latents may go through: past the engine, for the same reason."""
+        return self.policy
 
     def beside_reference(self, inputs: Inputs) -> Inputs | None:
         """The policy's: see `ctrl_ray.policy.protocol.beside_reference`."""
         return beside_reference(self.policy, inputs)
-
-    @property
-    def _weights_are_whole(self) -> bool:
-        return self._config.scaling.zero_stage < 3
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the parameter gradients of a scalar; leaves such as the step's latents get theirs unscaled."""

@@ -70,7 +70,7 @@ class CTRL:
                 trajectory = learner.roll_out(
                     *(part, config.seed, update),
                     with_graphs=self.estimator.keep_graphs,
-                    with_means=self.estimator.keep_means and config.can_keep_means,
+                    with_means=self.estimator.keep_means,
                 )
                 pending = learner.submit(part, trajectory.clean_latents)
             if waiting is not None:

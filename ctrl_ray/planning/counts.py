@@ -230,7 +230,7 @@ def _count_step(
         parameter.grad = torch.zeros_like(parameter)
     latents, inputs = _inputs(policy, batch_size, Guidance.of(config.sampler))
     path = latents.expand(kernel.num_steps + 1, *latents.shape)
-    trajectory = Trajectory(path, inputs, means=path[1:] if estimator.keep_means and config.can_keep_means else None)
+    trajectory = Trajectory(path, inputs, means=path[1:] if estimator.keep_means else None)
     batch = _WatchedMicroBatch(
         *(live, policy, kernel, trajectory),
         kl_coef=config.kl_coef,

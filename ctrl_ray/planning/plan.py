@@ -225,9 +225,7 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
 
 def keeps_means(config: TrainConfig) -> bool:
     """Whether a micro-batch's rollout keeps the means of its steps beside the latents."""
-    if not config.draws_trajectories or not config.can_keep_means:
-        return False
-    return make_estimator(config.estimator, config.sampler.num_steps).keep_means
+    return config.draws_trajectories and make_estimator(config.estimator, config.sampler.num_steps).keep_means
 
 
 def _chunk(config: TrainConfig) -> int:

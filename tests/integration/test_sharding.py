@@ -44,6 +44,9 @@ PAST_THE_ENGINE = ("stage0", "stage3")
 """Where an estimator asks for gradients of the latents alone, which the engine may not take for its backward."""
 
 
+ASKING = ("sticking_the_landing", "adjoint_matching")
+
+
 @pytest.fixture(scope="module")
 def base_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Two controls on a tiny pipeline."""
@@ -86,8 +89,8 @@ def _sgd(config: TrainConfig, full: bool, scaling: ScalingConfig) -> TrainConfig
     return _config(config, full, scaling, optimizer)
 
 
-def _landing(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, estimator=EstimatorConfig(name="sticking_the_landing"))
+def _asking(config: TrainConfig, name: str) -> TrainConfig:
+    return dataclasses.replace(config, estimator=EstimatorConfig(name=name))  # type: ignore[arg-type]
 
 
 def _keeping(config: TrainConfig) -> TrainConfig:
@@ -101,7 +104,11 @@ def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFacto
     cases = {
         f"{'full' if full else 'lora'}-{name}": Case(config=_sgd(base_config, full, scaling), poisoned=True)
         for (full, name), scaling in SGD_CASES.items()
-    } | {f"landing-{name}": Case(config=_landing(_sgd(base_config, False, STAGES[name]))) for name in PAST_THE_ENGINE}
+    } | {
+        f"{estimator}-{name}": Case(config=_asking(_sgd(base_config, False, STAGES[name]), estimator))
+        for estimator in ASKING
+        for name in PAST_THE_ENGINE
+    }
     cases |= {f"kept-{name}": Case(config=_keeping(_sgd(base_config, False, STAGES[name]))) for name in KEEPING}
     for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
         config = _config(base_config, full, STAGES[f"stage{stage}"], OptimizerConfig(learning_rate=3e-3))
@@ -122,10 +129,14 @@ def test_two_workers_take_the_steps_of_one_process(
     _check_steps(config, two_workers, [f"{kind}-{name}" for trained_full, name in SGD_CASES if trained_full == full])
 
 
-def test_two_workers_go_past_the_engine_as_one_process_does(two_workers: Path, base_config: TrainConfig) -> None:
-    """`sticking_the_landing`, whose cotangent goes through the policy without its parameters."""
-    config = _landing(_sgd(base_config, False, ScalingConfig()))
-    _check_steps(config, two_workers, [f"landing-{name}" for name in PAST_THE_ENGINE])
+@pytest.mark.parametrize("estimator", ASKING)
+def test_two_workers_go_past_the_engine_as_one_process_does(
+    two_workers: Path, base_config: TrainConfig, estimator: str
+) -> None:
+    """The cotangent goes through the policy without its parameters, or through the reference alone, between the engine's
+    backwards."""
+    config = _asking(_sgd(base_config, False, ScalingConfig()), estimator)
+    _check_steps(config, two_workers, [f"{estimator}-{name}" for name in PAST_THE_ENGINE])
 
 
 def test_graphs_kept_by_two_workers_are_those_of_one_process(two_workers: Path, base_config: TrainConfig) -> None:

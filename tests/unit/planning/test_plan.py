@@ -93,8 +93,8 @@ def test_zero_shards_what_it_says() -> None:
         plan = memory_plan(_scaled(stage, 4), COUNTS, STEP, EVALUATION)
         rows[stage] = (plan.trainable_weights, plan.master_weights, plan.gradients, plan.optimizer)
         assert plan.prompt_encoder == 700 + 100
-        # two micro-batches, T + 1 latents and T means (not under ZeRO-3), 2 samples of 16 floats
-        assert plan.latents == 2 * (11 + 10 * (stage < 3)) * 2 * 16 * 4
+        # two micro-batches, T + 1 latents and T means, 2 samples of 16 floats
+        assert plan.latents == 2 * (11 + 10) * 2 * 16 * 4
         assert plan.activations == 120_000
         assert stage == 3 or plan.communication == (4000 if stage else 0)  # a bucket of what is trained
         assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak, plan.evaluation_peak)
