@@ -236,11 +236,14 @@ class Bench:
             self.say(f"{plan.method.title}: training with seed {seed}, in {config.output_dir}")
         return trained_run(config, train)
 
-    def _held_out_run(self) -> TrainConfig:
+    def _prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Those that one run is not given, and the others."""
         held = held_out_prompts(self.base.prompts)
-        kept = tuple(prompt for prompt in self.base.prompts if prompt not in held)
-        config = held_out_config(self.config, self.question.folder / "runs" / HELD_OUT, kept)
-        return sharing(config, self.at_a_time)
+        return held, tuple(prompt for prompt in self.base.prompts if prompt not in held)
+
+    def _held_out_run(self) -> TrainConfig:
+        folder = self.question.folder / "runs" / HELD_OUT
+        return sharing(held_out_config(self.config, folder, self._prompts()[1]), self.at_a_time)
 
     def _noised(self) -> dict[str, TrainedRun]:
         """Each control's classifier of noised latents."""
@@ -248,8 +251,7 @@ class Bench:
 
     def held_out(self, rows: Sequence[Mapping[str, Any]], train: Train) -> dict[str, Any]:
         """Train CTRL without a quarter of the prompts; what it reaches on those and on the others, at CTRL's chosen value."""
-        held = held_out_prompts(self.base.prompts)
-        kept = tuple(prompt for prompt in self.base.prompts if prompt not in held)
+        held, kept = self._prompts()
         config = self._held_out_run()
         if not is_finished(Path(config.output_dir)):
             self.say(f"CTRL: training without {len(held)} of {len(held) + len(kept)} prompts")

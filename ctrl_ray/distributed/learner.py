@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.steps import Guidance, StepKernel
-from ctrl_ray.distributed.batches import Batch, evaluation_batch
+from ctrl_ray.distributed.batches import Batch, evaluation_batch, rank_share, training_batch
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.gradients.rollout import Trajectory, keyed_noise, rollout
 from ctrl_ray.policy.protocol import Encoder, Inputs
@@ -54,6 +54,21 @@ class Learner:
     def num_rewarded(self) -> int:
         """Label columns that the rewards know: the config's controls."""
         return len(self.config.controls)
+
+    def training_batch(self, update: int) -> Batch:
+        """This rank's share of what an update asks for."""
+        config, rank = self.config, self.rank
+        return training_batch(
+            config.seed,
+            update,
+            rank_share(config.global_batch_size, rank.index, rank.size, config.group_size),
+            self.prompts,
+            self.controls,
+            tuple(config.controls),
+            config.fixed_control_dropout,
+            config.group_size,
+            systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
+        )
 
     def evaluation_batch(self, sample_ids: Sequence[int]) -> Batch:
         """What is asked for in samples of an evaluation, the same in all of them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.distributed.batches import Batch, num_rounds, rank_share, training_batch
+from ctrl_ray.distributed.batches import Batch, num_rounds
 from ctrl_ray.distributed.clock import PhaseClock
 from ctrl_ray.distributed.engine import all_reduce_sum
 from ctrl_ray.distributed.learner import Learner
@@ -47,17 +47,7 @@ class CTRL:
         """
         config, rank = learner.config, learner.rank
         clock = PhaseClock(rank.device)
-        batch = training_batch(
-            config.seed,
-            update,
-            rank_share(config.global_batch_size, rank.index, rank.size, config.group_size),
-            learner.prompts,
-            learner.controls,
-            tuple(config.controls),
-            config.fixed_control_dropout,
-            config.group_size,
-            systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
-        )
+        batch = learner.training_batch(update)
         totals = torch.zeros(_NUM_SUMS + 2 * learner.num_rewarded, dtype=torch.float64)
         size = config.fixed_micro_batch_size
         waiting: _Scored | None = None

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctrl_ray.config import AdapterConfig, TrainConfig
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, GaussianStep, ModelOutput, gaussian_sample, step_kl
-from ctrl_ray.distributed.batches import Batch, rank_share, training_batch
+from ctrl_ray.distributed.batches import Batch
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.update import CTRL
 from ctrl_ray.gradients.rollout import keyed_noise
@@ -67,7 +67,7 @@ class OriginalLoop:
         config = learner.config
         if self._reference is None:
             self._reference = copy.deepcopy(_policy(learner))
-        batch = update_batch(learner, update)
+        batch = learner.training_batch(update)
         size = config.fixed_micro_batch_size
         for start in range(0, config.global_batch_size, size):
             loss = self._loss(learner, batch.select(start, start + size), update)
@@ -138,22 +138,6 @@ def _unconditional(model: ControlledPolicy, inputs: Inputs) -> Inputs:
     assert condition.null_tensors is not None
     null = Condition(condition.prompts, condition.null_tensors, condition.null_tensors)
     return Inputs(null, model.controls.null(len(inputs), inputs.labels.device), NO_GUIDANCE)
-
-
-def update_batch(learner: Learner, update: int) -> Batch:
-    """What `CTRL.update` draws."""
-    config = learner.config
-    return training_batch(
-        config.seed,
-        update,
-        rank_share(config.global_batch_size, 0, 1, config.group_size),
-        learner.prompts,
-        learner.controls,
-        tuple(config.controls),
-        config.fixed_control_dropout,
-        config.group_size,
-        systematic_over=config.global_batch_size if config.label_draws == "systematic" else None,
-    )
 
 
 class _Noting(PlainEngine):
