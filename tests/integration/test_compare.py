@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def numbers(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted."""
+    """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted, and a
+    folder that has the rows alone gets the same report."""
     asked, results = over_budgets
     assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("cfg", 24), ("guidance", 24)]
     folder = Path(asked.folder)
@@ -79,10 +81,16 @@ def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: py
     assert sum(rows[split] for split in ("fitting", "selection", "temperature")) == 24
     assert (folder / "label_budgets.png").stat().st_size > 0
     assert set(results["ratios"]) == {"cfg", "guidance"}
+    kept = folder / "rows"
+    elsewhere = dataclasses.replace(asked, output_dir=f"{asked.output_dir}-elsewhere")
+    shutil.copytree(kept, Path(elsewhere.folder) / "rows")
+    shutil.rmtree(kept)
     monkeypatch.setattr(budget_run, "fit_classifier", None)
-    monkeypatch.setattr(drawing, "sample_policy", None)
     monkeypatch.setattr("ctrl_ray.train.fit", lambda *_, **__: pytest.fail("trained again"))
+    assert numbers(compare(elsewhere)) == numbers(results)
+    monkeypatch.setattr(drawing, "sample_policy", None)
     assert numbers(compare(asked)) == numbers(results)
+    assert len(list(kept.iterdir())) == 3
 
 
 def test_a_comparison_end_to_end_and_again(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +21,13 @@ from ctrl_ray.comparison.budgets.lines import LINES, BudgetPlan, Line, fitting_c
 from ctrl_ray.comparison.budgets.needed import label_ratios
 from ctrl_ray.comparison.classifiers import offline_classifiers, with_classifiers
 from ctrl_ray.comparison.methods import METHODS
+from ctrl_ray.comparison.plan import MethodPlan
 from ctrl_ray.comparison.report import write
 from ctrl_ray.comparison.results import CRITERION, over_seeds
 from ctrl_ray.comparison.side_by_side import sharing, train_side_by_side
 from ctrl_ray.comparison.training import Train, TrainedRun, noised_runs, run_config, trained_run
 from ctrl_ray.config import TrainConfig
+from ctrl_ray.config.json import to_json
 from ctrl_ray.driver.classifier import fit_classifier
 from ctrl_ray.evaluation.judging import oracle_labels
 from ctrl_ray.evaluation.samples import EvaluationSamples
@@ -31,6 +35,7 @@ from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.decoder import to_pixels
 from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 from ctrl_ray.reporting.facts import environment_facts
+from ctrl_ray.runs.files import write_whole
 
 
 def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Callable[[str], None]) -> dict[str, Any]:
@@ -38,7 +43,8 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
 
     The target is that of classifiers fitted on all labelled images of the preset (or given): every line is judged by how near
     it comes to what all labels would give. train: `training.Train`. What is drawn, fitted and trained is kept below the folder:
-    the same question, asked again, goes on from there.
+    the same question, asked again, goes on from there. So are the rows, small files: machines can share the budgets among
+    them, and one that has all their rows writes the report of all.
     """
     started = time.monotonic()
     say(budgets.to_text())
@@ -51,7 +57,7 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
             train_side_by_side([run for line in lines for run in line.runs()], bench.at_a_time, say)
         rows = []
         for each in lines:
-            rows.append(each.made())
+            rows.append(each.kept())
             say(report.line_of(rows[-1]))
     results = {
         "preset": question.preset,
@@ -106,9 +112,36 @@ class _Row:
     def line(self) -> Line:
         return LINES[self.name]
 
-    def made(self) -> dict[str, Any]:
+    @property
+    def plan(self) -> MethodPlan:
+        """Of the budgets' plan."""
+        return self.budgets.of(self.name, self.budget)
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept when it is made: named by what was asked, not by the machine or the files there, so that another
+        machine can take it over."""
+        question, plan = self.bench.question, self.plan
+        asked = (
+            to_json(fitting_config(question.config, self.line, self.budget, 0)),
+            *(dict(question.classifiers), question.seed, question.plan.common_test),
+            *(plan.values, dataclasses.astuple(plan.counts), plan.seeds),
+        )
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        return question.folder / "rows" / f"{plan.name}-{key}.json"
+
+    def kept(self) -> dict[str, Any]:
+        """The row of results.json: that in its file, or one that is made now."""
+        if not self.file.is_file():
+            made = json.dumps(self._made(), indent=2) + "\n"
+            self.file.parent.mkdir(exist_ok=True)
+            write_whole(self.file, made)
+        row: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        return row
+
+    def _made(self) -> dict[str, Any]:
         """Fit, train, choose the knob's value over the seeds, test."""
-        plan = self.budgets.of(self.name, self.budget)
+        plan = self.plan
         runs: list[TrainedRun] = []
         sources, calibration = [], []
         for seed in self.budgets.seeds:
@@ -146,8 +179,8 @@ class _Row:
         return Source(run.adapter), [run], figures
 
     def runs(self) -> list[TrainConfig]:
-        """Of all seeds, with classifiers that are fitted; () where nothing is trained."""
-        if METHODS[self.line.method].training is None:
+        """Of all seeds, with classifiers that are fitted; [] where nothing is to be trained."""
+        if METHODS[self.line.method].training is None or self.file.is_file():
             return []
         return [self._run(seed) for seed in self.budgets.seeds]
 
