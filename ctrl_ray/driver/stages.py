@@ -125,7 +125,13 @@ def rewards_of(config: TrainConfig) -> Iterator[Scorer]:
     wait = ClusterWait(
         needed_resources(config), limit, lambda line: print(line, flush=True), waits=lambda: pool_waits(config)
     )
-    with start_reward_pool(spec, config.rewards, placement_timeout_s=limit, on_wait=wait.poll) as pool:
+    with start_reward_pool(
+        spec,
+        config.rewards,
+        num_workers=config.scaling.fixed_num_workers,
+        placement_timeout_s=limit,
+        on_wait=wait.poll,
+    ) as pool:
         yield pool.client()
 
 

@@ -21,7 +21,7 @@ _MAX_RETRIES = 3
 
 
 class PooledRewards:
-    """The reward protocol through a pool of Ray actors; picklable (a handle and numbers only).
+    """The reward protocol through a pool of Ray actors; picklable (handles and numbers only).
 
     At most `max_pending` requests are unanswered at a time: `submit` then waits for one of them. It also moves answers
     that have come into this process's memory, so that the object store never holds more than `max_pending` requests and
@@ -31,24 +31,38 @@ class PooledRewards:
     differentiable = True
 
     def __init__(
-        self, dispatcher: Any, controls: dict[str, int], *, timeout_s: float, chunk_size: int, max_pending: int
+        self,
+        dispatchers: Sequence[Any],
+        controls: dict[str, int],
+        *,
+        timeout_s: float,
+        chunk_size: int,
+        max_pending: int,
+        rank: int = 0,
     ) -> None:
-        """dispatcher: handle of the pool's `RewardDispatcher`; the others as in `RewardPoolConfig`."""
+        """dispatchers: handles of the pool's `RewardDispatcher`s; rank: of the worker that asks, which decides which of them
+        it asks; the others as in `RewardPoolConfig`."""
         self.controls = dict(controls)
-        self._dispatcher = dispatcher
+        self._dispatchers, self._rank = tuple(dispatchers), rank
+        self._dispatcher = self._dispatchers[rank % len(self._dispatchers)]
         self._timeout_s, self._chunk_size, self._max_pending = timeout_s, chunk_size, max_pending
         # The calls are held weakly: an answer that nobody waits for leaves the object store.
         self._calls: dict[Any, weakref.ref[_Call]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {"timeout_s": self._timeout_s, "chunk_size": self._chunk_size, "max_pending": self._max_pending}
-        return _rebuild, (self._dispatcher, self.controls, settings)
+        settings = {
+            "timeout_s": self._timeout_s,
+            "chunk_size": self._chunk_size,
+            "max_pending": self._max_pending,
+            "rank": self._rank,
+        }
+        return _rebuild, (self._dispatchers, self.controls, settings)
 
     def for_worker(self, rank: int) -> PooledRewards:
-        """The same pool for one more worker, with a bound of its own; the pool serves workers in the order of their
+        """The same pool for one more worker, with a bound of its own. Each dispatcher serves its workers in the order of their
         requests, whatever their rank."""
-        rebuild, arguments = self.__reduce__()
-        return rebuild(*arguments)
+        rebuild, (dispatchers, controls, settings) = self.__reduce__()
+        return rebuild(dispatchers, controls, settings | {"rank": rank})
 
     def submit(self, latents: Tensor, prompts: Sequence[str], labels: Tensor, weights: Tensor) -> PooledPendingRewards:
         """Send one request (shapes as in `RewardModel.evaluate`) and return at once, unless too many are unanswered.
@@ -59,12 +73,12 @@ class PooledRewards:
         return PooledPendingRewards(self._call("evaluate", arguments, len(latents)), latents.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, H, W, 3) uint8, decoded by all actors in turn."""
+        """Images (B, H, W, 3) uint8, decoded by the dispatcher's actors in turn."""
         calls = [self._call("decode", (_array(part),), len(part)) for part in latents.split(self._chunk_size)]
         return torch.cat([torch.from_numpy(call.result(None)) for call in calls])
 
     def class_log_probs(self, inputs: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """See `RewardModel.class_log_probs`; the batch is spread over all actors."""
+        """See `RewardModel.class_log_probs`; the batch is spread over the dispatcher's actors."""
         if len(prompts) != len(inputs):
             raise RewardError(f"{len(inputs)} samples came with {len(prompts)} prompts; expected one for each")
         calls = []
@@ -185,8 +199,8 @@ class _Call:
         self._answer = self._payload = None
 
 
-def _rebuild(dispatcher: Any, controls: dict[str, int], settings: dict[str, Any]) -> PooledRewards:
-    return PooledRewards(dispatcher, controls, **settings)
+def _rebuild(dispatchers: Sequence[Any], controls: dict[str, int], settings: dict[str, Any]) -> PooledRewards:
+    return PooledRewards(dispatchers, controls, **settings)
 
 
 def _own_error(error: RayTaskError) -> CtrlRayError:

@@ -1,5 +1,5 @@
 """The reward pool's dispatcher: one small actor that keeps the queue, knows every reward actor's load, and replaces,
-adds and stops reward actors.
+adds and stops reward actors. (A run with very many workers has several, see `ctrl_ray.rewards.pool`.)
 
 Why one process in the middle: sharing a forward between workers, first come first served over all of them, a pool that
 grows with its queue, and repeating a lost request each need one place that sees all requests. It stays cheap because

@@ -1,10 +1,14 @@
-"""The reward pool as the driver sees it: started before the workers, stopped after them."""
+"""The reward pool as the driver sees it: started before the workers, stopped after them.
+
+One dispatcher serves `WORKERS_A_DISPATCHER` workers. Where a run has more, the pool has several, each with a share of the
+actors and of the workers, and with all that one alone guarantees: they know nothing of each other.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -19,31 +23,36 @@ from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.dispatcher import RewardDispatcher
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec
-from ctrl_ray.rewards.telemetry import PoolStats
+from ctrl_ray.rewards.telemetry import PoolStats, together
 
+WORKERS_A_DISPATCHER = 128
+"""They ask a dispatcher for a twentieth of what it can pass on, and a burst of all of them has gone in about a second
+(`python -m tests.benchmarks.scaling`)."""
 _NODE_RESOURCE_SHARE = 0.001
 _LARGEST_INLINE_BYTES = 50_000
 _MAX_CONCURRENT_REQUESTS = 100_000  # the workers bound their requests themselves
 
 
 class RewardPool:
-    """The dispatcher and its actors; a context manager whose end stops them. Workers get `client()`.
+    """The dispatchers and their actors; a context manager whose end stops them. Workers get `client()`.
 
     with start_reward_pool(spec, RewardPoolConfig(num_actors=2)) as pool:
         pending = pool.client().for_worker(0).submit(latents, prompts, labels, strengths)
         answer = pending.result()  # log-probabilities, and their gradient at the latents
     """
 
-    def __init__(self, dispatcher: Any, config: RewardPoolConfig, controls: dict[str, int], given: Any) -> None:
+    def __init__(
+        self, dispatchers: Sequence[Any], config: RewardPoolConfig, controls: dict[str, int], given: Any
+    ) -> None:
         self.config = config
         self.controls = controls
-        self._dispatcher = dispatcher
+        self._dispatchers = tuple(dispatchers)
         self._given = given  # new actors read it: it must stay in the object store
 
     def client(self) -> PooledRewards:
         """A picklable handle on the pool, to be sent to training workers."""
         return PooledRewards(
-            self._dispatcher,
+            self._dispatchers,
             self.controls,
             timeout_s=self.config.timeout_s,
             chunk_size=self.config.fixed_decode_chunk_size,
@@ -53,13 +62,14 @@ class RewardPool:
     def stats(self) -> PoolStats:
         """Queue, actors and counts now; RewardError when the pool does not answer within rewards.timeout_s."""
         try:
-            return ray.get(self._dispatcher.stats.remote(), timeout=self.config.timeout_s)
+            parts = [dispatcher.stats.remote() for dispatcher in self._dispatchers]
+            return together(ray.get(parts, timeout=self.config.timeout_s))
         except (RayActorError, GetTimeoutError) as error:
             raise RewardError(f"the reward pool does not answer: {error}") from None
 
     def shutdown(self) -> None:
         """Stop every actor; a request still under way fails with a RewardError. Safe to call twice."""
-        _stop(self._dispatcher)
+        _stop(self._dispatchers)
         self._given = None
 
     def __enter__(self) -> RewardPool:
@@ -73,6 +83,7 @@ def start_reward_pool(
     spec: RewardModelSpec,
     config: RewardPoolConfig,
     *,
+    num_workers: int = 1,
     model: RewardModel | AnalyticRewardModel | None = None,
     placement_timeout_s: float = 300.0,
     actor_options: Mapping[str, Any] | None = None,
@@ -80,7 +91,8 @@ def start_reward_pool(
 ) -> RewardPool:
     """Start `config.num_actors` actors on the connected cluster and wait until each has loaded the model of `spec`.
 
-    The config decides an actor's device, threads and chunk size, whatever the spec says. `model` is a reward model
+    The config decides an actor's device, threads and chunk size, whatever the spec says. `num_workers` is how many will
+    ask, at most: `num_dispatchers` says how many dispatchers that takes. `model` is a reward model
     (on the CPU) that the actors use instead of loading one; `actor_options` goes to Ray (`scheduling_strategy`,
     `resources`, `runtime_env`, ...) and overrides `actor_options_of(config)`; `on_wait` is called about once a second
     until the pool stands. Raises ResourceError when the actors have
@@ -101,7 +113,7 @@ def start_reward_pool(
     if len(given) > _LARGEST_INLINE_BYTES:
         given = [ray.put(given)]
     options = {**actor_options_of(config), **(actor_options or {})}
-    dispatcher = (
+    dispatchers = [
         ray.remote(RewardDispatcher)
         .options(
             num_cpus=0,
@@ -112,14 +124,39 @@ def start_reward_pool(
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
         # a large one by reference: a restart of the dispatcher then needs this process, as the run does anyway
-        .remote(given, config, options, uuid4().hex[:8])
-    )
+        .remote(given, share, options, uuid4().hex[:8])
+        for share in shares_of(config, num_dispatchers(config, num_workers))
+    ]
     try:
-        controls = _start(dispatcher, config, placement_timeout_s, on_wait)
+        controls = _start(dispatchers, config, placement_timeout_s, on_wait)
     except BaseException:
-        _stop(dispatcher)
+        _stop(dispatchers)
         raise
-    return RewardPool(dispatcher, config, controls, given)
+    return RewardPool(dispatchers, config, controls, given)
+
+
+def num_dispatchers(config: RewardPoolConfig, num_workers: int) -> int:
+    """One for every WORKERS_A_DISPATCHER workers, and never so many that one might have no actor."""
+    return max(1, min(math.ceil(num_workers / WORKERS_A_DISPATCHER), config.actor_bounds[0]))
+
+
+def shares_of(config: RewardPoolConfig, count: int) -> list[RewardPoolConfig]:
+    """The pool's configuration in `count` parts: actors at the start, fewest and most of them are shared out evenly."""
+    low, high = config.actor_bounds
+    return [
+        dataclasses.replace(
+            config,
+            num_actors=_part(config.num_actors, index, count),
+            min_actors=_part(low, index, count),
+            max_actors=_part(high, index, count),
+        )
+        for index in range(count)
+    ]
+
+
+def _part(total: int, index: int, count: int) -> int:
+    """Of `total` things in `count` parts, none of which has two more than another."""
+    return total // count + (index < total % count)
 
 
 def actor_options_of(config: RewardPoolConfig) -> dict[str, Any]:
@@ -136,13 +173,14 @@ def actor_options_of(config: RewardPoolConfig) -> dict[str, Any]:
 
 
 def _start(
-    dispatcher: Any, config: RewardPoolConfig, placement_timeout_s: float, on_wait: Callable[[], None]
+    dispatchers: Sequence[Any], config: RewardPoolConfig, placement_timeout_s: float, on_wait: Callable[[], None]
 ) -> dict[str, int]:
-    started = dispatcher.start.remote(placement_timeout_s)
-    while not ray.wait([started], timeout=1.0)[0]:
+    started = [dispatcher.start.remote(placement_timeout_s) for dispatcher in dispatchers]
+    while ray.wait(started, num_returns=len(started), timeout=1.0)[1]:
         on_wait()
     try:
-        return ray.get(started)
+        controls: dict[str, int] = ray.get(started)[0]
+        return controls
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, CtrlRayError):
@@ -172,9 +210,10 @@ def _resources(config: RewardPoolConfig) -> str:
     )
 
 
-def _stop(dispatcher: Any) -> None:
-    """End the actors, then their owner; where it does not answer, Ray ends them with it."""
+def _stop(dispatchers: Sequence[Any]) -> None:
+    """End the actors, then their owners; where one does not answer, Ray ends them with it."""
     if not ray.is_initialized():
         return
-    ray.wait([dispatcher.stop.remote()], timeout=10.0)
-    ray.kill(dispatcher, no_restart=True)
+    ray.wait([dispatcher.stop.remote() for dispatcher in dispatchers], num_returns=len(dispatchers), timeout=10.0)
+    for dispatcher in dispatchers:
+        ray.kill(dispatcher, no_restart=True)

@@ -1,6 +1,6 @@
 """What a reward pool tells about itself: through Ray's metrics, and as one value for the driver and for tests.
 
-Ray exports the metrics with the prefix `ray_` (Prometheus, dashboard); every one has the tag `pool`:
+Ray exports the metrics with the prefix `ray_` (Prometheus, dashboard); every one has the tag `pool`, which names a dispatcher:
 
 | name | kind | meaning |
 |---|---|---|
@@ -18,7 +18,10 @@ Ray exports the metrics with the prefix `ray_` (Prometheus, dashboard); every on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -70,6 +73,16 @@ class PoolStats:
     def num_ready(self) -> int:
         """Actors that take requests."""
         return sum(actor.ready for actor in self.actors)
+
+
+def together(parts: Sequence[PoolStats]) -> PoolStats:
+    """Those of several dispatchers as one: counts are added, actors joined."""
+    return PoolStats(
+        **{
+            field.name: functools.reduce(operator.add, (getattr(part, field.name) for part in parts))
+            for field in fields(PoolStats)
+        }
+    )
 
 
 class Telemetry:

@@ -8,7 +8,8 @@ micro-batch waits a fifth of its time, so that the pool is asked as often, for i
 
     workers      seconds of an update over the number of workers; efficiency is one worker's over those of so many
     actors       the same over the number of reward actors
-    dispatcher   requests a second that one dispatcher passes on, asked by several processes at once, answers made at once
+    dispatcher   requests a second that one dispatcher passes on, asked by several processes at once, answers made at once; and
+                 how many it could with a core of its own: one over its process's CPU seconds a request
 
 What is not here: the network between machines. Gradients and requests go over loopback, and all processes share this
 machine's cores, which real workers do not; CPU seconds an update say how much of that is ours.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import ray
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -54,7 +56,7 @@ from ctrl_ray.policy.backbones.base import Row as LayerRow
 from ctrl_ray.policy.backbones.stable_diffusion import StableDiffusion
 from ctrl_ray.policy.protocol import Condition
 from ctrl_ray.rewards.client import PooledRewards
-from ctrl_ray.rewards.pool import start_reward_pool
+from ctrl_ray.rewards.pool import WORKERS_A_DISPATCHER, start_reward_pool
 from ctrl_ray.rewards.protocol import RewardAnswer
 from ctrl_ray.rewards.spec import RewardModelSpec
 from ctrl_ray.wording import text_table
@@ -284,14 +286,23 @@ def _ask(client: PooledRewards, seconds: float) -> tuple[int, float]:
     return answered, took
 
 
-def dispatcher_rate(num_askers: int, num_actors: int, seconds: float) -> float:
-    """Requests a second, of all askers together, answers made at once."""
+def dispatcher_rate(num_askers: int, num_actors: int, seconds: float) -> tuple[float, float]:
+    """Requests a second of all askers together, answers made at once; and how many a whole core of the dispatcher makes."""
     config = RewardPoolConfig(num_actors=num_actors, cpus_per_actor=0.01, threads_per_actor=1)
     model: Any = WaitingRewards(0.0)
     with start_reward_pool(RewardModelSpec(base_model="", classifiers={}), config, model=model) as pool:
         ray.get([_ask.remote(pool.client(), 1.0) for _ in range(num_askers)])  # starts their processes
+        (process,) = _dispatchers()
+        before, asked = sum(process.cpu_times()[:2]), pool.stats().requests
         found = ray.get([_ask.remote(pool.client(), seconds) for _ in range(num_askers)])
-    return sum(answered / took for answered, took in found)
+        busy, answers = sum(process.cpu_times()[:2]) - before, pool.stats().requests - asked
+    return sum(answered / took for answered, took in found), answers / busy
+
+
+def _dispatchers() -> list[psutil.Process]:
+    """Of this session's pools, on this machine."""
+    below = [child for process in psutil.process_iter() if process.name() == "raylet" for child in process.children()]
+    return [process for process in below if "RewardDispatcher" in " ".join(process.cmdline())]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -336,9 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.actors:
             print(table([(4, actors) for actors in arguments.actors]), flush=True)
         for askers in arguments.askers:
-            rate = dispatcher_rate(askers, 2, 10.0)
-            needed = 1024 * 2 / card.update(2) * NUM_STEPS / REAL_STEPS
-            print(f"{askers} askers: {rate:.0f} requests/s; 1024 workers ask for {needed:.0f}", flush=True)
+            rate, of_a_core = dispatcher_rate(askers, 2, 10.0)
+            needed = WORKERS_A_DISPATCHER * 2 / card.update(2) * NUM_STEPS / REAL_STEPS
+            print(
+                f"{askers} askers: {rate:.0f} requests/s, {of_a_core:.0f} a core of the dispatcher; its "
+                f"{WORKERS_A_DISPATCHER} workers ask for {needed:.1f}",
+                flush=True,
+            )
     print(this_machine())
     return 0
 

@@ -26,6 +26,7 @@ from ctrl_ray.config import ControlConfig, RewardPoolConfig
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.errors import ConfigError, ModelError, NonFiniteError, ResourceError, RewardError
 from ctrl_ray.exact.suite import Effort, gaussian
+from ctrl_ray.rewards import pool as reward_pool
 from ctrl_ray.rewards.analytic import AnalyticRewardModel
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.local import LocalRewards
@@ -124,7 +125,7 @@ def test_a_worker_process_asks(pool: RewardPool, model: RewardModel) -> None:
 
 def test_a_worker_that_has_too_many_requests_waits_until_one_is_answered(pool: RewardPool) -> None:
     """No actor answers while their processes are stopped; the worker's third request then has to wait."""
-    client = PooledRewards(pool._dispatcher, pool.controls, timeout_s=60, chunk_size=32, max_pending=2)
+    client = PooledRewards(pool._dispatchers, pool.controls, timeout_s=60, chunk_size=32, max_pending=2)
     third = threading.Thread(target=lambda: pending.append(client.submit(*request(3, seed=2))))
     with stopped(process_ids(pool)):
         pending = [client.submit(*request(3, seed)) for seed in range(2)]
@@ -412,6 +413,28 @@ def test_the_next_micro_batch_is_rolled_out_while_the_pool_scores(ray_session: N
             assert pool.stats().requests == 0 and update.is_alive()
         update.join(timeout=120)
         assert pool.stats().requests == 2 and math.isfinite(metrics["loss"])
+
+
+@pytest.mark.full
+def test_two_dispatchers_know_nothing_of_each_other(
+    ray_session: None, model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has one of the two workers and of the two actors; that of one is lost, and the other one's answers meanwhile."""
+    monkeypatch.setattr(reward_pool, "WORKERS_A_DISPATCHER", 1)
+    config = RewardPoolConfig(num_actors=2, cpus_per_actor=0.5, timeout_s=600)
+    with start_reward_pool(SPEC, config, num_workers=2, model=model, placement_timeout_s=600) as pool:
+        clients = [pickle.loads(pickle.dumps(pool.client().for_worker(rank))) for rank in range(2)]
+        first, second = process_ids(pool)
+        with stopped([first]):
+            late = clients[0].submit(*request(5, seed=1))
+            assert_agree(clients[1].submit(*request(5, seed=2)).result(), model.evaluate(*request(5, seed=2)))
+            stats = pool.stats()
+            assert [actor.in_flight for actor in stats.actors] == [1, 0] and stats.requests == 1
+            os.kill(first, signal.SIGKILL)
+        assert_agree(late.result(), model.evaluate(*request(5, seed=1)))
+        after = pool.stats()
+        assert (after.requests, after.replaced, after.resent, after.failed) == (2, 1, 1, 0)
+        assert second in process_ids(pool) and first not in process_ids(pool)
 
 
 @pytest.mark.full
