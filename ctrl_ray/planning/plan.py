@@ -11,6 +11,18 @@ bytes on N workers, read from its source:
 
 with m moments a parameter: 2 for AdamW, 1 for SGD.
 Frozen weights are whole in stages 0 to 2 and sharded in stage 3.
+
+On paper, for many H100: Stable Diffusion 1.5 at 512 px with guidance, 3.2 million trained elements, ZeRO-1, 50 steps, two
+micro-batches of 8 a worker. By the counted operations and the utilisation of `planning.cost` an update computes for 37 s.
+
+    workers   a worker sends in an update, MB                                     requests / s   dispatchers   cards that score
+              gradients   updated weights   to the pool   and gets from it
+    256       25.5        12.8              1.05          1.05                    14             2             6
+    1024      25.6        12.8              1.05          1.05                    55             8             24
+
+At 10 GB/s a card (a machine of eight has 50) weights and gradients take 4 ms. A ring of 1024 cards has 3 · 1023 hops; at
+20 µs a hop that is 61 ms, .2 % of the update. Each scoring card gets and sends 1.2 MB/s. So neither grows into the update; what
+does is one worker that is slow, for which all wait at the update's end, and what no plan knows: the loss of machines.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctrl_ray.cluster.resources import ClusterFacts, NodeFacts, cluster_facts
+from ctrl_ray.comparison.estimate import STABLE_DIFFUSION
 from ctrl_ray.config import (
     AdapterConfig,
     ControlConfig,
@@ -26,7 +27,7 @@ from ctrl_ray.config.json import to_json, train_config_from_json
 from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance, step_kl
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import policy_step, rollout
-from ctrl_ray.planning.cost import work_of
+from ctrl_ray.planning.cost import AWS_MACHINES, GPU_UTILISATION, work_of
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops, _inputs, stored_elements
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
@@ -46,6 +47,7 @@ from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
+from ctrl_ray.rewards.pool import num_dispatchers
 from ctrl_ray.runs.folder import RunFolder
 from ctrl_ray.train import parse
 
@@ -286,6 +288,46 @@ def test_traffic_of_ring_collectives() -> None:
     alone = traffic_plan(_scaled(2, 1), COUNTS, calls)
     assert (alone.reduction, alone.gather) == (0, 0)
     assert traffic_plan(_config(rewards=RewardPoolConfig(num_actors=0)), COUNTS, calls).reward_requests == 0
+
+
+def test_many_workers_on_paper() -> None:
+    """The table in `plan`'s docstring: sent bytes by the planner; requests, dispatchers and cards by the times of one H100."""
+    elements, size = 3_200_000, 8
+    counts = dataclasses.replace(
+        COUNTS,
+        trainable_elements=elements,
+        trainable_bytes=4 * elements,
+        latent_elements=4 * 64 * 64,
+    )
+    h100 = next(machine for machine in AWS_MACHINES if machine.gpu == "H100")
+    denoiser = GPU_UTILISATION * h100.flops("bf16")
+    forward, backward = (2 * size * flops / denoiser for flops in (STABLE_DIFFUSION.forward, STABLE_DIFFUSION.backward))
+    score = 2 * size * STABLE_DIFFUSION.decode / (GPU_UTILISATION * h100.flops("tf32"))
+    rows = []
+    for workers in (256, 1024):
+        rewards = RewardPoolConfig(num_actors=24)
+        config = _config(
+            global_batch_size=2 * size * workers,
+            micro_batch_size_per_worker=size,
+            sampler=SamplerConfig(num_steps=50, reference_steps=1, guidance_scale=7.5),
+            scaling=ScalingConfig(num_workers=workers, zero_stage=1, use_gpu=True),
+            rewards=rewards,
+        )
+        calls = call_plan(config, load_backbone("shapes").make_kernel(config.sampler))
+        update_s = calls.forwards * forward + calls.backwards * backward
+        assert update_s == pytest.approx(37, abs=0.5)
+        traffic = traffic_plan(config, counts, calls)
+        assert traffic.num_reductions == 1
+        sent = (traffic.reduction, traffic.gather, traffic.reward_requests, traffic.reward_answers)
+        rows.append(
+            [
+                *(round(value / 1e6, 2 if value < 2e6 else 1) for value in sent),
+                round(2 * workers / update_s),
+                num_dispatchers(rewards, workers),
+                round(2 * workers * score / update_s),
+            ]
+        )
+    assert rows == [[25.5, 12.8, 1.05, 1.05, 14, 2, 6], [25.6, 12.8, 1.05, 1.05, 55, 8, 24]]
 
 
 def test_live_bytes_follow_storages() -> None:
