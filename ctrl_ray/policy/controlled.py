@@ -211,8 +211,10 @@ class ControlledPolicy(TrainablePolicy):
             self._set_mode(*previous)
 
     def _set_mode(self, reference: bool, labels: Tensor | None) -> None:
-        self._reference, self._labels = reference, labels
-        switch_adapter(self._lora_layers, LORA_NAME, on=not reference, scale=self._scale)
+        self._labels = labels
+        if reference != self._reference:
+            self._reference = reference
+            switch_adapter(self._lora_layers, LORA_NAME, on=not reference, scale=self._scale)
 
     def _scale_cotangents(self, rows: Tensor, prediction: Tensor, reference: bool) -> None:
         """The policy's forwards share the scale that its parameters divide by; each of the reference has its own."""
