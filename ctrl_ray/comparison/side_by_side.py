@@ -167,7 +167,8 @@ class _Running:
         """Of its output; of a failed run the message."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            text = file.read().decode("utf-8", "replace")
+        lines = [line for line in text.splitlines() if line.strip() and "(raylet)" not in line]  # nor what Ray says
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or ["no output yet"])[-1].strip()
 
