@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput
+from ctrl_ray.diffusion.tables import StepTables
 from ctrl_ray.errors import ConfigError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -67,7 +68,7 @@ class DDIMKernel:
         ]
         self._noisy = [std > 0 for std in ancestral]
         self._stds = [eta * std for std in ancestral]
-        self._tables: dict[tuple[str, torch.dtype, str], tuple[Tensor, ...]] = {}
+        self._tables = StepTables()
 
     @property
     def num_steps(self) -> int:
@@ -76,7 +77,7 @@ class DDIMKernel:
 
     def time(self, step_index: int, device: torch.device | str = "cpu") -> Tensor:
         """Timestep (int64 scalar) of the step."""
-        return self._table("time", self._timesteps, torch.int64, device)[step_index]
+        return self._tables("time", self._timesteps, torch.int64, device)[step_index]
 
     def std(self, step_index: int) -> float:
         """std_dev_t of the step; exactly 0 where the step is deterministic."""
@@ -95,7 +96,7 @@ class DDIMKernel:
         """Law of the next latents; the mean in the latents' dtype, the std a scalar tensor (or like the latents when
         the model has a learned variance)."""
         mean = self.mean_from(step_index, self.denoised(step_index, latents, output))
-        std_tensor = self._table("std", self._stds, latents.dtype, latents.device)[step_index]
+        std_tensor = self._tables("std", self._stds, latents.dtype, latents.device)[step_index]
         if output.log_std_ratio is not None:
             std_tensor = std_tensor * output.log_std_ratio.to(latents.dtype).exp()
         return GaussianStep(mean, std_tensor)
@@ -112,12 +113,3 @@ class DDIMKernel:
         alpha_prod_next, std = self._next_alphas[step_index], self._stds[step_index]
         direction = max(0.0, 1 - alpha_prod_next - std**2) ** 0.5
         return alpha_prod_next**0.5 * denoised.x_0 + direction * denoised.noise
-
-    def _table(
-        self, name: str, values: Sequence[float], dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[Tensor, ...]:
-        """A scalar for every step, made once for each device: making one at every step would wait for the GPU."""
-        key = name, dtype, str(device)
-        if key not in self._tables:
-            self._tables[key] = tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
-        return self._tables[key]
