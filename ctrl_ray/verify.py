@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ctrl_ray import command
-from ctrl_ray.config.fields import above, at_least, check_fields, share
+from ctrl_ray.config.fields import above, at_least, check_fields
 from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,17 @@ EstimatorName = Literal["full", "sticking_the_landing", "last_k", "random_suffix
 DENSITIES, BIASES = "densities.png", "bias.png"
 _OF_ONE_PROBLEM = (
     *("means", "stds", "weights", "reward_slope", "reward_target", "reward_std", "guidance_strength", "kl_coef"),
-    *("num_steps", "eta", "dimension", "estimator", "latent_reduction", "num_updates", "batch_size", "learning_rate"),
+    *(
+        "num_steps",
+        "eta",
+        "sde",
+        "dimension",
+        "estimator",
+        "latent_reduction",
+        "num_updates",
+        "batch_size",
+        "learning_rate",
+    ),
 )
 
 
@@ -58,8 +68,13 @@ class VerifyOptions:
     """beta. The target's exponent is gamma / beta."""
     num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps."""
-    eta: Annotated[float | None, share()] = None
-    """DDIM stochasticity. Below 1 the sampler remembers its initial noise and misses the target."""
+    kernel: Literal["ddim", "flow"] = "ddim"
+    """Of every problem: DDIM on the noise schedule of Stable Diffusion, or flow matching, shifted as SD3 does."""
+    sde: Literal["ancestral", "cps", "flow_grpo", "constant"] | None = None
+    """Of --kernel flow: where a step's noise comes from. The default is ancestral, DDIM's step in other variables; for the
+    others choose eta too (Flow-GRPO's is 0.7)."""
+    eta: Annotated[float | None, above(0)] = None
+    """Stochasticity. Below 1 (flow_grpo: the root of 2) the sampler remembers its initial noise and misses the target."""
     dimension: Annotated[int | None, at_least(1)] = None
     """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two;
     prompt-dependent: on all, which are repeats of one training)."""
@@ -119,6 +134,8 @@ class VerifyOptions:
             raise ConfigError(
                 f"{_flags(of_adapters)} belong to the comparison of an adapter; give --adapter RUN/adapter"
             )
+        if self.kernel != "ddim" and (judged or self.error_budget):
+            raise ConfigError("--kernel is of the problems with a known answer; leave it out here")
         if self.error_budget and (self.problem or self.all):
             raise ConfigError("--error-budget is about one problem, the logistic; leave out --problem and --all")
         if self.all and (self.problem or self._changes()):
@@ -133,18 +150,22 @@ class VerifyOptions:
     def cases(self) -> list[Case]:
         """What is to be run."""
         from ctrl_ray.exact.suite import all_cases, default_cases, named_cases
-        from ctrl_ray.verification.changes import changed
+        from ctrl_ray.verification.changes import changed, with_flow
+
+        def chosen(cases: list[Case]) -> list[Case]:
+            return [with_flow(case) for case in cases] if self.kernel == "flow" else cases
 
         if self.problem:
             changes = {name: getattr(self, name) for name in self._changes()}
-            cases = named_cases(self.problem)
+            cases = chosen(named_cases(self.problem))
             names = [self.problem] if len(cases) == 1 else [case.problem.name for case in cases]
             steps = self.estimator_steps
             return [
                 changed(case, changes, name=name, estimator_steps=steps, seed=self.seed)
                 for case, name in zip(cases, names, strict=True)
             ]
-        return [dataclasses.replace(case, seed=self.seed) for case in (all_cases() if self.all else default_cases())]
+        cases = chosen(all_cases() if self.all else default_cases())
+        return [dataclasses.replace(case, seed=self.seed) for case in cases]
 
     def _changes(self) -> list[str]:
         return [name for name in _OF_ONE_PROBLEM if getattr(self, name) is not None]

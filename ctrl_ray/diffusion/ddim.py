@@ -88,6 +88,11 @@ class DDIMKernel:
         `reference_steps`. At eta 0 the policy may sample, but nothing has a KL."""
         return self._noisy[step_index] and step_index < self.num_steps - self.reference_steps
 
+    def scales(self, step_index: int) -> tuple[float, float]:
+        """See `StepKernel`."""
+        alpha = self._alphas[step_index]
+        return alpha**0.5, (1 - alpha) ** 0.5
+
     def alpha_prod(self, step_index: int) -> tuple[float, float]:
         """(alpha_prod_t, alpha_prod_next) of the step."""
         return self._alphas[step_index], self._next_alphas[step_index]

@@ -101,6 +101,10 @@ class FlowKernel:
         """(σ, σ') of the step."""
         return self._sigmas[step_index], self._sigmas[step_index + 1]
 
+    def scales(self, step_index: int) -> tuple[float, float]:
+        """See `StepKernel`."""
+        return 1 - self._sigmas[step_index], self._sigmas[step_index]
+
     def std(self, step_index: int) -> float:
         """Standard deviation of the step's noise; exactly 0 where the step is deterministic."""
         return self._stds[step_index]

@@ -95,6 +95,10 @@ class StepKernel(Protocol):
         """Standard deviation of the step's noise; 0 where the step is deterministic."""
         ...
 
+    def scales(self, step_index: int) -> tuple[float, float]:
+        """(a, b) of the step's latents a x_0 + b ε."""
+        ...
+
     def controlled(self, step_index: int) -> bool:
         """Whether the policy takes this step. The reference takes those that never have a density, and the sampler's last
         `reference_steps`: they are a fixed part of the reward."""

@@ -89,7 +89,8 @@ def _policy_kl(affine: list[tuple[float, float, float]], policies: list[tuple[fl
     total, mean, variance = 0.0, 0.0, 1.0
     for (scale, offset, std), (factor, shift) in zip(affine, policies, strict=True):
         ref_mean, ref_variance = scale * mean + offset, scale**2 * variance
-        total += (((factor - 1) * ref_mean + shift) ** 2 + (factor - 1) ** 2 * ref_variance) / (2 * std**2)
+        if std > 0:
+            total += (((factor - 1) * ref_mean + shift) ** 2 + (factor - 1) ** 2 * ref_variance) / (2 * std**2)
         mean, variance = factor * ref_mean + shift, factor**2 * ref_variance + std**2
     return total
 

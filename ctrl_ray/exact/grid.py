@@ -76,8 +76,13 @@ class Kernel:
 
 
 def make_kernel(grid: Grid, means: Array, std: float) -> Kernel:
-    """x' ~ N(means, std²) integrated over the bins; what would leave the grid stays in its last bin."""
+    """x' ~ N(means, std²) integrated over the bins; what would leave the grid stays in its last bin. Where std is 0, x' = mean
+    lies between two bins' centres, in proportion."""
     count = len(means)
+    if std == 0:
+        place = np.clip((means - grid.centres[0]) / grid.width, 0, count - 1)
+        left = np.minimum(place.astype(int), count - 2)
+        return Kernel(left[:, None] + np.arange(2), np.stack([left + 1 - place, place - left], axis=1))
     half = int(np.ceil(_REACH * std / grid.width)) + 1
     width = min(2 * half + 1, count)
     first = np.clip(np.floor((means - grid.edges[0]) / grid.width).astype(int) - half, 0, count - width)
@@ -158,7 +163,8 @@ def policy_answer(problem: Problem, grid: Grid, means: Sequence[Array], coordina
     reward = problem.guidance_strengths[coordinate] * problem.rewards[coordinate].log_prob(grid.centres)
     law, kl = grid.initial(), 0.0
     for step, mean in zip(chain, means, strict=True):
-        kl += float(law @ ((mean - step.mean(grid.centres)) ** 2 / (2 * step.std**2)))
+        if step.std > 0:
+            kl += float(law @ ((mean - step.mean(grid.centres)) ** 2 / (2 * step.std**2)))
         law = make_kernel(grid, mean, step.std).forward(law)
     return _answer(grid, law, reward, kl, problem.kl_coef)
 
@@ -203,6 +209,10 @@ def _best_means(
     value, best = reward, []
     low, high = grid.centres[0], grid.centres[-1]
     for step, reference in zip(reversed(chain), reversed(references), strict=True):
+        if step.std == 0:  # nothing to choose
+            value = CubicSpline(grid.centres, value)(np.clip(reference, low, high))
+            best.append(reference)
+            continue
         smoothed = CubicSpline(grid.centres, make_kernel(grid, grid.centres, step.std).expect(value))
         slope, curvature = smoothed.derivative(1), smoothed.derivative(2)
         weight = beta / step.std**2

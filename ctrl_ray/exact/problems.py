@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from scipy.special import log_expit, logsumexp
@@ -12,6 +13,8 @@ from scipy.special import log_expit, logsumexp
 from ctrl_ray.errors import ConfigError
 
 Array = np.ndarray
+KernelName = Literal["ddim", "flow"]
+FlowSDE = Literal["ancestral", "cps", "flow_grpo", "constant"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ class Mixture:
         variances = alpha_prod * np.asarray(self.stds) ** 2 + 1 - alpha_prod
         scores = -(np.asarray(x)[..., None] - means) / variances
         return -((1 - alpha_prod) ** 0.5) * (shares * scores).sum(-1)
+
+    def velocity(self, x: Array, sigma: float) -> Array:
+        """The exact E[ε − x_0 | x] where x = (1 − σ) x_0 + σ ε."""
+        means, stds = np.asarray(self.means), np.asarray(self.stds)
+        variances = ((1 - sigma) * stds) ** 2 + sigma**2
+        z = np.asarray(x)[..., None] - (1 - sigma) * means
+        logits = np.log(self.probabilities) - 0.5 * z**2 / variances - 0.5 * np.log(variances)
+        shares = np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))
+        of_component = (sigma - (1 - sigma) * stds**2) * z / variances - means
+        return np.asarray((shares * of_component).sum(-1))
 
 
 class Reward(Protocol):
@@ -118,16 +131,36 @@ class ComponentReward:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """DDIM on the noise schedule of Stable Diffusion: 1000 training steps, scaled-linear betas, leading timesteps."""
+    """DDIM on the noise schedule of Stable Diffusion: 1000 training steps, scaled-linear betas, leading timesteps. Or a flow
+    from σ = 1 to 0, evenly spaced and shifted as SD3 does, whose last step has no noise and is the reference's."""
 
     num_steps: int = 50
     eta: float = 1.0
+    """DDIM's; of a flow what `sde` makes of it."""
+    kernel: KernelName = "ddim"
+    sde: FlowSDE = "ancestral"
+    """Of a flow (`ctrl_ray.diffusion.flow`)."""
+    shift: float = 3.0
+    """Of a flow: σ ← shift · σ / (1 + (shift − 1) σ)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_steps <= 1000:
-            raise ConfigError(f"num_steps is {self.num_steps}; expected 1 to 1000")
-        if not 0 < self.eta <= 1:
-            raise ConfigError(f"eta is {self.eta}; expected a number in (0, 1]: a step without noise has no KL")
+        if not self.first_steps <= self.num_steps <= 1000:
+            raise ConfigError(f"num_steps is {self.num_steps}; expected {self.first_steps} to 1000")
+        most = math.inf if self.sde in ("flow_grpo", "constant") else 1
+        if not 0 < self.eta <= most:
+            raise ConfigError(f"eta is {self.eta}; expected a number in (0, {most}]: a step without noise has no KL")
+        if self.kernel == "ddim" and self.sde != "ancestral":
+            raise ConfigError(f"the SDE {self.sde!r} is one of flow matching; give --kernel flow with it")
+
+    @property
+    def first_steps(self) -> int:
+        """Fewest steps: a flow's last is not controlled."""
+        return 2 if self.kernel == "flow" else 1
+
+    @property
+    def reference_steps(self) -> int:
+        """Steps at the end that the reference takes."""
+        return 1 if self.kernel == "flow" else 0
 
 
 @dataclass(frozen=True, kw_only=True)

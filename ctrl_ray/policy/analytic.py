@@ -13,8 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import ModelOutput
+from ctrl_ray.diffusion.steps import ModelOutput, StepKernel
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.protocol import Condition, Inputs, TrainablePolicy
 
@@ -59,6 +58,27 @@ class MixtureDenoiser(nn.Module):
         return (1 - alpha).sqrt() * (logits.softmax(-1) * z / variances).sum(-1)
 
 
+class MixtureVelocity(nn.Module):
+    """E[ε − x_0 | x] where x = (1 − σ) x_0 + σ ε, for every coordinate; time is 1000 σ."""
+
+    means: Tensor
+    stds: Tensor
+
+    def __init__(self, means: Sequence[float], stds: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.tensor(means, dtype=torch.float32))
+        self.register_buffer("stds", torch.tensor(stds, dtype=torch.float32))
+
+    def forward(self, latents: Tensor, time: Tensor, log_weights: Tensor) -> Tensor:
+        """Like the latents (B, D); log_weights (B, K) of the mixture's components."""
+        sigma = (time / 1000).to(latents)
+        means, stds = self.means.to(latents), self.stds.to(latents)
+        variances = ((1 - sigma) * stds) ** 2 + sigma**2
+        z = latents[..., None] - (1 - sigma) * means
+        logits = log_weights[:, None, :].to(latents.dtype) - 0.5 * z**2 / variances - 0.5 * variances.log()
+        return (logits.softmax(-1) * ((sigma - (1 - sigma) * stds**2) * z / variances - means)).sum(-1)
+
+
 class MixtureEncoder:
     """Prompts to the mixture's weights."""
 
@@ -86,8 +106,8 @@ class AnalyticPolicy(TrainablePolicy):
 
     def __init__(
         self,
-        denoiser: MixtureDenoiser,
-        kernel: DDIMKernel,
+        denoiser: MixtureDenoiser | MixtureVelocity,
+        kernel: StepKernel,
         num_classes: Mapping[str, int],
         *,
         dimension: int = 1,
@@ -101,16 +121,16 @@ class AnalyticPolicy(TrainablePolicy):
         self.latent_shape = (dimension,)
         self.denoiser = denoiser
         self._num_nodes = num_nodes
-        self._step_of_time = {int(kernel.time(k)): k for k in range(kernel.num_steps)}
+        self._step_of_time = {float(kernel.time(k)): k for k in range(kernel.num_steps)}
         ranges, factors = [], []
         for k in range(kernel.num_steps):
-            alpha, following = kernel.alpha_prod(k)
-            centres = alpha**0.5 * denoiser.means
-            spreads = (alpha * denoiser.stds**2 + 1 - alpha).sqrt() * reach
+            of_x_0, of_noise = kernel.scales(k)
+            centres = of_x_0 * denoiser.means
+            spreads = ((of_x_0 * denoiser.stds) ** 2 + of_noise**2).sqrt() * reach
             ranges.append((float((centres - spreads).min()), float((centres + spreads).max())))
-            std = kernel.std(k)
-            of_noise = max(0.0, 1 - following - std**2) ** 0.5 - (following * (1 - alpha) / alpha) ** 0.5
-            factors.append(std / of_noise)
+            one = torch.ones(1, 1, dtype=torch.float64)  # the mean is linear in the prediction
+            of_prediction = float(kernel.step(k, torch.zeros_like(one), ModelOutput(one)).mean)
+            factors.append(kernel.std(k) / of_prediction)
         self._ranges, self._factors = ranges, factors
         self.num_classes = dict(num_classes)
         self._shared_steps = shared_steps
@@ -120,12 +140,12 @@ class AnalyticPolicy(TrainablePolicy):
         )
 
     def forward(self, latents: Tensor, time: Tensor, inputs: Inputs, *, reference: bool) -> ModelOutput:
-        """ε of latents (B, D); there is no guidance of a mixture."""
-        noise = self.denoiser(latents, time, inputs.condition.tensors["log_weights"])
+        """ε or v of latents (B, D); there is no guidance of a mixture."""
+        prediction = self.denoiser(latents, time, inputs.condition.tensors["log_weights"])
         if reference:
-            return ModelOutput(noise)
-        step_index = self._step_of_time[int(time)]
-        return ModelOutput(noise + self._factors[step_index] * self._push(latents, inputs.labels, step_index))
+            return ModelOutput(prediction)
+        step_index = self._step_of_time[float(time)]
+        return ModelOutput(prediction + self._factors[step_index] * self._push(latents, inputs.labels, step_index))
 
     def parameter_groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict[str, Any]]:
         """One group: the pushes."""

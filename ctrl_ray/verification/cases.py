@@ -28,6 +28,8 @@ from ctrl_ray.config import (
     ScalingConfig,
     TrainConfig,
 )
+from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.flow import FlowKernel, flow_sigmas
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.environment import worker_environment
 from ctrl_ray.distributed.learner import Learner, Rank
@@ -36,9 +38,16 @@ from ctrl_ray.distributed.rows import Notice, Stopping
 from ctrl_ray.distributed.worker import set_up_process
 from ctrl_ray.distributed.worker_group import WorkerGroup, new_channel, run_workers
 from ctrl_ray.exact.grid import make_grid
+from ctrl_ray.exact.problems import Mixture, Sampler
 from ctrl_ray.exact.suite import Case
 from ctrl_ray.gradients.rollout import policy_step
-from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
+from ctrl_ray.policy.analytic import (
+    AnalyticPolicy,
+    MixtureDenoiser,
+    MixtureEncoder,
+    MixtureVelocity,
+    analytic_scheduler,
+)
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.policy.schedule import load_kernel
 from ctrl_ray.rewards.analytic import CONTROLS, AnalyticRewardModel
@@ -160,7 +169,11 @@ def case_config(case: Case, scaling: ScalingConfig) -> TrainConfig:
         kl_coef=problem.kl_coef,
         latent_reduction=case.latent_reduction,
         control_dropout=0.0,
-        sampler=SamplerConfig(num_steps=problem.sampler.num_steps, eta=problem.sampler.eta),
+        sampler=SamplerConfig(
+            num_steps=problem.sampler.num_steps,
+            eta=min(1.0, problem.sampler.eta),  # a flow's SDE is the kernel's alone
+            reference_steps=problem.sampler.reference_steps,
+        ),
         estimator=EstimatorConfig(name=case.estimator, steps=case.estimator_steps),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(
             learning_rate=effort.learning_rate,
@@ -186,11 +199,10 @@ def case_learner(
     make_engine: Callable[[AnalyticPolicy, TrainConfig], Any] = PolicyEngine,
 ) -> tuple[Learner, AnalyticPolicy]:
     """What trains a case, and the policy that it trains."""
-    scheduler = analytic_scheduler()
-    kernel = load_kernel(scheduler, config.sampler)
     mixture = case.problem.mixture
+    kernel, denoiser = _reference(mixture, case.problem.sampler, config.sampler)
     policy = AnalyticPolicy(
-        MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod),
+        denoiser,
         kernel,
         dict.fromkeys(config.controls, 1),
         dimension=case.problem.dimension,
@@ -208,6 +220,22 @@ def case_learner(
         rank=rank,
     )
     return learner, policy
+
+
+def _reference(
+    mixture: Mixture, sampler: Sampler, config: SamplerConfig
+) -> tuple[DDIMKernel | FlowKernel, MixtureDenoiser | MixtureVelocity]:
+    """A problem's chain of steps, and what predicts in it."""
+    if sampler.kernel == "flow":
+        kernel = FlowKernel(
+            flow_sigmas(sampler.num_steps, shift=sampler.shift),
+            sde=sampler.sde,
+            eta=sampler.eta,
+            reference_steps=sampler.reference_steps,
+        )
+        return kernel, MixtureVelocity(mixture.means, mixture.stds)
+    scheduler = analytic_scheduler()
+    return load_kernel(scheduler, config), MixtureDenoiser(mixture.means, mixture.stds, scheduler.alphas_cumprod)
 
 
 def _train_case(case: Case, config: TrainConfig, rewards: PooledRewards, channel: Any) -> None:

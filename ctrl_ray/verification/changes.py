@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Mixture, Problem, Reward, Sampler
+from ctrl_ray.exact.problems import ComponentReward, GaussianReward, LogisticReward, Mixture, Problem, Reward
 from ctrl_ray.exact.prompts import MarginalReward, PromptRule
 from ctrl_ray.exact.suite import Case
 
@@ -34,9 +34,19 @@ def changed(case: Case, changes: Mapping[str, Any], *, name: str, estimator_step
     )
 
 
+def with_flow(case: Case) -> Case:
+    """The case with flow matching in the place of DDIM."""
+
+    def of(problem: Problem) -> Problem:
+        sampler = dataclasses.replace(problem.sampler, kernel="flow")
+        return dataclasses.replace(problem, name=f"{problem.name}, flow", sampler=sampler)
+
+    return dataclasses.replace(case, problem=of(case.problem), truth=None if case.truth is None else of(case.truth))
+
+
 def _changed_problem(problem: Problem, changes: Mapping[str, Any], name: str) -> Problem:
-    sampler = Sampler(
-        num_steps=changes.get("num_steps", problem.sampler.num_steps), eta=changes.get("eta", problem.sampler.eta)
+    sampler = dataclasses.replace(
+        problem.sampler, **{name: changes[name] for name in ("num_steps", "eta", "sde") if name in changes}
     )
     mixture = _changed_mixture(problem.mixture, changes)
     return dataclasses.replace(

@@ -151,6 +151,19 @@ def test_eta_below_one_misses_the_target_though_not_its_own_optimum() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("sde", "eta", "missed"), [("ancestral", 1.0, 0.0), ("flow_grpo", 0.7, 0.017)])
+def test_a_flow_reaches_its_optimum_which_is_the_tilt_where_it_forgets(sde: Any, eta: float, missed: float) -> None:
+    """T1 by ten steps of flow matching; Flow-GRPO's noise misses the target's mean by what the solver says."""
+    case = gaussian()
+    sampler = Sampler(num_steps=10, kernel="flow", sde=sde, eta=eta)
+    flow = dataclasses.replace(case, problem=dataclasses.replace(case.problem, sampler=sampler))
+    reached, solution = _trained(flow, learning_rate=0.15)
+    assert solution.tilt.mean - solution.optimum.mean == pytest.approx(missed, abs=1e-3)
+    assert (reached.mean, reached.std) == pytest.approx((solution.optimum.mean, solution.optimum.std), abs=0.02)
+    assert solution.tilt.mean - reached.mean == pytest.approx(missed, abs=0.006)
+
+
+@pytest.mark.full
 def test_the_answer_does_not_depend_on_the_dimension_unless_the_kl_is_a_mean() -> None:
     """T6 at 10 steps: 1 and 16 coordinates agree; the mean over coordinates makes the exponent 16 times as large."""
     results = {}

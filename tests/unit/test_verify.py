@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from ctrl_ray import verify
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.grid import solve_on_grid
-from ctrl_ray.exact.problems import GaussianReward, LogisticReward
+from ctrl_ray.exact.problems import GaussianReward, LogisticReward, Sampler
 from ctrl_ray.exact.prompts import MarginalReward
 from ctrl_ray.exact.suite import Case, all_cases, default_cases
 from ctrl_ray.verification.pipeline import Question
@@ -113,6 +114,20 @@ def test_default_and_all_are_the_suites() -> None:
     assert [case.title for case in cases] == [case.title for case in all_cases()] and {c.seed for c in cases} == {5}
 
 
+def test_every_problem_can_be_one_of_flow_matching() -> None:
+    """Under a name that says so, as it is but for the sampler; and the SDE of one."""
+    plain, flow = VerifyOptions(all=True).cases(), VerifyOptions(all=True, kernel="flow").cases()
+    for one, other in zip(plain, flow, strict=True):
+        assert other.problem.name == f"{one.problem.name}, flow"
+        assert other.problem.sampler == dataclasses.replace(one.problem.sampler, kernel="flow")
+        assert dataclasses.replace(other, problem=one.problem, truth=one.truth) == one
+        assert (other.truth is None) == (one.truth is None)
+    (case,) = VerifyOptions(kernel="flow", problem="gaussian", sde="flow_grpo", eta=0.7, num_steps=10).cases()
+    assert case.problem.sampler == Sampler(num_steps=10, eta=0.7, kernel="flow", sde="flow_grpo")
+    with pytest.raises(ConfigError, match="give --kernel flow"):
+        VerifyOptions(problem="gaussian", sde="flow_grpo").cases()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -124,6 +139,8 @@ def test_default_and_all_are_the_suites() -> None:
         ({"adapter": "x", "num_samples": 15}, "num_samples is 15; expected at least 16"),
         ({"adapter": "x", "max_pool_samples": 19}, "max_pool_samples is 19; expected at least 20"),
         ({"error_budget": True, "all": True}, "one problem"),
+        ({"adapter": "x", "kernel": "flow"}, "--kernel is of the problems"),
+        ({"error_budget": True, "kernel": "flow"}, "--kernel is of the problems"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], message: str) -> None:

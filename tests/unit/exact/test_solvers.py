@@ -13,7 +13,7 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.gaussian import solve_gaussian
 from ctrl_ray.exact.grid import make_grid, make_kernel, policy_answer, solve_on_grid, total_variation
-from ctrl_ray.exact.problems import ComponentReward, GaussianReward, Mixture, Problem, Sampler
+from ctrl_ray.exact.problems import ComponentReward, FlowSDE, GaussianReward, Mixture, Problem, Sampler
 from ctrl_ray.exact.suite import TWO_MODES, component, gaussian, logistic, two_controls
 from ctrl_ray.exact.witness import check_against_riccati
 from tests.unit.exact.quadrature import solve_by_quadrature
@@ -49,6 +49,28 @@ def test_grid_and_riccati_agree(strength: float, kl_coef: float) -> None:
         one, other = getattr(closed, name), getattr(grid, name)
         assert (other.mean, other.std) == pytest.approx((one.mean, one.std), abs=1e-3), name
         assert (other.kl, other.objective) == pytest.approx((one.kl, one.objective), abs=4e-3), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("sde", "eta", "forgets"), [("ancestral", 1.0, True), ("flow_grpo", 2**0.5, True), ("flow_grpo", 0.7, False)]
+)
+def test_a_flow_reaches_its_tilt_where_it_forgets_its_noise(sde: FlowSDE, eta: float, *, forgets: bool) -> None:
+    """T1 and T4 by flow matching. The ancestral step and Flow-GRPO's at √2 keep nothing of the noise at σ = 1: the best policy
+    of T1 has the tilt's mean, and free kernels reach log Z. At 0.7, Flow-GRPO's own, they miss it by .018 nats, and T1's mean
+    by .017."""
+    sampler = Sampler(num_steps=10, kernel="flow", sde=sde, eta=eta)
+    closed = solve_gaussian(dataclasses.replace(gaussian().problem, sampler=sampler))
+    on_grid = solve_on_grid(dataclasses.replace(gaussian().problem, sampler=sampler), num_bins=600)
+    assert check_against_riccati(dataclasses.replace(gaussian().problem, sampler=sampler), 0, on_grid)
+    modes = solve_on_grid(dataclasses.replace(logistic().problem, sampler=sampler), num_bins=600)
+    missed, kept = closed.tilt.mean - closed.optimum.mean, modes.log_z - modes.free.objective
+    assert missed == pytest.approx(0.0 if forgets else 0.0173, abs=2e-4)
+    assert kept == pytest.approx(0.0 if forgets else 0.018, abs=1e-3)
+    assert modes.log_z == pytest.approx(math.log(0.5), abs=1e-6)
+    if sde == "ancestral":
+        assert (closed.tilt.mean, closed.tilt.std) == pytest.approx((1.3727, 0.4142), abs=1e-4)
+        assert (closed.optimum.mean, closed.optimum.std) == pytest.approx((1.3727, 0.4776), abs=1e-4)
 
 
 @pytest.mark.full
@@ -136,7 +158,7 @@ def test_propagated_law_is_that_of_simulated_trajectories() -> None:
 def test_kernel_rows_are_probabilities_and_keep_the_mean() -> None:
     """Also for a step far narrower than the grid, and for means outside it."""
     grid = make_grid(gaussian().problem, 400)
-    for std in (0.9, 0.05, 0.003):
+    for std in (0.9, 0.05, 0.003, 0.0):
         means = np.linspace(-4, 4, 400)
         kernel = make_kernel(grid, means, std)
         np.testing.assert_allclose(kernel.mass.sum(1), 1, atol=1e-12)
@@ -155,6 +177,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         ComponentReward(TWO_MODES, 2)
     with pytest.raises(ConfigError, match="eta"):
         Sampler(eta=0.0)
+    with pytest.raises(ConfigError, match=r"eta is 1\.2; expected a number in \(0, 1\]"):
+        Sampler(kernel="flow", eta=1.2)
+    with pytest.raises(ConfigError, match="expected 2 to 1000"):
+        Sampler(kernel="flow", num_steps=1)
+    with pytest.raises(ConfigError, match="'cps' is one of flow matching; give --kernel flow"):
+        Sampler(sde="cps")
     with pytest.raises(ConfigError, match="dimension is 1"):
         Problem(name="x", mixture=TWO_MODES, rewards=(GaussianReward(0, 1),) * 2, guidance_strengths=(1.0, 1.0))
     with pytest.raises(ConfigError, match="not Gaussian"):

@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from ctrl_ray.config import SamplerConfig
+from ctrl_ray.diffusion.flow import FlowKernel, flow_sigmas
 from ctrl_ray.diffusion.steps import step_kl
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.problems import Sampler
 from ctrl_ray.exact.suite import THREE_MODES
 from ctrl_ray.gradients.rollout import policy_step
-from ctrl_ray.policy.analytic import AnalyticPolicy, MixtureDenoiser, MixtureEncoder, analytic_scheduler
+from ctrl_ray.policy.analytic import (
+    AnalyticPolicy,
+    MixtureDenoiser,
+    MixtureEncoder,
+    MixtureVelocity,
+    analytic_scheduler,
+)
 from ctrl_ray.policy.protocol import Inputs
 from ctrl_ray.policy.schedule import load_kernel
 
@@ -36,9 +43,38 @@ def test_reference_steps_are_those_of_the_solver() -> None:
     labels = torch.zeros(50, 2, dtype=torch.long)
     for k, step in enumerate(chain):
         ours = policy_step(policy, kernel, k, x, Inputs(encoder.encode(["p"] * 50), labels), reference=True)  # type: ignore[arg-type]
-        assert int(kernel.time(k)) == step.timestep  # type: ignore[attr-defined]
+        assert int(kernel.time(k)) == step.time  # type: ignore[attr-defined]
         assert kernel.std(k) == pytest.approx(step.std, rel=1e-5)  # type: ignore[attr-defined]
         torch.testing.assert_close(ours.mean.numpy(), step.mean(x.numpy()), atol=2e-6, rtol=2e-6)
+
+
+FLOWS = [
+    Sampler(num_steps=STEPS, kernel="flow"),
+    Sampler(num_steps=STEPS, kernel="flow", eta=0.6, shift=1.0),
+    Sampler(num_steps=STEPS, kernel="flow", sde="cps", eta=0.8),
+    Sampler(num_steps=STEPS, kernel="flow", sde="flow_grpo", eta=0.7),
+    Sampler(num_steps=STEPS, kernel="flow", sde="constant", eta=0.5),
+]
+
+
+@pytest.mark.parametrize("sampler", FLOWS, ids=lambda sampler: f"{sampler.sde} {sampler.eta}")
+def test_steps_of_a_flow_are_those_of_the_solver(sampler: Sampler) -> None:
+    """The same for flow matching: the exact velocity with `FlowKernel`. A push moves the mean by that many deviations there
+    too, and the last step has none."""
+    kernel = FlowKernel(flow_sigmas(STEPS, shift=sampler.shift), sde=sampler.sde, eta=sampler.eta, reference_steps=1)
+    denoiser = MixtureVelocity(THREE_MODES.means, THREE_MODES.stds)
+    policy = AnalyticPolicy(denoiser, kernel, {"first": 1}, dimension=2, num_nodes=9).double()
+    policy.pushes["first"].data[:] = 0.7
+    x = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    encoder, labels = MixtureEncoder({"p": THREE_MODES.weights}), torch.zeros(50, 1, dtype=torch.long)
+    inputs = Inputs(encoder.encode(["p"] * 50), labels)
+    for k, step in enumerate(reference_chain(THREE_MODES, sampler)):
+        ref, pushed = (policy_step(policy, kernel, k, x, inputs, reference=reference) for reference in (True, False))
+        assert float(kernel.time(k)) == pytest.approx(step.time, rel=1e-6)
+        assert kernel.std(k) == pytest.approx(step.std, rel=1e-12)
+        torch.testing.assert_close(ref.mean.numpy(), step.mean(x.numpy()), atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(pushed.mean - ref.mean, torch.full_like(x, 0.7 * step.std), atol=1e-9, rtol=1e-9)
+    assert step.std == 0 and not kernel.controlled(STEPS - 1)
 
 
 def test_policy_equals_reference_at_the_start_and_prompts_choose_the_weights() -> None:
