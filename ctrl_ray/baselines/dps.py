@@ -33,6 +33,6 @@ class DPS(GuidedSampler):
 
 
 def dps_mean(prediction: Prediction, gradient: Tensor, scale: float) -> Tensor:
-    """The next mean with ε̃ − scale √(1 − ᾱ) gradient; gradient: of log p with respect to the noisy latents, like them."""
-    alpha_prod_t, _ = prediction.kernel.alpha_prod(prediction.step_index)
-    return prediction.mean_of_shifted_noise(-scale * (1 - alpha_prod_t) ** 0.5 * gradient)
+    """The next mean with ε̃ − scale √(1 − ᾱ) gradient (a flow: ε̃ − scale σ gradient); gradient: of log p with respect to the
+    noisy latents, like them."""
+    return prediction.mean_of_shifted_noise(-scale * prediction.kernel.scales(prediction.step_index).noise * gradient)

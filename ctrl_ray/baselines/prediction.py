@@ -54,9 +54,9 @@ class Prediction:
 
     def mean_of_shifted_noise(self, shift: Tensor) -> Tensor:
         """The next mean where ε̃ + shift is predicted in place of ε̃: x̂_0 moves with it."""
-        alpha_prod_t, _ = self.kernel.alpha_prod(self.step_index)
+        scales = self.kernel.scales(self.step_index)
         x_0, noise = self.detached()
-        moved = Denoised(x_0 - (1 / alpha_prod_t - 1) ** 0.5 * shift, noise + shift)
+        moved = Denoised(x_0 - scales.noise / scales.signal * shift, noise + shift)
         return self.kernel.mean_from(self.step_index, moved)
 
     def mean_of_shifted_x_0(self, shift: Tensor) -> Tensor:
@@ -86,8 +86,9 @@ def predict(
 
 
 def guides(kernel: DenoisingKernel, step_index: int) -> bool:
-    """Whether a baseline may change the step: where a policy would (`StepKernel.controlled`), and there is noise."""
-    return kernel.controlled(step_index) and kernel.std(step_index) > 0
+    """Whether a baseline may change the step: where a policy would (`StepKernel.controlled`), there is noise, and the latents
+    are not noise alone, as at a flow's σ = 1."""
+    return kernel.controlled(step_index) and kernel.std(step_index) > 0 and kernel.scales(step_index).signal > 0
 
 
 def require_reference(kernel: DenoisingKernel, method: str, *, reference: bool) -> None:

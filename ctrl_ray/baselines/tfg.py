@@ -51,7 +51,7 @@ class TFG(GuidedSampler):
     def guided_mean(self, prediction: Prediction, call: Call) -> Tensor:
         """See `GuidedSampler`."""
         kernel, step_index = prediction.kernel, prediction.step_index
-        alpha_prod_t, alpha_prod_next = kernel.alpha_prod(step_index)
+        growth = kernel.next_scales(step_index).signal / kernel.scales(step_index).signal
         ratio = _relative_ratio(kernel, step_index)
         smooth = self._smoothed(prediction, call)
         x_0 = prediction.denoised.x_0.detach()
@@ -63,15 +63,15 @@ class TFG(GuidedSampler):
                 gradient = smooth(x_0 + shift)
             shift = shift + self.mean_scale * ratio * gradient
         mean = prediction.mean_of_shifted_x_0(shift)
-        return mean + self.scale * ratio * (alpha_prod_next / alpha_prod_t) ** 0.5 * through
+        return mean + self.scale * ratio * growth * through
 
     def _smoothed(self, prediction: Prediction, call: Call) -> Callable[[Tensor], Tensor]:
         """x̂_0 to ∇ log (1/K) Σ_k exp ℓ(x̂_0 + σ_t ξ_k), with the same ξ at every call of a step."""
-        alpha_prod_t, _ = prediction.kernel.alpha_prod(prediction.step_index)
+        level = prediction.kernel.scales(prediction.step_index).noise
         x_0, count = prediction.denoised.x_0, self.num_smoothed
         shape = x_0.shape[1:]
         xi = call.noise.normal(prediction.step_index, "smoothing", count, shape, x_0.detach())
-        moved = self.smoothing * (1 - alpha_prod_t) ** 0.5 * xi
+        moved = self.smoothing * level * xi
         repeated = call.repeated(count)
 
         def gradient(x_0: Tensor) -> Tensor:
@@ -86,19 +86,20 @@ class TFG(GuidedSampler):
         self, call: Call, step_index: int, latents: Tensor, z: Tensor | None, *, guided: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `GuidedSampler`."""
-        alpha_prod_t, alpha_prod_next = call.kernel.alpha_prod(step_index)
-        kept = alpha_prod_t / alpha_prod_next
+        here, there = call.kernel.scales(step_index), call.kernel.next_scales(step_index)
+        kept = here.signal / there.signal
+        added = max(0.0, here.noise**2 - (kept * there.noise) ** 2) ** 0.5
         for recurrence in range(1, self.num_recurrences if guided else 1):
             shape = latents.shape[1:]
             forth, back = (
                 call.noise.normal(step_index, f"{way} {recurrence}", 1, shape, latents) for way in ("forth", "back")
             )
             following, *_ = super().step(call, step_index, latents, forth, guided=True)
-            latents = kept**0.5 * following + (1 - kept) ** 0.5 * back
+            latents = kept * following + added * back
         return super().step(call, step_index, latents, z, guided=guided)
 
 
 def _relative_ratio(kernel: DenoisingKernel, step_index: int) -> float:
-    """ᾱ/ᾱ' of a step, over its mean over all steps."""
-    ratios = [alpha / following for alpha, following in map(kernel.alpha_prod, range(kernel.num_steps))]
+    """ᾱ/ᾱ' of a step, the square of what the step leaves of the signal, over its mean over all steps."""
+    ratios = [(kernel.scales(k).signal / kernel.next_scales(k).signal) ** 2 for k in range(kernel.num_steps)]
     return ratios[step_index] * len(ratios) / sum(ratios)

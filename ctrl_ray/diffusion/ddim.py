@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput
+from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput, Scales
 from ctrl_ray.diffusion.tables import StepTables
 from ctrl_ray.errors import ConfigError
 
@@ -88,14 +88,13 @@ class DDIMKernel:
         `reference_steps`. At eta 0 the policy may sample, but nothing has a KL."""
         return self._noisy[step_index] and step_index < self.num_steps - self.reference_steps
 
-    def scales(self, step_index: int) -> tuple[float, float]:
-        """See `StepKernel`."""
-        alpha = self._alphas[step_index]
-        return alpha**0.5, (1 - alpha) ** 0.5
+    def scales(self, step_index: int) -> Scales:
+        """(√ᾱ_t, √(1−ᾱ_t))."""
+        return _scales(self._alphas[step_index])
 
-    def alpha_prod(self, step_index: int) -> tuple[float, float]:
-        """(alpha_prod_t, alpha_prod_next) of the step."""
-        return self._alphas[step_index], self._next_alphas[step_index]
+    def next_scales(self, step_index: int) -> Scales:
+        """(√ᾱ', √(1−ᾱ'))."""
+        return _scales(self._next_alphas[step_index])
 
     def step(self, step_index: int, latents: Tensor, output: ModelOutput) -> GaussianStep:
         """Law of the next latents; the mean in the latents' dtype, the std a scalar tensor (or like the latents when
@@ -118,3 +117,7 @@ class DDIMKernel:
         alpha_prod_next, std = self._next_alphas[step_index], self._stds[step_index]
         direction = max(0.0, 1 - alpha_prod_next - std**2) ** 0.5
         return alpha_prod_next**0.5 * denoised.x_0 + direction * denoised.noise
+
+
+def _scales(alpha_prod: float) -> Scales:
+    return Scales(alpha_prod**0.5, (1 - alpha_prod) ** 0.5)

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput
+from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput, Scales
 from ctrl_ray.diffusion.tables import StepTables
 from ctrl_ray.errors import ConfigError
 
@@ -37,10 +37,16 @@ FlowSDE = Literal["ancestral", "cps", "flow_grpo", "constant"]
 def flow_sigmas(num_steps: int, *, shift: float = 1.0) -> list[float]:
     """σ of noise, of every step's outcome, last 0: num_steps + 1 numbers, evenly spaced and then shifted once,
     σ ← s σ / (1 + (s − 1) σ) (Esser et al. 2024, eq. 23). SD3 has shift 3; a dynamic shift μ is shift e^μ."""
-    if num_steps < 1 or not 0 < shift < math.inf:
-        raise ConfigError(f"{num_steps} steps with shift {shift}: expected at least 1 step and a positive shift")
-    even = [1 - index / num_steps for index in range(num_steps)]
-    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in even] + [0.0]
+    if num_steps < 1:
+        raise ConfigError(f"a flow has {num_steps} steps; expected at least 1")
+    return shifted_sigmas([1 - index / num_steps for index in range(num_steps)], shift)
+
+
+def shifted_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
+    """Of every step, noise first, shifted as in `flow_sigmas`; and a last one, 0."""
+    if not 0 < shift < math.inf:
+        raise ConfigError(f"the shift of a flow is {shift}; expected a positive number")
+    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas] + [0.0]
 
 
 def dynamic_shift(
@@ -97,13 +103,13 @@ class FlowKernel:
         """time_scale · σ (float32 scalar) of the step."""
         return self._tables("time", self._times, torch.float32, device)[step_index]
 
-    def sigma(self, step_index: int) -> tuple[float, float]:
-        """(σ, σ') of the step."""
-        return self._sigmas[step_index], self._sigmas[step_index + 1]
+    def scales(self, step_index: int) -> Scales:
+        """(1 − σ, σ)."""
+        return Scales(1 - self._sigmas[step_index], self._sigmas[step_index])
 
-    def scales(self, step_index: int) -> tuple[float, float]:
-        """See `StepKernel`."""
-        return 1 - self._sigmas[step_index], self._sigmas[step_index]
+    def next_scales(self, step_index: int) -> Scales:
+        """(1 − σ', σ')."""
+        return self.scales(step_index + 1)
 
     def std(self, step_index: int) -> float:
         """Standard deviation of the step's noise; exactly 0 where the step is deterministic."""
@@ -129,7 +135,7 @@ class FlowKernel:
 
     def _coefficients(self, step_index: int, eta: float) -> tuple[float, float]:
         """(std, b) of a step."""
-        sigma, following = self.sigma(step_index)
+        sigma, following = self._sigmas[step_index : step_index + 2]
         if following == 0:
             return 0.0, 0.0
         if self.sde in ("ancestral", "cps"):

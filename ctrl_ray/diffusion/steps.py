@@ -38,8 +38,15 @@ class GaussianStep(NamedTuple):
         return GaussianStep(self.mean[rows], self.std if self.std.dim() == 0 else self.std[rows])
 
 
+class Scales(NamedTuple):
+    """Noisy latents are signal · x_0 + noise · ε: (√ᾱ, √(1−ᾱ)) in DDIM's terms, (1 − σ, σ) in those of a flow."""
+
+    signal: float
+    noise: float
+
+
 class Denoised(NamedTuple):
-    """A prediction in the terms that guidance works on: x_t = √ᾱ x_0 + √(1−ᾱ) ε."""
+    """A prediction in the terms that guidance works on, `Scales`: the latents are signal · x_0 + noise · ε."""
 
     x_0: Tensor
     """The clean latents that are predicted (Tweedie's estimate), like the latents."""
@@ -95,10 +102,6 @@ class StepKernel(Protocol):
         """Standard deviation of the step's noise; 0 where the step is deterministic."""
         ...
 
-    def scales(self, step_index: int) -> tuple[float, float]:
-        """(a, b) of the step's latents a x_0 + b ε."""
-        ...
-
     def controlled(self, step_index: int) -> bool:
         """Whether the policy takes this step. The reference takes those that never have a density, and the sampler's last
         `reference_steps`: they are a fixed part of the reward."""
@@ -112,8 +115,12 @@ class StepKernel(Protocol):
 class DenoisingKernel(StepKernel, Protocol):
     """A reverse process whose predictions can be taken apart and put together again, as guidance at sampling time needs."""
 
-    def alpha_prod(self, step_index: int) -> tuple[float, float]:
-        """(alpha_prod_t, alpha_prod_next) of the step."""
+    def scales(self, step_index: int) -> Scales:
+        """Of the step's latents."""
+        ...
+
+    def next_scales(self, step_index: int) -> Scales:
+        """Of the next latents."""
         ...
 
     def denoised(self, step_index: int, latents: Tensor, output: ModelOutput) -> Denoised:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from ctrl_ray.diffusion.steps import ModelOutput, StepKernel
+from ctrl_ray.diffusion.steps import DenoisingKernel, ModelOutput
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.protocol import Condition, Inputs, TrainablePolicy
 
@@ -107,7 +107,7 @@ class AnalyticPolicy(TrainablePolicy):
     def __init__(
         self,
         denoiser: MixtureDenoiser | MixtureVelocity,
-        kernel: StepKernel,
+        kernel: DenoisingKernel,
         num_classes: Mapping[str, int],
         *,
         dimension: int = 1,

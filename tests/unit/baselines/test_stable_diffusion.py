@@ -67,9 +67,9 @@ class Bench:
     def objective(self, latents: Tensor, step_index: int) -> Tensor:
         """Σ over images of ℓ(x̂_0(x)), written out, differentiable."""
         time = self.kernel.time(step_index)
-        alpha, _ = self.kernel.alpha_prod(step_index)
+        signal, level = self.kernel.scales(step_index)
         noise = self.policy(latents, time, self.inputs, reference=True).prediction
-        images = self.decoder.decode((latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5)
+        images = self.decoder.decode((latents - level * noise) / signal)
         size, hue = (classifier.class_log_probs(images, PROMPTS) for classifier in self.classifiers)
         return 3.0 * (size[0, 2] + size[1, 1]) + 0.5 * hue[0, 0]
 
@@ -103,8 +103,8 @@ def test_a_step_moves_by_the_textbook_amount(bench: Bench) -> None:
     path = bench.sample(DPS(exponents=EXPONENTS, scale=0.7))
     start = path.latents[0].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(bench.objective(start, 0), start)
-    alpha, following = bench.kernel.alpha_prod(0)
-    push = 0.7 * (1 - alpha / following) / (alpha / following) ** 0.5 * gradient
+    kept = bench.kernel.scales(0).signal / bench.kernel.next_scales(0).signal
+    push = 0.7 * (1 - kept**2) / kept * gradient
     kl = push.flatten(1).square().sum(1) / (2 * bench.kernel.std(0) ** 2)
     torch.testing.assert_close(path.kl_per_step[:, 0], kl, rtol=1e-3, atol=0)
     assert torch.equal(path.kl_per_step[:, 3], torch.zeros(2))  # the reference's step
@@ -121,8 +121,7 @@ def test_a_step_that_is_measured_by_the_prompt_s_guidance(bench: Bench) -> None:
     sampler = MPGD(exponents=EXPONENTS, scale=0.2, step_size="guidance")
     call: Any = SimpleNamespace(rewards=bench.rewards, inputs=bench.inputs)
     mean = sampler.guided_mean(prediction, call)
-    _, following = bench.kernel.alpha_prod(0)
-    shift = ((mean - prediction.step.mean) / following**0.5).flatten(1)
+    shift = ((mean - prediction.step.mean) / bench.kernel.next_scales(0).signal).flatten(1)
     torch.testing.assert_close(shift.square().mean(1), 0.04 * pull.flatten(1).square().mean(1), rtol=1e-3, atol=0)
     _, gradient = log_tilt_and_gradient(bench.rewards, prediction.denoised.x_0, bench.inputs, EXPONENTS)
     cosine = torch.nn.functional.cosine_similarity(shift, gradient.flatten(1))

@@ -60,9 +60,9 @@ def test_at_temperature_0_the_best_candidate_is_kept() -> None:
         candidates = step.mean[:, None] + step.std * draw(k + 1).view(2, 4, 1)
         clean = candidates.view(8, 1)
         if k < 2:
-            alpha, _ = kernel.alpha_prod(k + 1)  # type: ignore[attr-defined]
+            signal, level = kernel.scales(k + 1)  # type: ignore[attr-defined]
             noise = bench.policy(clean, kernel.time(k + 1), bench.inputs(8), reference=True).prediction
-            clean = (clean - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+            clean = (clean - level * noise) / signal
         best = clean.view(2, 4).argmax(1)
         latents = candidates[range(2), best]
         torch.testing.assert_close(found[k + 1], latents)

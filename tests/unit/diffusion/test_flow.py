@@ -151,13 +151,14 @@ def test_settings_out_of_range() -> None:
         FlowKernel([1.0, 0.0], sde="cps", eta=1.1)
     with pytest.raises(ConfigError, match="expected a number from 0 to inf"):
         FlowKernel([1.0, 0.0], sde="constant", eta=-0.1)
-    with pytest.raises(ConfigError, match="expected at least 1 step and a positive shift"):
+    with pytest.raises(ConfigError, match="expected a positive number"):
         flow_sigmas(3, shift=0)
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        flow_sigmas(0)
 
 
 def _of_noise(kernel: FlowKernel) -> float:
     """b of the first step."""
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    sigma, _ = kernel.sigma(0)
     # x and v of x_0 = 0 and ε = 1
-    return float(kernel.step(0, sigma * one, ModelOutput(one - zero)).mean)
+    return float(kernel.step(0, kernel.scales(0).noise * one, ModelOutput(one - zero)).mean)
