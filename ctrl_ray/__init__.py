@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ctrl_ray.driver.classifier import fit_classifier
     from ctrl_ray.errors import CtrlRayError
     from ctrl_ray.pipeline import ControlledPipeline
+    from ctrl_ray.policy.flow_scheduler import AncestralFlowScheduler
     from ctrl_ray.train import Run, fit
     from ctrl_ray.tune import SweepResult, sweep
     from ctrl_ray.tuning.space import Space
@@ -25,6 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AncestralFlowScheduler": "ctrl_ray.policy.flow_scheduler",
     "ControlConfig": "ctrl_ray.config",
     "ControlledPipeline": "ctrl_ray.pipeline",
     "CtrlRayError": "ctrl_ray.errors",
@@ -37,9 +39,12 @@ _WHERE = {
     "fit_classifier": "ctrl_ray.driver.classifier",
     "preset": "ctrl_ray.config.presets",
     "sweep": "ctrl_ray.tune",
+    # diffusers loads a pipeline's part from another package where that has this name too
+    "SchedulerMixin": "diffusers",
 }
 
 __all__ = [
+    "AncestralFlowScheduler",
     "ControlConfig",
     "ControlledPipeline",
     "CtrlRayError",
