@@ -220,6 +220,8 @@ class ControlledPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         on_step: Callable[[int, Tensor], None] | None = None,
         draw: Sampler = rollout,
@@ -230,7 +232,8 @@ class ControlledPipeline:
         """Sample images.
 
         Args:
-            prompt: One, or one for each image; or give `prompt_embeds` (B, tokens, width) in its place.
+            prompt: One, or one for each image; or give `prompt_embeds` (B, tokens, width) in its place, and for Stable
+                Diffusion XL `pooled_prompt_embeds` (B, width) beside them.
             controls: Class (index or name) per control, for all prompts or one for each; omitted or None = null.
             negative_prompt: In the place of the empty prompt, where there is guidance (`negative_prompt_embeds` likewise).
             height, width: In pixels; None: what the base model was trained for. Multiples of the VAE's factor.
@@ -280,6 +283,8 @@ class ControlledPipeline:
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
         )
         labels = self.labels(controls, len(condition))
         rows = [row for row in range(len(condition)) for _ in range(num_images_per_prompt)]

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -15,6 +22,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
 )
@@ -75,6 +83,39 @@ def make_tiny_pipeline(
     return folder
 
 
+def make_tiny_xl_pipeline(folder: str | Path, *, seed: int = 0, zero_null: bool = True) -> Path:
+    """The same of Stable Diffusion XL: two text encoders, a UNet that is told sizes, and the scheduler that XL comes with."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = _tokenizer(), _tokenizer()
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=_text_encoder(first, layers=2),
+            text_encoder_2=_text_encoder(second, layers=2, made=CLIPTextModelWithProjection),
+            tokenizer=first,
+            tokenizer_2=second,
+            unet=_unet(
+                shallow=False,
+                cross_attention_dim=32,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
+            force_zeros_for_empty_prompt=zero_null,
+            add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 CLIP_FEATURES = 8
 """Width of the tiny CLIP's embeddings."""
 
@@ -126,13 +167,13 @@ def _tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    encoder = CLIPTextModel(
+def _text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 1, made: Any = CLIPTextModel) -> Any:
+    encoder = made(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=32,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=MAX_TOKENS,
             projection_dim=16,
@@ -160,7 +201,7 @@ def _vae() -> AutoencoderKL:
     return vae.eval()
 
 
-def _unet(shallow: bool) -> UNet2DConditionModel:
+def _unet(shallow: bool, **changes: Any) -> UNet2DConditionModel:
     levels: dict[str, Any] = {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -180,8 +221,7 @@ def _unet(shallow: bool) -> UNet2DConditionModel:
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
-        cross_attention_dim=16,
-        **levels,
+        **({"cross_attention_dim": 16} | levels | changes),
     )
     # Fresh cross attention is a whisper; let the prompt count.
     for name, module in unet.named_modules():

@@ -74,7 +74,7 @@ def write_usage(
         "import json",
         f"from diffusers import DDIMScheduler, {policy.backbone.pipeline_class.__name__}",
         "",
-        f'pipe = {policy.backbone.pipeline_class.__name__}.from_pretrained("{base_model}", safety_checker=None)',
+        f'pipe = {policy.backbone.pipeline_class.__name__}.from_pretrained("{base_model}"{policy.backbone.loading_options})',
         'pipe.scheduler = DDIMScheduler.from_config(json.load(open("adapter.json"))["scheduler"])',
         f'pipe.load_lora_weights("{CLASSES_FOLDER}", weight_name="{class_file(first, 0)}")',
     ]

@@ -13,6 +13,8 @@ from ctrl_ray.policy.pipeline_files import read_json
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionImg2ImgPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl:StableDiffusionXL",
 }
 """`_class_name` of model_index.json to 'module:class' of this package."""
 _WHOLE: set[str] = set()
@@ -27,8 +29,7 @@ def load_backbone(base_model: str, revision: str | None = None) -> Backbone:
     if name not in FAMILIES:
         raise ModelError(
             f"base model {base_model!r} is a {name}, which is no family that ctrl_ray can train; expected one of "
-            f"{', '.join(FAMILIES)} (a unet, one CLIP text encoder, a VAE; in {Path(folder) / 'model_index.json'}); give a "
-            "base model of such a family"
+            f"{', '.join(FAMILIES)} (in {Path(folder) / 'model_index.json'}); give a base model of such a family"
         )
     module, _, family = FAMILIES[name].partition(":")
     backbone: Backbone = getattr(importlib.import_module(f"{__name__}.{module}"), family)(folder)

@@ -34,6 +34,8 @@ class Backbone(Protocol):
     """Where the pipeline lies (`model_index.json`)."""
     denoiser: ClassVar[str]
     """'unet' or 'transformer': sub-folder of the denoiser, prefix of its parameters, and key of its LoRA."""
+    loading_options: ClassVar[str]
+    """What people give diffusers' `from_pretrained` besides the folder, as they would write it."""
 
     @property
     def pipeline_class(self) -> Any:
@@ -88,11 +90,13 @@ class Backbone(Protocol):
         ...
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
-        """diffusers' own pipeline with the scheduler of `make_kernel`, on the CPU; `parts` by name are taken, not loaded."""
+        """diffusers' own pipeline with the scheduler of `make_kernel`, on the CPU; `parts` by name are taken, not loaded;
+        settings of the pipeline may be among them."""
         ...
 
-    def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:
-        """A condition's tensors from embeddings of the kind that diffusers' pipelines take."""
+    def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
+        """A condition's tensors from embeddings of the kind that diffusers' pipelines take; pooled: for the families that have
+        some. ConfigError where they are missing or too many."""
         ...
 
     def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
@@ -122,6 +126,7 @@ class DiffusersBackbone:
     denoiser: ClassVar[str]
     frozen_parts: ClassVar[tuple[str, ...]]
     """Sub-folders of the other parts that have weights."""
+    loading_options: ClassVar[str] = ""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -168,8 +173,5 @@ class DiffusersBackbone:
             dtype=dtype,
             use_safetensors=True,
             scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
             **parts,
         )

@@ -5,26 +5,21 @@ diffusers' and transformers' classes are imported where they are used: a reward 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ctrl_ray.errors import ModelError
+from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
+from ctrl_ray.policy.backbones.text import Features, TextEncoder, without_progress_bar
 from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.policy.pipeline_files import check_stored, check_tokenizer, naming_part
-from ctrl_ray.policy.protocol import Condition
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-CACHED_PROMPTS = 2048
-"""Half a GiB of Stable Diffusion 1.5's features."""
+    from transformers import CLIPTokenizer
 
 
 class StableDiffusion(DiffusersBackbone):
@@ -32,6 +27,7 @@ class StableDiffusion(DiffusersBackbone):
 
     denoiser = "unet"
     frozen_parts = ("text_encoder", "vae")
+    loading_options = ", safety_checker=None"
 
     @property
     def pipeline_class(self) -> Any:
@@ -121,7 +117,12 @@ class StableDiffusion(DiffusersBackbone):
             text_encoder = CLIPTextModel.from_pretrained(
                 self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
             )
-        return TextEncoder(tokenizer, text_encoder.to(device), device)
+        return _OneTextEncoder({"tokenizer": tokenizer, "text_encoder": text_encoder}, device)
+
+    def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        """See `Backbone`; without the safety checker."""
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return super().load_pipeline(dtype, **nothing, **parts)
 
     def load_decoder(
         self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
@@ -140,8 +141,10 @@ class StableDiffusion(DiffusersBackbone):
         check_stored(folder, vae)
         return LatentDecoder(vae, chunk_size).to(device)
 
-    def embedded(self, prompt_embeds: Tensor) -> dict[str, Tensor]:
-        """'text': as they are."""
+    def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
+        """'text': as they are; ConfigError where pooled ones are given."""
+        if pooled is not None:
+            raise ConfigError("Stable Diffusion 1.x and 2.x take no pooled embeddings; leave pooled_prompt_embeds out")
         return {"text": prompt_embeds}
 
     def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
@@ -177,65 +180,9 @@ class StableDiffusion(DiffusersBackbone):
         }
 
 
-@contextmanager
-def without_progress_bar() -> Iterator[None]:
-    """Inside, transformers loads without its bar over a few dozen tensors."""
-    from transformers.utils import logging
+class _OneTextEncoder(TextEncoder):
+    """'text' (tokens, width): the last hidden states."""
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-class TextEncoder:
-    """Text features of prompts; the text encoder is frozen and float32.
-
-    Features are kept on the CPU, those of the `CACHED_PROMPTS` prompts that were asked for last, so that prompts by the
-    million fill neither a GPU nor the host.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, device: torch.device | str) -> None:
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder.eval().requires_grad_(False)
-        self._device = torch.device(device)
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """See `TextParts`."""
-        return {"tokenizer": self._tokenizer, "text_encoder": self._text_encoder}
-
-    def to(self, device: str | torch.device) -> TextEncoder:
-        """See `TextParts`."""
-        self._device = torch.device(device)
-        nn.Module.to(self._text_encoder, self._device)
-        return self
-
-    def forget(self) -> None:
-        """See `TextParts`."""
-        self._cache.clear()
-
-    @torch.no_grad()
-    def _features(self, prompt: str) -> Tensor:
-        if prompt not in self._cache:
-            tokens = self._tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=self._tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            self._cache[prompt] = self._text_encoder(tokens.input_ids.to(self._device))[0][0].cpu()
-            if len(self._cache) > CACHED_PROMPTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition with 'text' (B, L, D); the null branch has the features of the empty prompt."""
-        text = torch.stack([self._features(prompt) for prompt in prompts]).to(self._device)
-        return Condition(tuple(prompts), {"text": text}, {"text": self._features("").to(self._device).expand_as(text)})
+    def features(self, prompt: str) -> Features:
+        """See `TextEncoder`."""
+        return {"text": self.parts["text_encoder"](self._token_ids("tokenizer", prompt))[0][0]}

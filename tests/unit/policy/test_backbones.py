@@ -14,7 +14,7 @@ from torch import nn
 
 from ctrl_ray.config import LoraConfig, SamplerConfig
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.policy.backbones import load_backbone, stable_diffusion
+from ctrl_ray.policy.backbones import load_backbone, text
 from ctrl_ray.policy.base_model import resolve_base_model
 from ctrl_ray.policy.protocol import Inputs
 from tests.policies import make_policy
@@ -36,14 +36,14 @@ def test_a_backbone_knows_its_sizes_before_anything_is_loaded(tiny_pipeline: Pat
 
 def test_features_of_the_last_prompts_are_kept_on_the_cpu(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bounded number of them; what left the cache is computed again, to the same bits."""
-    monkeypatch.setattr(stable_diffusion, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(text, "CACHED_PROMPTS", 2)
     with pretend_device() as device:
         encoder = load_backbone(str(tiny_pipeline)).load_encoder(device)
-        text = encoder.encode(["one", "two", "three"]).tensors["text"]
-        assert text.device == device
+        found = encoder.encode(["one", "two", "three"]).tensors["text"]
+        assert found.device == device
         assert list(encoder._cache) == ["three", ""]
-        assert {features.device.type for features in encoder._cache.values()} == {"cpu"}
-        assert torch.equal(encoder.encode(["three", "one", "two"]).tensors["text"].cpu(), text.cpu()[[2, 0, 1]])
+        assert {features["text"].device.type for features in encoder._cache.values()} == {"cpu"}
+        assert torch.equal(encoder.encode(["three", "one", "two"]).tensors["text"].cpu(), found.cpu()[[2, 0, 1]])
 
 
 def test_a_hub_pipelines_parts_are_fetched_and_single_file_checkpoints_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +116,8 @@ def test_other_families_are_refused_by_name(tiny_pipeline: Path, tmp_path: Path)
     """The message names what the pipeline is and what is known."""
     folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
     index = folder / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(ModelError, match=r"is a StableDiffusionXLPipeline.*expected one of StableDiffusionPipeline"):
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "KolorsPipeline"}))
+    with pytest.raises(ModelError, match=r"is a KolorsPipeline.*expected one of StableDiffusionPipeline"):
         load_backbone(str(folder))
 
 

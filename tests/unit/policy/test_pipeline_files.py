@@ -83,8 +83,8 @@ def _flow(base: Path) -> None:
             "has addition_embed_type 'text_time', .* SDXL",
         ),
         (
-            lambda base: _edit(base / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-            "is a StableDiffusionXLPipeline, which is no family",
+            lambda base: _edit(base / "model_index.json", _class_name="KolorsPipeline"),
+            "is a KolorsPipeline, which is no family",
         ),
     ],
 )
