@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class StableDiffusion(DiffusersBackbone):
     """A pipeline of `StableDiffusionPipeline`'s components; see `Backbone` for what each member is."""
 
     denoiser = "unet"
-    frozen_parts = ("text_encoder", "vae")
+    frozen_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "vae")
     loading_options = ", safety_checker=None"
 
     @property

@@ -48,7 +48,9 @@ class StableDiffusionXL(StableDiffusion):
         DiffusersBackbone.check(self)
         config = self.component_config(self.denoiser)
         channels, added = (config.get("in_channels"), config.get("out_channels")), config.get("addition_embed_type")
-        ids = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+        added_width, size_width = (
+            int(config.get(name) or 0) for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+        )
         encoders = [self.component_config(name) for name in _ENCODERS]
         if channels[0] != channels[1] or added != "text_time":
             odd = f"{channels[0]} channels in and {channels[1]} out, addition_embed_type {added!r}"
@@ -57,12 +59,12 @@ class StableDiffusionXL(StableDiffusion):
                 "expected the UNet of a text-to-image Stable Diffusion XL"
             )
         widths = config.get("cross_attention_dim"), sum(int(encoder.get("hidden_size", 0)) for encoder in encoders)
-        pooled = encoders[1].get("projection_dim")
-        if widths[0] != widths[1] or None in (*ids, pooled) or ids[0] != 6 * ids[1] + pooled:
+        pooled = int(encoders[1].get("projection_dim") or 0)
+        if widths[0] != widths[1] or added_width != 6 * size_width + pooled:
             raise ModelError(
                 f"base model {self.folder} is made of several models, or is a refiner: its unet takes text of width "
-                f"{widths[0]} and {ids[0]} numbers of pooled text and sizes, its text encoders give {widths[1]} and {pooled}, "
-                f"with six sizes of {ids[1]}; expected the parts of one Stable Diffusion XL base model"
+                f"{widths[0]} and {added_width} numbers of pooled text and sizes, its text encoders give {widths[1]} and "
+                f"{pooled}, with six sizes of {size_width}; expected the parts of one Stable Diffusion XL base model"
             )
         for tokenizer in _TOKENIZERS:
             check_tokenizer(Path(self.folder) / tokenizer)
