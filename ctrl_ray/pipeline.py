@@ -19,9 +19,8 @@ from ctrl_ray.candidates.scoring import CandidateScoring
 from ctrl_ray.classifiers.classifier import read_control
 from ctrl_ray.config import ControlConfig, MethodConfig, Precision, SamplerConfig
 from ctrl_ray.config.call import CallConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
 from ctrl_ray.diffusion.generators import Generators, check_noise, generator_noise, image_seeds
-from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.diffusion.steps import DenoisingKernel, Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import NoiseSource, Sampler, Trajectory, rollout
 from ctrl_ray.policy.adapter import adapter_backbone, check_base_model
@@ -325,7 +324,7 @@ class ControlledPipeline:
 
     def _candidates(
         self,
-        kernel: DDIMKernel,
+        kernel: DenoisingKernel,
         inputs: Inputs,
         plan: CandidatePlan,
         seeds: Sequence[int],
@@ -348,7 +347,7 @@ class ControlledPipeline:
     def _steered(
         self,
         method: MethodConfig,
-        kernel: DDIMKernel,
+        kernel: DenoisingKernel,
         inputs: Inputs,
         noise: NoiseSource,
         on_step: Callable[[int, Tensor], None] | None,

@@ -10,6 +10,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,6 +28,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 WORDS = (
@@ -116,6 +122,27 @@ def make_tiny_xl_pipeline(folder: str | Path, *, seed: int = 0, zero_null: bool 
     return folder
 
 
+def make_tiny_3_pipeline(folder: str | Path, *, seed: int = 0, t5: bool = True) -> Path:
+    """The same of Stable Diffusion 3: a transformer that was "trained" by flow matching, two CLIPs that project, a T5."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = _tokenizer(), _tokenizer()
+        pipeline = StableDiffusion3Pipeline(
+            vae=_vae(shift_factor=0.1),
+            text_encoder=_text_encoder(first, layers=2, made=CLIPTextModelWithProjection),
+            text_encoder_2=_text_encoder(second, layers=2, made=CLIPTextModelWithProjection),
+            text_encoder_3=_t5() if t5 else None,
+            tokenizer=first,
+            tokenizer_2=second,
+            tokenizer_3=_t5_tokenizer() if t5 else None,
+            transformer=_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 CLIP_FEATURES = 8
 """Width of the tiny CLIP's embeddings."""
 
@@ -187,7 +214,46 @@ def _text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 1, made: Any = CLIP
     return encoder.eval()
 
 
-def _vae() -> AutoencoderKL:
+def _t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS), ("▁", -3.0)]
+    letters = [(chr(code), -8.0) for code in range(ord("a"), ord("z") + 1)]
+    return T5TokenizerFast(vocab=[*pieces, *letters], extra_ids=0)
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=64, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _transformer() -> SD3Transformer2DModel:
+    """Its last projection and the modulations are as random as the rest: fresh ones are zero."""
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SHAPE[-1],
+        patch_size=2,
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if parameter.dim() > 1 and parameter.abs().max() == 0:
+                parameter.normal_(std=0.1)
+            if name.startswith(("norm_out", "proj_out")):
+                parameter.normal_(std=0.3)
+    return transformer.eval()
+
+
+def _vae(**changes: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -197,6 +263,7 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.5,
+        **changes,
     )
     return vae.eval()
 

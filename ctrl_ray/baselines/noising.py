@@ -7,49 +7,50 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ctrl_ray.config import TrainConfig
-from ctrl_ray.diffusion.ddim import PredictionType
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.schedule import ddim_scheduler
+from ctrl_ray.policy.backbones.base import NoiseLevels
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The noise that a denoiser was trained on."""
 
-    alphas_cumprod: Tensor
-    """(T,) ᾱ of every training timestep."""
-    prediction_type: PredictionType
-    """What the denoiser predicts."""
+    levels: NoiseLevels
 
     @classmethod
     def of(cls, config: TrainConfig) -> NoiseSchedule:
         """That of a run's base model."""
-        scheduler = ddim_scheduler(load_backbone(config.base_model, config.base_revision).scheduler_config())
-        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        return cls(load_backbone(config.base_model, config.base_revision).noise_levels())
 
     def __len__(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.levels.signal)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ x_0 + √(1 − ᾱ) ε of latents (B, ...) at timesteps (B,)."""
+        """signal x_0 + noise ε of latents (B, ...) at timesteps (B,)."""
         signal, share = self._factors(timesteps, latents)
         return signal * latents + share * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a perfect denoiser predicts of the noised latents, like them: ε, v = √ᾱ ε − √(1 − ᾱ) x_0, or x_0."""
-        if self.prediction_type == "epsilon":
+        """What a perfect denoiser predicts of the noised latents, like them: ε, x_0, v = √ᾱ ε − √(1 − ᾱ) x_0, or a flow's
+        velocity ε − x_0."""
+        kind = self.levels.prediction_type
+        if kind == "epsilon":
             return noise
-        if self.prediction_type == "sample":
+        if kind == "sample":
             return latents
-        if self.prediction_type == "v_prediction":
+        if kind == "flow":
+            return noise - latents
+        if kind == "v_prediction":
             signal, share = self._factors(timesteps, latents)
             return signal * noise - share * latents
-        raise ConfigError(
-            f"prediction_type {self.prediction_type!r} is unknown; expected epsilon, v_prediction or sample"
-        )
+        raise ConfigError(f"prediction_type {kind!r} is unknown; expected epsilon, v_prediction, sample, or flow")
 
     def _factors(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(√ᾱ, √(1 − ᾱ)), each (B, 1, ...)."""
-        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].double().view(-1, *[1] * (like.dim() - 1))
-        return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
+        """(signal, noise), each (B, 1, ...)."""
+        shape = (-1, *[1] * (like.dim() - 1))
+        signal, share = (
+            table.to(timesteps.device)[timesteps].view(shape).to(like.dtype)
+            for table in (self.levels.signal, self.levels.noise)
+        )
+        return signal, share

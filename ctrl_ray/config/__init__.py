@@ -3,7 +3,7 @@
 from ctrl_ray.config.control import ClassifierConfig, ControlConfig
 from ctrl_ray.config.evaluation import EvaluationConfig
 from ctrl_ray.config.method import MethodConfig, MethodName
-from ctrl_ray.config.policy import AdapterConfig, AdapterKind, LoraConfig, NullBranch, SamplerConfig
+from ctrl_ray.config.policy import AdapterConfig, AdapterKind, FlowSDE, LoraConfig, NullBranch, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
 from ctrl_ray.config.run import TrainConfig
 from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig, TrainingMethod
@@ -17,6 +17,7 @@ __all__ = [
     "ControlConfig",
     "EstimatorConfig",
     "EvaluationConfig",
+    "FlowSDE",
     "LoraConfig",
     "MethodConfig",
     "MethodName",

@@ -9,6 +9,7 @@ from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.config.values import require
 
 NullBranch = Literal["pre_trained", "class"]
+FlowSDE = Literal["ancestral", "cps", "flow_grpo", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +20,12 @@ class SamplerConfig:
     num_steps: Annotated[int, at_least(1)] = 10
     """Denoising steps. The denoiser calls per sample grow in proportion."""
     eta: Annotated[float, share()] = 1.0
-    """DDIM stochasticity. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
+    """Stochasticity. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
     refused with a KL, because its steps have no density."""
+    flow_sde: FlowSDE = "ancestral"
+    """Of base models that were trained by flow matching: where a step's noise comes from. 'ancestral' is DDIM's step in
+    other variables, and forgets its initial noise at eta 1. 'cps', 'flow_grpo' and 'constant' are those of other trainers, for
+    adapters from elsewhere."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of the prompt. 1.0 switches it off; any other value doubles the denoiser's work."""
     control_scale: float | None = None

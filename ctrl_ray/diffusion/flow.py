@@ -22,16 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ctrl_ray.config import FlowSDE
 from ctrl_ray.diffusion.steps import Denoised, GaussianStep, ModelOutput, Scales
 from ctrl_ray.diffusion.tables import StepTables
 from ctrl_ray.errors import ConfigError
-
-FlowSDE = Literal["ancestral", "cps", "flow_grpo", "constant"]
 
 
 def flow_sigmas(num_steps: int, *, shift: float = 1.0) -> list[float]:

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import numpy as np
 from scipy.special import log_expit, logsumexp
 
+from ctrl_ray.config import FlowSDE
 from ctrl_ray.errors import ConfigError
 
 Array = np.ndarray
 KernelName = Literal["ddim", "flow"]
-FlowSDE = Literal["ancestral", "cps", "flow_grpo", "constant"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import NO_GUIDANCE, GaussianStep, Guidance, StepKernel, step_kl
+from ctrl_ray.diffusion.steps import NO_GUIDANCE, DenoisingKernel, GaussianStep, Guidance, StepKernel, step_kl
 from ctrl_ray.gradients.adjoint import Calls, Estimator, MicroBatch, TerminalReward
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step, step_graph
@@ -217,7 +216,7 @@ class _WatchedMicroBatch(MicroBatch):
 
 def _count_step(
     policy: ControlledPolicy,
-    kernel: DDIMKernel,
+    kernel: DenoisingKernel,
     config: TrainConfig,
     batch_size: int,
     live: LiveBytes,
@@ -281,7 +280,7 @@ def _count_denoising(policy: ControlledPolicy, batch_size: int, live: LiveBytes)
 
 
 def _count_evaluation(
-    policy: ControlledPolicy, kernel: DDIMKernel, config: TrainConfig, batch_size: int, live: LiveBytes
+    policy: ControlledPolicy, kernel: DenoisingKernel, config: TrainConfig, batch_size: int, live: LiveBytes
 ) -> int:
     """One step of a rollout with its KL, on fake tensors."""
     step_index, _ = _trained_step(make_estimator(config.estimator, kernel.num_steps), kernel, config.seed)

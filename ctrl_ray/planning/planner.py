@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ctrl_ray.cluster.resources import cluster_facts
 from ctrl_ray.config import ControlConfig, TrainConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import DenoisingKernel
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops
 from ctrl_ray.planning.fits import memory_fit, remedies
 from ctrl_ray.planning.plan import PERSISTENCE_THRESHOLD, RunPlan, make_plan
@@ -25,7 +25,7 @@ class Planner:
     planner.estimate(config)  # at once, after the first count
     """
 
-    def __init__(self, controls: Mapping[str, ControlConfig], kernel: DDIMKernel) -> None:
+    def __init__(self, controls: Mapping[str, ControlConfig], kernel: DenoisingKernel) -> None:
         """controls: the policy's, in column order; kernel: the sampler's chain of steps."""
         self._controls, self._kernel = controls, kernel
         self._counters: dict[tuple[str, bool, int, bool], PolicyCounter] = {}

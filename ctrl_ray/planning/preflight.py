@@ -21,7 +21,7 @@ from ctrl_ray.cluster.resources import (
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.config.paths import absolute_paths
-from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.diffusion.steps import DenoisingKernel
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.brisque import Brisque
 from ctrl_ray.evaluation.fidelity import check_clip_model
@@ -233,7 +233,7 @@ def _check_evaluation(config: TrainConfig, *, elsewhere: bool = False) -> None:
         )
 
 
-def _check_kernel(kernel: DDIMKernel, config: TrainConfig) -> None:
+def _check_kernel(kernel: DenoisingKernel, config: TrainConfig) -> None:
     if not any(kernel.controlled(k) and kernel.std(k) > 0 for k in range(kernel.num_steps)):
         raise ConfigError(
             f"no step of this sampler has noise (eta {config.sampler.eta}, {kernel.num_steps} steps), so there is no KL; "

@@ -23,13 +23,17 @@ from ctrl_ray.policy.class_loras import save_class_loras, write_usage
 from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.identity import file_fingerprints
-from ctrl_ray.policy.schedule import check_schedule
 from ctrl_ray.runs.files import write_whole
 
 README_FILE = "README.md"
 """How plain diffusers uses the files of the classes."""
 _WEIGHTS = "diffusion_pytorch_model"
-_PART_NAMES = {"vae": "VAE (the decoder)", "text_encoder": "text encoder"}
+_PART_NAMES = {
+    "vae": "VAE (the decoder)",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+}
 
 
 def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
@@ -55,7 +59,7 @@ def check_base_model(info: AdapterInfo, backbone: Backbone) -> str | None:
     """ModelError unless the denoiser found is the one the adapter was trained on; a warning where another part, through
     which its classes were learned, is not: the text encoder, the VAE. An adapter that knows its denoiser alone, by its
     files, is checked by those."""
-    check_schedule(info.scheduler, "the adapter (in adapter.json)")
+    backbone.check_schedule(info.scheduler, "the adapter (in adapter.json)")
     folder, part = backbone.folder, backbone.denoiser
     trained_on = f"the adapter was trained on {info.base_model!r} (revision {info.base_revision or 'default'})"
     if not info.base_parts:

@@ -165,12 +165,17 @@ def _info(content: Any) -> AdapterInfo:
         base_parts=parts,
         base_sha256="" if parts else typed(base["sha256"], str, "base_model.sha256"),
         controls=controls,
-        sampler=SamplerConfig(**{f.name: content[f.name] for f in dataclasses.fields(SamplerConfig)}),
+        sampler=SamplerConfig(**{name: content[name] for name in _SAMPLER if name in content or name not in _LATER}),
         scheduler=_group(content["scheduler"], "scheduler"),
         lora=None if lora is None else LoraConfig(**{key: lora[key] for key in ("rank", "alpha", "target_modules")}),
         kind=content["kind"],
         training=training,
     )
+
+
+_SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
+_LATER = ("flow_sde",)
+"""Settings that adapters of format version 2 may lack: they were written before there were flows."""
 
 
 def _group(value: Any, path: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def write_usage(
     """Write, as Markdown, how plain diffusers draws with the files of the classes, where that is what was trained and where
     it is not."""
     first = next(iter(controls))
+    scheduler, of_call = policy.backbone.usage_scheduler(sampler)
     lines = [
         "# Classes for plain diffusers",
         "",
@@ -72,17 +73,18 @@ def write_usage(
         "",
         "```python",
         "import json",
-        f"from diffusers import DDIMScheduler, {policy.backbone.pipeline_class.__name__}",
+        *policy.backbone.usage_imports,
+        f"from diffusers import {policy.backbone.pipeline_class.__name__}",
         "",
         f'pipe = {policy.backbone.pipeline_class.__name__}.from_pretrained("{base_model}"{policy.backbone.loading_options})',
-        'pipe.scheduler = DDIMScheduler.from_config(json.load(open("adapter.json"))["scheduler"])',
+        "pipe.scheduler = " + scheduler.replace("SCHEDULER", 'json.load(open("adapter.json"))["scheduler"]'),
         f'pipe.load_lora_weights("{CLASSES_FOLDER}", weight_name="{class_file(first, 0)}")',
     ]
     if sampler.reference_steps:
         lines += ["", *switch_off_lines(sampler), ""]
     callback = ", callback_on_step_end=pre_trained_at_last" if sampler.reference_steps else ""
     lines += [
-        f'image = pipe("PROMPT", num_inference_steps={sampler.num_steps}, eta={sampler.eta:g}, '
+        f'image = pipe("PROMPT", num_inference_steps={sampler.num_steps}, {of_call}'
         f"guidance_scale={sampler.guidance_scale:g}{callback}).images[0]",
         "```",
         "",

@@ -11,7 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ctrl_ray.diffusion.flow import FlowKernel, FlowSDE, shifted_sigmas
+from ctrl_ray.config import FlowSDE
+from ctrl_ray.diffusion.flow import FlowKernel, shifted_sigmas
 from ctrl_ray.diffusion.steps import GaussianStep, ModelOutput, gaussian_sample
 from ctrl_ray.errors import ConfigError
 

@@ -11,6 +11,7 @@ import torch
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_uint8
 from ctrl_ray.policy.precision import frozen_dtype
 
@@ -36,7 +37,7 @@ class PipelineSampler:
         if not prompts:
             raise ConfigError("there are no prompts to sample the pipeline with; give --prompts-file")
         self.config, self.prompts = config, tuple(prompts)
-        self._loaded: tuple[Any, LatentDecoder, int] | None = None
+        self._loaded: tuple[Backbone, Any, LatentDecoder, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "prompts": self.prompts, "_loaded": None}
@@ -45,25 +46,25 @@ class PipelineSampler:
         """Batches of samples, uint8 (B, H, W, 3), and their prompts: `num` in all, the same for the same seed."""
         if self._loaded is None:
             self._loaded = self._load()
-        pipeline, decoder, batch_size = self._loaded
+        backbone, pipeline, decoder, batch_size = self._loaded
         generator = torch.Generator().manual_seed(seed)
         sampler = self.config.sampler
+        arguments = backbone.prepare_call(pipeline, sampler, generator)
         for start in range(0, num, batch_size):
             count = min(batch_size, num - start)
             prompts = [self.prompts[(seed + start + i) % len(self.prompts)] for i in range(count)]
             latents = pipeline(
                 prompts,
                 num_inference_steps=sampler.num_steps,
-                eta=sampler.eta,
                 guidance_scale=sampler.guidance_scale,
-                generator=generator,
                 output_type="latent",
+                **arguments,
             ).images
             with torch.no_grad():
                 yield to_uint8(decoder.decode(latents)).cpu().numpy(), prompts
 
-    def _load(self) -> tuple[Any, LatentDecoder, int]:
-        """The pipeline, what decodes its latents, and how many it draws at a time."""
+    def _load(self) -> tuple[Backbone, Any, LatentDecoder, int]:
+        """The backbone, its pipeline, what decodes its latents, and how many it draws at a time."""
         scaling = self.config.scaling
         device = "cuda" if scaling.use_gpu else "cpu"
         dtype = frozen_dtype(scaling.precision) if scaling.use_gpu else torch.float32
@@ -73,4 +74,4 @@ class PipelineSampler:
         pixels = backbone.image_size() ** 2
         decoder = backbone.load_decoder(max(1, _PIXELS_PER_CHUNK // pixels), device)
         pipeline.register_modules(vae=decoder.vae)  # one VAE for both
-        return pipeline.to(device), decoder, max(1, min(_LARGEST_BATCH, _PIXELS_PER_BATCH // pixels))
+        return backbone, pipeline.to(device), decoder, max(1, min(_LARGEST_BATCH, _PIXELS_PER_BATCH // pixels))

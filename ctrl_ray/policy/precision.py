@@ -68,7 +68,15 @@ class Float32Conv2d(_InFloat32, nn.Conv2d):
     """See `keep_in_float32`."""
 
 
-_IN_FLOAT32: Mapping[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: Float32GroupNorm, nn.Conv2d: Float32Conv2d}
+class Float32Linear(_InFloat32, nn.Linear):
+    """See `keep_in_float32`."""
+
+
+_IN_FLOAT32: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: Float32GroupNorm,
+    nn.Conv2d: Float32Conv2d,
+    nn.Linear: Float32Linear,
+}
 
 
 def keep_in_float32(layers: Iterable[nn.Module]) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_ray.config import ControlConfig, EvaluationConfig, LoraConfig, SamplerConfig, ScalingConfig, TrainConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.steps import Guidance
+from ctrl_ray.diffusion.steps import DenoisingKernel, Guidance
 from ctrl_ray.gradients.adjoint import MicroBatch
 from ctrl_ray.gradients.rollout import Trajectory
 from ctrl_ray.policy import build
@@ -105,7 +104,7 @@ def random_policy(config: TrainConfig, device: torch.device) -> ControlledPolicy
 
 def random_micro_batch(
     policy: ControlledPolicy, config: TrainConfig, device: torch.device
-) -> tuple[MicroBatch, DDIMKernel]:
+) -> tuple[MicroBatch, DenoisingKernel]:
     """A micro-batch of random latents and prompts at the start of its adjoint pass; there are latents of two steps."""
     size, kernel = config.micro_batch_size_per_worker, policy.backbone.make_kernel(config.sampler)
 

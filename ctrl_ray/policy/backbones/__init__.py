@@ -15,6 +15,8 @@ FAMILIES = {
     "StableDiffusionImg2ImgPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3:StableDiffusion3",
 }
 """`_class_name` of model_index.json to 'module:class' of this package."""
 _WHOLE: set[str] = set()

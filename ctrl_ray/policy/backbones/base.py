@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ctrl_ray.config import SamplerConfig
-from ctrl_ray.diffusion.ddim import DDIMKernel
+from ctrl_ray.config.values import require
+from ctrl_ray.diffusion.steps import DenoisingKernel
 from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.policy.identity import PartIdentity, part_identity
-from ctrl_ray.policy.pipeline_files import check_weights, read_json
+from ctrl_ray.policy.pipeline_files import check_stored, check_weights, naming_part, read_json
 from ctrl_ray.policy.protocol import TextParts
 from ctrl_ray.policy.schedule import check_schedule, ddim_scheduler, load_kernel
+
+
+class NoiseLevels(NamedTuple):
+    """What a denoiser was trained on: at timestep t (an integer) it saw signal[t] x_0 + noise[t] ε."""
+
+    signal: Tensor
+    """(T,) float64."""
+    noise: Tensor
+    """(T,) float64."""
+    prediction_type: str
+    """'epsilon', 'v_prediction', 'sample' or 'flow': what it predicts of that."""
+
 
 Row = Literal["sample", "token"]
 """What a row of a layer's output belongs to: a sample (B, width), or one of several tokens or pixels of a sample."""
@@ -36,6 +48,8 @@ class Backbone(Protocol):
     """'unet' or 'transformer': sub-folder of the denoiser, prefix of its parameters, and key of its LoRA."""
     loading_options: ClassVar[str]
     """What people give diffusers' `from_pretrained` besides the folder, as they would write it."""
+    usage_imports: ClassVar[tuple[str, ...]]
+    """Lines that import what `usage_scheduler` needs, beside json and the pipeline."""
 
     @property
     def pipeline_class(self) -> Any:
@@ -63,8 +77,24 @@ class Backbone(Protocol):
         """The noise schedule, as an adapter stores it."""
         ...
 
-    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DDIMKernel:
+    def check_schedule(self, config: Mapping[str, Any], whose: str) -> None:
+        """ModelError unless a scheduler's config is a noise schedule of this family; whose: for the message."""
+        ...
+
+    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DenoisingKernel:
         """The sampler's chain of Gaussian steps; `scheduler_config`: another noise schedule than the pipeline's own."""
+        ...
+
+    def noise_levels(self) -> NoiseLevels:
+        """The noise that the denoiser was trained on."""
+        ...
+
+    def prepare_call(self, pipeline: Any, sampler: SamplerConfig, generator: torch.Generator) -> dict[str, Any]:
+        """Let diffusers' pipeline draw with the sampler's noise; what its call is given for that."""
+        ...
+
+    def usage_scheduler(self, sampler: SamplerConfig) -> tuple[str, str]:
+        """How people write it: (the scheduler from SCHEDULER, its config; what the call is given, with a comma at its end)."""
         ...
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
@@ -127,6 +157,7 @@ class DiffusersBackbone:
     frozen_parts: ClassVar[tuple[str, ...]]
     """Sub-folders of the other parts that have weights."""
     loading_options: ClassVar[str] = ""
+    usage_imports: ClassVar[tuple[str, ...]] = ("from diffusers import DDIMScheduler",)
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -139,10 +170,14 @@ class DiffusersBackbone:
     def check(self) -> None:
         """ModelError where a part is missing, damaged or of another family; reads configurations and headers alone."""
         folder = Path(self.folder)
-        check_schedule(self.component_config("scheduler"), f"base model {folder}")
+        self.check_schedule(self.component_config("scheduler"), f"base model {folder}")
         for part in (self.denoiser, *self.frozen_parts):
             self.component_config(part)
             check_weights(folder / part)
+
+    def check_schedule(self, config: Mapping[str, Any], whose: str) -> None:
+        """See `Backbone`."""
+        check_schedule(config, whose)
 
     def identities(self) -> dict[str, PartIdentity]:
         """See `Backbone`."""
@@ -154,7 +189,7 @@ class DiffusersBackbone:
         raise NotImplementedError
 
     @cached_property
-    def scheduler(self) -> DDIMScheduler:
+    def scheduler(self) -> Any:
         """DDIM with the pipeline's noise schedule (see `ddim_scheduler`)."""
         return ddim_scheduler(self.component_config("scheduler"))
 
@@ -162,9 +197,19 @@ class DiffusersBackbone:
         """See `Backbone`."""
         return dict(self.scheduler.config)
 
-    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DDIMKernel:
+    def make_kernel(self, sampler: SamplerConfig, scheduler_config: Mapping[str, Any] | None = None) -> DenoisingKernel:
         """See `Backbone`."""
+        require(
+            sampler.flow_sde == "ancestral",
+            f"sampler.flow_sde is {sampler.flow_sde!r}, but base model {self.folder} was not trained by flow matching; leave "
+            "it out",
+        )
         return load_kernel(self.scheduler if scheduler_config is None else ddim_scheduler(scheduler_config), sampler)
+
+    def noise_levels(self) -> NoiseLevels:
+        """See `Backbone`."""
+        alphas: Tensor = self.scheduler.alphas_cumprod.double()
+        return NoiseLevels(alphas.sqrt(), (1 - alphas).sqrt(), self.scheduler.config.prediction_type)
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """See `Backbone`."""
@@ -175,3 +220,26 @@ class DiffusersBackbone:
             scheduler=self.scheduler,
             **parts,
         )
+
+    def prepare_call(self, pipeline: Any, sampler: SamplerConfig, generator: torch.Generator) -> dict[str, Any]:
+        """See `Backbone`."""
+        return {"eta": sampler.eta, "generator": generator}
+
+    def usage_scheduler(self, sampler: SamplerConfig) -> tuple[str, str]:
+        """See `Backbone`."""
+        return "DDIMScheduler.from_config(SCHEDULER)", f"eta={sampler.eta:g}, "
+
+    def load_vae(self, chunk_size: int, device: str | torch.device, *, empty: bool) -> LatentDecoder:
+        """What decodes latents, where it is diffusers' AutoencoderKL in `vae`."""
+        from diffusers import AutoencoderKL
+
+        folder = Path(self.folder) / "vae"
+        if empty:
+            with naming_part(folder), torch.device("meta"):
+                vae = AutoencoderKL.from_config(self.component_config("vae"))
+            check_stored(folder, vae)
+            return LatentDecoder(vae, chunk_size)
+        with naming_part(folder):
+            vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        check_stored(folder, vae)
+        return LatentDecoder(vae, chunk_size).to(device)

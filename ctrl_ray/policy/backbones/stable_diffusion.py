@@ -128,18 +128,7 @@ class StableDiffusion(DiffusersBackbone):
         self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
     ) -> LatentDecoder:
         """The VAE."""
-        from diffusers import AutoencoderKL
-
-        folder = Path(self.folder) / "vae"
-        if empty:
-            with naming_part(folder), torch.device("meta"):
-                vae = AutoencoderKL.from_config(self.component_config("vae"))
-            check_stored(folder, vae)
-            return LatentDecoder(vae, chunk_size)
-        with naming_part(folder):
-            vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        check_stored(folder, vae)
-        return LatentDecoder(vae, chunk_size).to(device)
+        return self.load_vae(chunk_size, device, empty=empty)
 
     def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
         """'text': as they are; ConfigError where pooled ones are given."""

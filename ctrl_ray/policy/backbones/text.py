@@ -78,12 +78,11 @@ class TextEncoder(ABC):
         self._cache.move_to_end(prompt)
         return self._cache[prompt]
 
-    def _token_ids(self, tokenizer: str, prompt: str) -> Tensor:
-        """(1, tokens), padded and cut to what the encoder reads."""
+    def _token_ids(self, tokenizer: str, prompt: str, most: int | None = None) -> Tensor:
+        """(1, tokens), padded and cut to what the encoder reads, or to `most`."""
         part = self._parts[tokenizer]
-        tokens = part(
-            prompt, padding="max_length", max_length=part.model_max_length, truncation=True, return_tensors="pt"
-        )
+        length = most or part.model_max_length
+        tokens = part(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: Tensor = tokens.input_ids.to(self._device)
         return ids
 

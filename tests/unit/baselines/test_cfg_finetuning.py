@@ -11,8 +11,10 @@ from ctrl_ray.baselines.labelled import LabelledLatents
 from ctrl_ray.baselines.noising import NoiseSchedule
 from ctrl_ray.config import ControlConfig
 from ctrl_ray.diffusion.ddim import PredictionType, predict_x_0_and_noise
+from ctrl_ray.diffusion.flow import FlowKernel
 from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.policy.backbones.base import NoiseLevels
 from ctrl_ray.policy.protocol import Condition, Inputs
 
 ALPHAS = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
@@ -50,10 +52,14 @@ class _Affine(nn.Module):
         return ModelOutput(slope * latents + offset)
 
 
+def _schedule(alphas: Tensor, prediction_type: str) -> NoiseSchedule:
+    return NoiseSchedule(NoiseLevels(alphas.double().sqrt(), (1 - alphas.double()).sqrt(), prediction_type))
+
+
 def _minimiser(prediction_type: PredictionType, dropout: float) -> Tensor:
     """(3, T, 2): a and b of the least loss, by Newton's step, which is exact for a square."""
     batch = draw_batch(_images(30_000), len(ALPHAS), dropout, seed=1, update=2, sample_ids=range(30_000))
-    schedule, policy = NoiseSchedule(ALPHAS, prediction_type), _Affine()
+    schedule, policy = _schedule(ALPHAS, prediction_type), _Affine()
 
     def gradient(weights: Tensor) -> Tensor:
         policy.weights.data = weights.expand(3, len(ALPHAS), 2).clone()
@@ -92,7 +98,7 @@ def test_the_target_is_what_the_kernel_takes_a_prediction_for(prediction_type: P
     """x_0 and ε come back from the noised latents and the target, each sample at its own timestep."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=generator).unbind(0)
-    timesteps, schedule = torch.tensor([2, 0, 1]), NoiseSchedule(ALPHAS.float(), prediction_type)
+    timesteps, schedule = torch.tensor([2, 0, 1]), _schedule(ALPHAS, prediction_type)
     noised, target = schedule.noised(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
     for row, time in enumerate(timesteps.tolist()):
         x_0, found = predict_x_0_and_noise(noised[row], target[row], float(ALPHAS[time]), prediction_type)
@@ -100,11 +106,23 @@ def test_the_target_is_what_the_kernel_takes_a_prediction_for(prediction_type: P
         torch.testing.assert_close(found, noise[row], atol=1e-5, rtol=1e-5)
 
 
+def test_the_target_of_a_flow_is_its_velocity() -> None:
+    """x_0 and ε come back by the kernel's own way."""
+    latents, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
+    sigmas = torch.tensor([0.0, 0.3, 0.6])
+    timesteps, schedule = torch.tensor([2, 0, 1]), NoiseSchedule(NoiseLevels(1 - sigmas, sigmas, "flow"))
+    noised, target = schedule.noised(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    kernel = FlowKernel([0.6, 0.3, 0.0])
+    for row, step_index in ((0, 0), (2, 1)):
+        found = kernel.denoised(step_index, noised[row], ModelOutput(target[row]))
+        torch.testing.assert_close(found.x_0, latents[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.noise, noise[row], atol=1e-5, rtol=1e-5)
+    assert torch.equal(noised[1], latents[1])
+
+
 def test_an_unknown_prediction_is_refused() -> None:
-    schedule = NoiseSchedule(ALPHAS, "flow")  # type: ignore[arg-type]
-    with pytest.raises(
-        ConfigError, match="prediction_type 'flow' is unknown; expected epsilon, v_prediction or sample"
-    ):
+    schedule = _schedule(ALPHAS, "score")
+    with pytest.raises(ConfigError, match="prediction_type 'score' is unknown; expected epsilon, v_prediction, sample"):
         schedule.target(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
 
 
@@ -122,7 +140,7 @@ def test_the_loss_by_hand() -> None:
         prompts=("a", "b"),
         labels=torch.zeros(2, 1, dtype=torch.long),
     )
-    schedule = NoiseSchedule(ALPHAS.float(), "epsilon")
+    schedule = _schedule(ALPHAS, "epsilon")
     losses = denoising_loss(quarter, schedule, batch, Condition(batch.prompts, {}))  # type: ignore[arg-type]
     torch.testing.assert_close(losses, torch.tensor([0.75**2, 0.5]))
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from ctrl_ray.config import FlowSDE
 from ctrl_ray.diffusion.ddim import DDIMKernel
-from ctrl_ray.diffusion.flow import FlowKernel, FlowSDE, dynamic_shift, flow_sigmas
+from ctrl_ray.diffusion.flow import FlowKernel, dynamic_shift, flow_sigmas
 from ctrl_ray.diffusion.steps import GaussianStep, ModelOutput, step_kl
 from ctrl_ray.errors import ConfigError
 

@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pytest
 
+from ctrl_ray.config import FlowSDE
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.exact.chain import reference_chain
 from ctrl_ray.exact.gaussian import solve_gaussian
 from ctrl_ray.exact.grid import make_grid, make_kernel, policy_answer, solve_on_grid, total_variation
-from ctrl_ray.exact.problems import ComponentReward, FlowSDE, GaussianReward, Mixture, Problem, Sampler
+from ctrl_ray.exact.problems import ComponentReward, GaussianReward, Mixture, Problem, Sampler
 from ctrl_ray.exact.suite import TWO_MODES, component, gaussian, logistic, two_controls
 from ctrl_ray.exact.witness import check_against_riccati
 from tests.unit.exact.quadrature import solve_by_quadrature

@@ -48,7 +48,7 @@ def test_batches_get_smaller_with_the_image(
     monkeypatch.setattr(StableDiffusion, "image_size", lambda self: side)
     sampler = _sampler(tiny_pipeline)
     assert len(next(iter(sampler(100, seed=0)))[0]) == batch
-    assert sampler._loaded is not None and sampler._loaded[1].chunk_size == chunk
+    assert sampler._loaded is not None and sampler._loaded[2].chunk_size == chunk
 
 
 def test_the_workers_card_and_precision(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_the_workers_card_and_precision(tiny_pipeline: Path, monkeypatch: pytest
     moved: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where, **_: moved.append(str(where[0])) or self)
     sampler = _sampler(tiny_pipeline, scaling=ScalingConfig(use_gpu=True, precision="bf16"))
-    pipeline, decoder, _ = sampler._load()
+    _, pipeline, decoder, _ = sampler._load()
     assert "cuda" in moved
     assert next(pipeline.unet.parameters()).dtype == torch.bfloat16
     assert next(decoder.parameters()).dtype == torch.float32

@@ -1,0 +1,244 @@
+"""Stable Diffusion 3 and 3.5: a transformer trained by flow matching, two CLIP text encoders, perhaps a T5, a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.policy.backbones.base import Row
+from ctrl_ray.policy.backbones.flow import FlowBackbone
+from ctrl_ray.policy.backbones.text import Features, TextEncoder, without_progress_bar
+from ctrl_ray.policy.decoder import LatentDecoder
+from ctrl_ray.policy.pipeline_files import check_stored, check_tokenizer, naming_part
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+_CLIPS = ("text_encoder", "text_encoder_2")
+_T5 = "text_encoder_3"
+_TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", _T5: "tokenizer_3"}
+T5_TOKENS = 256
+"""As diffusers' pipeline takes them; without a T5 there are so many zeros."""
+_OF_SAMPLE = ("time_text_embed.", "norm1.linear", "norm1_context.linear", "norm_out.linear")
+"""Layers whose rows are samples: of the time, the pooled text, and what scales and shifts a block by them."""
+
+
+class StableDiffusion3(FlowBackbone):
+    """A pipeline of `StableDiffusion3Pipeline`'s components; see `Backbone` for what each member is.
+
+    A condition has 'text', the last but one hidden states of both CLIPs side by side, padded to the T5's width and followed by
+    the T5's; and 'pooled', what both CLIPs project.
+    """
+
+    denoiser = "transformer"
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The T5 is among them where the pipeline has one."""
+        return (*_CLIPS, *([_T5] if self.has_t5 else []), "vae")
+
+    @property
+    def loading_options(self) -> str:  # type: ignore[override]
+        """See `Backbone`."""
+        return "" if self.has_t5 else f", {_T5}=None, {_TOKENIZER_OF[_T5]}=None"
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether the folder holds the T5; without it the text has zeros in its place."""
+        return (Path(self.folder) / _T5 / "config.json").is_file()
+
+    @property
+    def pipeline_class(self) -> Any:
+        """`StableDiffusion3Pipeline`."""
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        config = self.component_config(self.denoiser)
+        return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
+
+    def image_size(self) -> int:
+        """Side in pixels: the latents' times the VAE's factor."""
+        blocks = self.component_config("vae")["block_out_channels"]
+        return int(self.latent_shape[1] * 2 ** (len(blocks) - 1))
+
+    def check(self) -> None:
+        """See `Backbone`: a text-to-image transformer, and parts of one model."""
+        super().check()
+        config = self.component_config(self.denoiser)
+        channels = config.get("in_channels"), config.get("out_channels")
+        if channels[0] != channels[1]:
+            raise ModelError(
+                f"the transformer of base model {self.folder} has {channels[0]} channels in and {channels[1]} out, as one for "
+                "editing; expected that of a text-to-image Stable Diffusion 3"
+            )
+        clips = [self.component_config(name) for name in _CLIPS]
+        pooled = config.get("pooled_projection_dim"), sum(int(clip.get("projection_dim", 0)) for clip in clips)
+        width, text = config.get("joint_attention_dim"), sum(int(clip.get("hidden_size", 0)) for clip in clips)
+        of_t5 = self.component_config(_T5).get("d_model") if self.has_t5 else width
+        if pooled[0] != pooled[1] or width != of_t5 or not isinstance(width, int) or text > width:
+            raise ModelError(
+                f"base model {self.folder} is made of several models: its transformer takes text of width {width} and pooled "
+                f"text of {pooled[0]}, its CLIP encoders give {text} and {pooled[1]}, its T5 {of_t5}; expected the parts of one"
+            )
+        for encoder in self._encoders():
+            check_tokenizer(Path(self.folder) / _TOKENIZER_OF[encoder])
+
+    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
+        """The transformer."""
+        if not empty:
+            return self.load_finetuned(self.folder, dtype)
+        from diffusers import SD3Transformer2DModel
+
+        folder = Path(self.folder) / self.denoiser
+        with naming_part(folder), torch.device("meta"):
+            transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
+        check_stored(folder, transformer)
+        nn.Module.to(transformer, dtype)
+        return transformer.eval().requires_grad_(False)
+
+    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The transformer that full fine-tuning left in `folder`/transformer."""
+        from diffusers import SD3Transformer2DModel
+
+        place = Path(folder) / self.denoiser
+        with naming_part(place):
+            transformer = SD3Transformer2DModel.from_pretrained(
+                folder, subfolder=self.denoiser, dtype=dtype, use_safetensors=True
+            )
+        check_stored(place, transformer)
+        return transformer.eval().requires_grad_(False)
+
+    def load_tokenizer(self) -> CLIPTokenizer:
+        """The first CLIP's: both cut a prompt alike."""
+        from transformers import CLIPTokenizer
+
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        return tokenizer
+
+    def num_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """Of the T5 where there is one, for it reads the most; else of a CLIP."""
+        if not self.has_t5:
+            tokenizer: Any = self.load_tokenizer()
+            limit = int(tokenizer.model_max_length)
+        else:
+            from transformers import T5TokenizerFast
+
+            tokenizer, limit = T5TokenizerFast.from_pretrained(self.folder, subfolder="tokenizer_3"), T5_TOKENS
+        return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids], limit
+
+    def load_encoder(self, device: str | torch.device = "cpu") -> _ThreeTextEncoders:
+        """Tokenizers and text encoders."""
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        parts: dict[str, Any] = {}
+        with without_progress_bar():
+            for encoder in self._encoders():
+                model, tokenizer = (
+                    (T5EncoderModel, T5TokenizerFast)
+                    if encoder == _T5
+                    else (CLIPTextModelWithProjection, CLIPTokenizer)
+                )
+                name = _TOKENIZER_OF[encoder]
+                parts[name] = tokenizer.from_pretrained(self.folder, subfolder=name)
+                with naming_part(Path(self.folder) / encoder):
+                    parts[encoder] = model.from_pretrained(
+                        self.folder, subfolder=encoder, dtype=torch.float32, use_safetensors=True
+                    )
+        if not self.has_t5:
+            parts |= {_T5: None, _TOKENIZER_OF[_T5]: None}
+        return _ThreeTextEncoders(parts, device, width=int(self.component_config(self.denoiser)["joint_attention_dim"]))
+
+    def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
+        """See `Backbone`."""
+        nothing = {} if self.has_t5 else {_T5: None, _TOKENIZER_OF[_T5]: None}
+        return super().load_pipeline(dtype, **(nothing | parts))
+
+    def load_decoder(
+        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
+    ) -> LatentDecoder:
+        """The VAE."""
+        return self.load_vae(chunk_size, device, empty=empty)
+
+    def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
+        """'text' and 'pooled': as they are; ConfigError without the pooled ones."""
+        if pooled is None:
+            raise ConfigError(
+                "Stable Diffusion 3 takes pooled embeddings beside prompt_embeds; give pooled_prompt_embeds (B, width), or "
+                "negative_pooled_prompt_embeds, too"
+            )
+        return {"text": prompt_embeds, "pooled": pooled}
+
+    def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """'text': (B, tokens of CLIP and T5, width); 'pooled': (B, width)."""
+        config = self.component_config(self.denoiser)
+        tokens = int(self.component_config("text_encoder")["max_position_embeddings"]) + T5_TOKENS
+        return {
+            "text": (batch_size, tokens, int(config["joint_attention_dim"])),
+            "pooled": (batch_size, int(config["pooled_projection_dim"])),
+        }
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The velocity."""
+        dtype = next(denoiser.parameters()).dtype
+        output: Tensor = denoiser(
+            hidden_states=latents.to(dtype),
+            timestep=time.to(latents.device).expand(len(latents)),
+            encoder_hidden_states=tensors["text"].to(dtype),
+            pooled_projections=tensors["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
+        return output
+
+    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The last projection; the norm before it has no weights of its own."""
+        return [denoiser.get_submodule("proj_out")]
+
+    def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
+        """The time embedding."""
+        module: Any = denoiser.get_submodule("time_text_embed.timestep_embedder")
+        return module, module.linear_2.out_features
+
+    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
+        """Every linear layer and convolution."""
+        return {
+            name: "sample" if any(f".{part}" in f".{name}" for part in _OF_SAMPLE) else "token"
+            for name, module in denoiser.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+
+    def _encoders(self) -> list[str]:
+        return [*_CLIPS, *([_T5] if self.has_t5 else [])]
+
+
+class _ThreeTextEncoders(TextEncoder):
+    """'text' (tokens, width) and 'pooled' (width,)."""
+
+    def __init__(self, parts: Mapping[str, Any], device: str | torch.device, *, width: int) -> None:
+        """width: of the T5, also where there is none."""
+        super().__init__(parts, device)
+        self._width = width
+
+    def features(self, prompt: str) -> Features:
+        """See `TextEncoder`."""
+        hidden, pooled = [], []
+        for encoder in _CLIPS:
+            output = self.parts[encoder](self._token_ids(_TOKENIZER_OF[encoder], prompt), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2][0])
+            pooled.append(output[0][0])
+        of_clip = torch.cat(hidden, dim=-1)
+        of_clip = F.pad(of_clip, (0, self._width - of_clip.shape[-1]))
+        if self.parts[_T5] is None:
+            of_t5 = of_clip.new_zeros(T5_TOKENS, self._width)
+        else:
+            of_t5 = self.parts[_T5](self._token_ids(_TOKENIZER_OF[_T5], prompt, T5_TOKENS))[0][0]
+        return {"text": torch.cat([of_clip, of_t5]), "pooled": torch.cat(pooled)}
