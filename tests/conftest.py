@@ -121,6 +121,22 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
+@pytest.fixture(scope="session")
+def tiny_xl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Stable Diffusion XL. Read only."""
+    from tests.tiny import make_tiny_xl_pipeline
+
+    return make_tiny_xl_pipeline(tmp_path_factory.mktemp("tiny_xl") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_3_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Stable Diffusion 3. Read only."""
+    from tests.tiny import make_tiny_3_pipeline
+
+    return make_tiny_3_pipeline(tmp_path_factory.mktemp("tiny_3") / "pipeline")
+
+
 @pytest.fixture
 def figures() -> Iterator[dict[str, Figure]]:
     """The matplotlib figures that the test saves, by the name of their files."""

@@ -33,8 +33,8 @@ LORA = LoraConfig(rank=2, alpha=2.0, target_modules=("to_q", "to_k", "to_v", "to
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_3_pipeline(tmp_path_factory.mktemp("three") / "pipeline")
+def folder(tiny_3_pipeline: Path) -> Path:
+    return tiny_3_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ PROMPTS = ("a red circle", "a blue cross")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_xl_pipeline(tmp_path_factory.mktemp("xl") / "pipeline")
+def folder(tiny_xl_pipeline: Path) -> Path:
+    return tiny_xl_pipeline
 
 
 def stock(folder: Path) -> StableDiffusionXLPipeline:
