@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ctrl_ray import command
+from ctrl_ray.config import FlowSDE
 from ctrl_ray.config.fields import above, at_least, check_fields
 from ctrl_ray.errors import ConfigError
 
@@ -70,7 +71,7 @@ class VerifyOptions:
     """Denoising steps."""
     kernel: Literal["ddim", "flow"] = "ddim"
     """Of every problem: DDIM on the noise schedule of Stable Diffusion, or flow matching, shifted as SD3 does."""
-    sde: Literal["ancestral", "cps", "flow_grpo", "constant"] | None = None
+    sde: FlowSDE | None = None
     """Of --kernel flow: where a step's noise comes from. The default is ancestral, DDIM's step in other variables; for the
     others choose eta too (Flow-GRPO's is 0.7)."""
     eta: Annotated[float | None, above(0)] = None

@@ -144,8 +144,8 @@ class Sampler:
     """Of a flow: σ ← shift · σ / (1 + (shift − 1) σ)."""
 
     def __post_init__(self) -> None:
-        if not self.first_steps <= self.num_steps <= 1000:
-            raise ConfigError(f"num_steps is {self.num_steps}; expected {self.first_steps} to 1000")
+        if not self.fewest_steps <= self.num_steps <= 1000:
+            raise ConfigError(f"num_steps is {self.num_steps}; expected {self.fewest_steps} to 1000")
         most = math.inf if self.sde in ("flow_grpo", "constant") else 1
         if not 0 < self.eta <= most:
             raise ConfigError(f"eta is {self.eta}; expected a number in (0, {most}]: a step without noise has no KL")
@@ -153,7 +153,7 @@ class Sampler:
             raise ConfigError(f"the SDE {self.sde!r} is one of flow matching; give --kernel flow with it")
 
     @property
-    def first_steps(self) -> int:
+    def fewest_steps(self) -> int:
         """Fewest steps: a flow's last is not controlled."""
         return 2 if self.kernel == "flow" else 1
 
