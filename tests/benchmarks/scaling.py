@@ -11,6 +11,9 @@ micro-batch waits a fifth of its time, so that the pool is asked as often, for i
     dispatcher   requests a second that one dispatcher passes on, asked by several processes at once, answers made at once; and
                  how many it could with a core of its own: one over its process's CPU seconds a request
 
+2026-11-28, two cores of an Intel Xeon: one dispatcher passes on 126, 112 and 178 requests a second of 1, 2 and 4 processes (217
+for each of its CPU seconds); the 128 workers that it serves ask for 7.
+
 What is not here: the network between machines. Gradients and requests go over loopback, and all processes share this
 machine's cores, which real workers do not; CPU seconds an update say how much of that is ours.
 """
