@@ -76,13 +76,11 @@ class Kernel:
 
 
 def make_kernel(grid: Grid, means: Array, std: float) -> Kernel:
-    """x' ~ N(means, std²) integrated over the bins; what would leave the grid stays in its last bin. Where std is 0, x' = mean
-    lies between two bins' centres, in proportion."""
+    """x' ~ N(means, std²) integrated over the bins; what would leave the grid stays in its last bin. Where std is 0, a bin is
+    spread evenly over what lies between the means half-way to its neighbours'."""
     count = len(means)
     if std == 0:
-        place = np.clip((means - grid.centres[0]) / grid.width, 0, count - 1)
-        left = np.minimum(place.astype(int), count - 2)
-        return Kernel(left[:, None] + np.arange(2), np.stack([left + 1 - place, place - left], axis=1))
+        return _moved(grid, means)
     half = int(np.ceil(_REACH * std / grid.width)) + 1
     width = min(2 * half + 1, count)
     first = np.clip(np.floor((means - grid.edges[0]) / grid.width).astype(int) - half, 0, count - width)
@@ -91,6 +89,22 @@ def make_kernel(grid: Grid, means: Array, std: float) -> Kernel:
     total = mass.sum(1, keepdims=True)
     mass = np.where(total > 1e-12, mass / np.maximum(total, 1e-300), 1.0 / width)
     return Kernel(columns, mass)
+
+
+def _moved(grid: Grid, means: Array) -> Kernel:
+    """x' = mean(x)."""
+    count, middles = len(means), (means[1:] + means[:-1]) / 2
+    ends = np.concatenate([[2 * means[0] - middles[0]], middles, [2 * means[-1] - middles[-1]]])
+    ends = np.clip(ends, grid.edges[0], grid.edges[-1])
+    low, high = np.minimum(ends[:-1], ends[1:]), np.maximum(ends[:-1], ends[1:])
+    width = min(int(np.ceil((high - low).max() / grid.width)) + 1, count)
+    first = np.clip(np.floor((low - grid.edges[0]) / grid.width).astype(int), 0, count - width)
+    columns = first[:, None] + np.arange(width)
+    left, right = grid.edges[columns], grid.edges[columns + 1]
+    mass = np.clip(np.minimum(right, high[:, None]) - np.maximum(left, low[:, None]), 0, None)
+    total = mass.sum(1, keepdims=True)
+    nearest = np.arange(width) == np.clip((low - grid.edges[first]) / grid.width, 0, width - 1).astype(int)[:, None]
+    return Kernel(columns, np.where(total > 1e-12, mass / np.maximum(total, 1e-300), nearest))
 
 
 @dataclass(frozen=True)
