@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Whoever runs the tests inside a cluster job still gets a Ray of their own.
     os.environ.pop("RAY_ADDRESS", None)
+    # A shell lets its background jobs ignore Ctrl-C, which some tests send to this process.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _runs_gpu_tests() -> bool:

@@ -65,8 +65,12 @@ def test_it_is_the_certificate_of_the_samples(config: TrainConfig, learner: Lear
 
 
 def test_ranks_share_the_paths(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two ranks give to the sums adds up to what one rank alone has."""
+    """What two ranks give to the sums adds up to what one rank alone has. Classes are the prompts' here: a JPEG size turns
+    with a pixel's rounding, which another batch has in another way."""
     tables: list[Tensor] = []
+    monkeypatch.setattr(
+        "ctrl_ray.evaluation.judging.load_oracle", lambda name: lambda image, prompt: 1e9 if "red" in prompt else 0.0
+    )
 
     def all_reduce_sum(values: Tensor, device: torch.device) -> Tensor:
         tables.append(values.clone())
