@@ -14,9 +14,7 @@ _SETTINGS = (
     *("num_train_timesteps", "shift", "use_dynamic_shifting"),
     *("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"),
 )
-_OTHER_SPACINGS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal"),
-)
+_OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
 _BROKEN = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
 

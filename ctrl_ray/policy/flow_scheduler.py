@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ctrl_ray.config import FlowSDE
 from ctrl_ray.diffusion.flow import FlowKernel, shifted_sigmas
-from ctrl_ray.diffusion.steps import GaussianStep, ModelOutput, gaussian_sample
+from ctrl_ray.diffusion.steps import ModelOutput, gaussian_sample
 from ctrl_ray.errors import ConfigError
 
 
@@ -76,17 +77,16 @@ class AncestralFlowScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is None:
             assert num_inference_steps is not None
             sigmas = [1 - index / num_inference_steps for index in range(num_inference_steps)]
-        shift = (
-            float(torch.tensor(mu, dtype=torch.float64).exp())
-            if self.config.use_dynamic_shifting
-            else self.config.shift
-        )
+        shift = self.config.shift
+        if self.config.use_dynamic_shifting:
+            assert mu is not None
+            shift = math.exp(mu)
         table = shifted_sigmas([float(sigma) for sigma in sigmas], shift)
         scale = self.config.num_train_timesteps
         self._kernel = FlowKernel(table, sde=self.config.sde, eta=self.config.eta, time_scale=scale)
         self.num_inference_steps = len(table) - 1
         self.sigmas = torch.tensor(table, dtype=torch.float32, device=device)
-        self.timesteps = torch.stack([self._kernel.time(k) for k in range(self._kernel.num_steps)]).to(device)
+        self.timesteps = torch.tensor([scale * sigma for sigma in table[:-1]], dtype=torch.float32, device=device)
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._own: torch.Generator | None = None
@@ -120,7 +120,7 @@ class AncestralFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._step_index is None:
             self._step_index = self._index_of(timestep) if self._begin_index is None else self._begin_index
-        step = self.law(self._step_index, sample, model_output)
+        step = self._kernel.step(self._step_index, sample.float(), ModelOutput(model_output.float()))
         following = step.mean
         if self._kernel.std(self._step_index) > 0:
             noise = variance_noise
@@ -135,10 +135,6 @@ class AncestralFlowScheduler(SchedulerMixin, ConfigMixin):
         self._step_index += 1
         following = following.to(model_output.dtype)
         return SchedulerOutput(following) if return_dict else (following,)
-
-    def law(self, step_index: int, sample: Tensor, model_output: Tensor) -> GaussianStep:
-        """N(mean, std²) of the next latents, float32."""
-        return self._kernel.step(step_index, sample.float(), ModelOutput(model_output.float()))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 − σ) sample + σ noise, for pipelines that begin with an image; timestep: (B,), of `timesteps`."""

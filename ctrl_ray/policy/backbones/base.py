@@ -188,6 +188,24 @@ class DiffusersBackbone:
         """See `Backbone`."""
         raise NotImplementedError
 
+    @property
+    def denoiser_class(self) -> Any:
+        """diffusers' class of the denoiser."""
+        raise NotImplementedError
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """See `Backbone`."""
+        raise NotImplementedError
+
+    def pixels_per_latent(self) -> int:
+        """Along each side, of diffusers' AutoencoderKL in `vae`."""
+        return int(2 ** (len(self.component_config("vae")["block_out_channels"]) - 1))
+
+    def image_size(self) -> int:
+        """See `Backbone`."""
+        return int(self.latent_shape[1]) * self.pixels_per_latent()
+
     @cached_property
     def scheduler(self) -> Any:
         """DDIM with the pipeline's noise schedule (see `ddim_scheduler`)."""
@@ -229,8 +247,31 @@ class DiffusersBackbone:
         """See `Backbone`."""
         return "DDIMScheduler.from_config(SCHEDULER)", f"eta={sampler.eta:g}, "
 
-    def load_vae(self, chunk_size: int, device: str | torch.device, *, empty: bool) -> LatentDecoder:
-        """What decodes latents, where it is diffusers' AutoencoderKL in `vae`."""
+    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
+        """See `Backbone`."""
+        if not empty:
+            return self.load_finetuned(self.folder, dtype)
+        folder, made = Path(self.folder) / self.denoiser, self.denoiser_class
+        with naming_part(folder), torch.device("meta"):
+            denoiser: nn.Module = made.from_config(made.load_config(folder))
+        check_stored(folder, denoiser)
+        nn.Module.to(denoiser, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
+        return denoiser.eval().requires_grad_(False)
+
+    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """See `Backbone`."""
+        place = Path(folder) / self.denoiser
+        with naming_part(place):
+            denoiser: nn.Module = self.denoiser_class.from_pretrained(
+                folder, subfolder=self.denoiser, dtype=dtype, use_safetensors=True
+            )
+        check_stored(place, denoiser)
+        return denoiser.eval().requires_grad_(False)
+
+    def load_decoder(
+        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
+    ) -> LatentDecoder:
+        """See `Backbone`: diffusers' AutoencoderKL in `vae`."""
         from diffusers import AutoencoderKL
 
         folder = Path(self.folder) / "vae"

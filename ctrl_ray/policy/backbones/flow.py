@@ -21,11 +21,6 @@ class FlowBackbone(DiffusersBackbone):
 
     usage_imports = ("import ctrl_ray  # its scheduler: diffusers has none with noise at every step",)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """See `Backbone`."""
-        raise NotImplementedError
-
     def check_schedule(self, config: Mapping[str, Any], whose: str) -> None:
         """See `Backbone`."""
         check_flow_schedule(config, whose)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone, Row
-from ctrl_ray.policy.backbones.text import Features, TextEncoder, without_progress_bar
-from ctrl_ray.policy.decoder import LatentDecoder
-from ctrl_ray.policy.pipeline_files import check_stored, check_tokenizer, naming_part
+from ctrl_ray.policy.backbones.text import Features, TextEncoder, load_text_parts
+from ctrl_ray.policy.pipeline_files import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -37,17 +36,19 @@ class StableDiffusion(DiffusersBackbone):
         return StableDiffusionPipeline
 
     @property
+    def denoiser_class(self) -> Any:
+        """`UNet2DConditionModel`."""
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         config = self.component_config(self.denoiser)
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return (config["in_channels"], height, width)
-
-    def image_size(self) -> int:
-        """Side in pixels: the latents' times the VAE's factor."""
-        blocks = self.component_config("vae")["block_out_channels"]
-        return int(self.latent_shape[1] * 2 ** (len(blocks) - 1))
 
     def check(self) -> None:
         """Also: the UNet takes latents and text alone (SDXL's takes sizes too, an inpainting model's a mask)."""
@@ -72,28 +73,6 @@ class StableDiffusion(DiffusersBackbone):
             )
         check_tokenizer(Path(self.folder) / "tokenizer")
 
-    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
-        """The UNet."""
-        if not empty:
-            return self.load_finetuned(self.folder, dtype)
-        from diffusers import UNet2DConditionModel
-
-        folder = Path(self.folder) / "unet"
-        with naming_part(folder), torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        check_stored(folder, unet)
-        nn.Module.to(unet, dtype)  # diffusers' own warns of submodules to keep in float32, also where there is none
-        return unet.eval().requires_grad_(False)
-
-    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The UNet that full fine-tuning left in `folder`/unet."""
-        from diffusers import UNet2DConditionModel
-
-        with naming_part(Path(folder) / "unet"):
-            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, use_safetensors=True)
-        check_stored(Path(folder) / "unet", unet)
-        return unet.eval().requires_grad_(False)
-
     def load_tokenizer(self) -> CLIPTokenizer:
         """CLIP's."""
         from transformers import CLIPTokenizer
@@ -110,25 +89,15 @@ class StableDiffusion(DiffusersBackbone):
 
     def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
         """Tokenizer and CLIP text encoder."""
-        from transformers import CLIPTextModel
+        from transformers import CLIPTextModel, CLIPTokenizer
 
-        tokenizer = self.load_tokenizer()
-        with without_progress_bar(), naming_part(Path(self.folder) / "text_encoder"):
-            text_encoder = CLIPTextModel.from_pretrained(
-                self.folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-            )
-        return _OneTextEncoder({"tokenizer": tokenizer, "text_encoder": text_encoder}, device)
+        parts = load_text_parts(self.folder, {"text_encoder": (CLIPTextModel, CLIPTokenizer)})
+        return _OneTextEncoder(parts, device)
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """See `Backbone`; without the safety checker."""
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return super().load_pipeline(dtype, **nothing, **parts)
-
-    def load_decoder(
-        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
-    ) -> LatentDecoder:
-        """The VAE."""
-        return self.load_vae(chunk_size, device, empty=empty)
 
     def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
         """'text': as they are; ConfigError where pooled ones are given."""
@@ -174,4 +143,4 @@ class _OneTextEncoder(TextEncoder):
 
     def features(self, prompt: str) -> Features:
         """See `TextEncoder`."""
-        return {"text": self.parts["text_encoder"](self._token_ids("tokenizer", prompt))[0][0]}
+        return {"text": self.parts["text_encoder"](self._token_ids("text_encoder", prompt))[0][0]}

@@ -10,19 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import Row
 from ctrl_ray.policy.backbones.flow import FlowBackbone
-from ctrl_ray.policy.backbones.text import Features, TextEncoder, without_progress_bar
-from ctrl_ray.policy.decoder import LatentDecoder
-from ctrl_ray.policy.pipeline_files import check_stored, check_tokenizer, naming_part
+from ctrl_ray.policy.backbones.text import TOKENIZER_OF, Features, TextEncoder, load_text_parts, with_pooled
+from ctrl_ray.policy.pipeline_files import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 _CLIPS = ("text_encoder", "text_encoder_2")
 _T5 = "text_encoder_3"
-_TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", _T5: "tokenizer_3"}
 T5_TOKENS = 256
 """As diffusers' pipeline takes them; without a T5 there are so many zeros."""
 _OF_SAMPLE = ("time_text_embed.", "norm1.linear", "norm1_context.linear", "norm_out.linear")
@@ -41,12 +39,12 @@ class StableDiffusion3(FlowBackbone):
     @property
     def frozen_parts(self) -> tuple[str, ...]:  # type: ignore[override]
         """The T5 is among them where the pipeline has one."""
-        return (*_CLIPS, *([_T5] if self.has_t5 else []), "vae")
+        return (*self._encoders(), "vae")
 
     @property
     def loading_options(self) -> str:  # type: ignore[override]
         """See `Backbone`."""
-        return "" if self.has_t5 else f", {_T5}=None, {_TOKENIZER_OF[_T5]}=None"
+        return "" if self.has_t5 else f", {_T5}=None, {TOKENIZER_OF[_T5]}=None"
 
     @property
     def has_t5(self) -> bool:
@@ -61,15 +59,17 @@ class StableDiffusion3(FlowBackbone):
         return StableDiffusion3Pipeline
 
     @property
+    def denoiser_class(self) -> Any:
+        """`SD3Transformer2DModel`."""
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         config = self.component_config(self.denoiser)
         return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
-
-    def image_size(self) -> int:
-        """Side in pixels: the latents' times the VAE's factor."""
-        blocks = self.component_config("vae")["block_out_channels"]
-        return int(self.latent_shape[1] * 2 ** (len(blocks) - 1))
 
     def check(self) -> None:
         """See `Backbone`: a text-to-image transformer, and parts of one model."""
@@ -91,32 +91,7 @@ class StableDiffusion3(FlowBackbone):
                 f"text of {pooled[0]}, its CLIP encoders give {text} and {pooled[1]}, its T5 {of_t5}; expected the parts of one"
             )
         for encoder in self._encoders():
-            check_tokenizer(Path(self.folder) / _TOKENIZER_OF[encoder])
-
-    def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
-        """The transformer."""
-        if not empty:
-            return self.load_finetuned(self.folder, dtype)
-        from diffusers import SD3Transformer2DModel
-
-        folder = Path(self.folder) / self.denoiser
-        with naming_part(folder), torch.device("meta"):
-            transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-        check_stored(folder, transformer)
-        nn.Module.to(transformer, dtype)
-        return transformer.eval().requires_grad_(False)
-
-    def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The transformer that full fine-tuning left in `folder`/transformer."""
-        from diffusers import SD3Transformer2DModel
-
-        place = Path(folder) / self.denoiser
-        with naming_part(place):
-            transformer = SD3Transformer2DModel.from_pretrained(
-                folder, subfolder=self.denoiser, dtype=dtype, use_safetensors=True
-            )
-        check_stored(place, transformer)
-        return transformer.eval().requires_grad_(False)
+            check_tokenizer(Path(self.folder) / TOKENIZER_OF[encoder])
 
     def load_tokenizer(self) -> CLIPTokenizer:
         """The first CLIP's: both cut a prompt alike."""
@@ -140,43 +115,20 @@ class StableDiffusion3(FlowBackbone):
         """Tokenizers and text encoders."""
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        parts: dict[str, Any] = {}
-        with without_progress_bar():
-            for encoder in self._encoders():
-                model, tokenizer = (
-                    (T5EncoderModel, T5TokenizerFast)
-                    if encoder == _T5
-                    else (CLIPTextModelWithProjection, CLIPTokenizer)
-                )
-                name = _TOKENIZER_OF[encoder]
-                parts[name] = tokenizer.from_pretrained(self.folder, subfolder=name)
-                with naming_part(Path(self.folder) / encoder):
-                    parts[encoder] = model.from_pretrained(
-                        self.folder, subfolder=encoder, dtype=torch.float32, use_safetensors=True
-                    )
+        clip, t5 = (CLIPTextModelWithProjection, CLIPTokenizer), (T5EncoderModel, T5TokenizerFast)
+        parts = load_text_parts(self.folder, {name: t5 if name == _T5 else clip for name in self._encoders()})
         if not self.has_t5:
-            parts |= {_T5: None, _TOKENIZER_OF[_T5]: None}
+            parts |= {_T5: None, TOKENIZER_OF[_T5]: None}
         return _ThreeTextEncoders(parts, device, width=int(self.component_config(self.denoiser)["joint_attention_dim"]))
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """See `Backbone`."""
-        nothing = {} if self.has_t5 else {_T5: None, _TOKENIZER_OF[_T5]: None}
+        nothing = {} if self.has_t5 else {_T5: None, TOKENIZER_OF[_T5]: None}
         return super().load_pipeline(dtype, **(nothing | parts))
-
-    def load_decoder(
-        self, chunk_size: int = 32, device: str | torch.device = "cpu", *, empty: bool = False
-    ) -> LatentDecoder:
-        """The VAE."""
-        return self.load_vae(chunk_size, device, empty=empty)
 
     def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
         """'text' and 'pooled': as they are; ConfigError without the pooled ones."""
-        if pooled is None:
-            raise ConfigError(
-                "Stable Diffusion 3 takes pooled embeddings beside prompt_embeds; give pooled_prompt_embeds (B, width), or "
-                "negative_pooled_prompt_embeds, too"
-            )
-        return {"text": prompt_embeds, "pooled": pooled}
+        return with_pooled("Stable Diffusion 3", prompt_embeds, pooled)
 
     def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """'text': (B, tokens of CLIP and T5, width); 'pooled': (B, width)."""
@@ -232,13 +184,13 @@ class _ThreeTextEncoders(TextEncoder):
         """See `TextEncoder`."""
         hidden, pooled = [], []
         for encoder in _CLIPS:
-            output = self.parts[encoder](self._token_ids(_TOKENIZER_OF[encoder], prompt), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2][0])
-            pooled.append(output[0][0])
+            of_encoder, projected = self.of_clip(encoder, prompt)
+            hidden.append(of_encoder)
+            pooled.append(projected)
         of_clip = torch.cat(hidden, dim=-1)
         of_clip = F.pad(of_clip, (0, self._width - of_clip.shape[-1]))
         if self.parts[_T5] is None:
             of_t5 = of_clip.new_zeros(T5_TOKENS, self._width)
         else:
-            of_t5 = self.parts[_T5](self._token_ids(_TOKENIZER_OF[_T5], prompt, T5_TOKENS))[0][0]
+            of_t5 = self.parts[_T5](self._token_ids(_T5, prompt, T5_TOKENS))[0][0]
         return {"text": torch.cat([of_clip, of_t5]), "pooled": torch.cat(pooled)}

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ctrl_ray.errors import ConfigError, ModelError
+from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone
 from ctrl_ray.policy.backbones.stable_diffusion import StableDiffusion
-from ctrl_ray.policy.backbones.text import Features, TextEncoder, without_progress_bar
-from ctrl_ray.policy.pipeline_files import check_tokenizer, naming_part, read_json
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from ctrl_ray.policy.backbones.text import TOKENIZER_OF, Features, TextEncoder, load_text_parts, with_pooled
+from ctrl_ray.policy.pipeline_files import check_tokenizer, read_json
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -66,31 +62,16 @@ class StableDiffusionXL(StableDiffusion):
                 f"{widths[0]} and {added_width} numbers of pooled text and sizes, its text encoders give {widths[1]} and "
                 f"{pooled}, with six sizes of {size_width}; expected the parts of one Stable Diffusion XL base model"
             )
-        for tokenizer in _TOKENIZERS:
-            check_tokenizer(Path(self.folder) / tokenizer)
-
-    def load_tokenizers(self) -> list[CLIPTokenizer]:
-        """Of the first encoder and of the second."""
-        from transformers import CLIPTokenizer
-
-        return [CLIPTokenizer.from_pretrained(self.folder, subfolder=name) for name in _TOKENIZERS]
-
-    def load_tokenizer(self) -> CLIPTokenizer:
-        """The first encoder's: both cut a prompt alike."""
-        return self.load_tokenizers()[0]
+        for encoder in _ENCODERS:
+            check_tokenizer(Path(self.folder) / TOKENIZER_OF[encoder])
 
     def load_encoder(self, device: str | torch.device = "cpu") -> _TwoTextEncoders:
         """Both tokenizers and CLIP text encoders."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        classes = (CLIPTextModel, CLIPTextModelWithProjection)
-        parts: dict[str, Any] = dict(zip(_TOKENIZERS, self.load_tokenizers(), strict=True))
-        with without_progress_bar():
-            for name, made in zip(_ENCODERS, classes, strict=True):
-                with naming_part(Path(self.folder) / name):
-                    parts[name] = made.from_pretrained(
-                        self.folder, subfolder=name, dtype=torch.float32, use_safetensors=True
-                    )
+        models = (CLIPTextModel, CLIPTextModelWithProjection)
+        classes = {name: (model, CLIPTokenizer) for name, model in zip(_ENCODERS, models, strict=True)}
+        parts = load_text_parts(self.folder, classes)
         index = read_json(Path(self.folder) / "model_index.json", "its list of parts")
         return _TwoTextEncoders(parts, device, zero_null=bool(index.get("force_zeros_for_empty_prompt", True)))
 
@@ -100,12 +81,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def embedded(self, prompt_embeds: Tensor, pooled: Tensor | None = None) -> dict[str, Tensor]:
         """'text' and 'pooled': as they are; ConfigError without the pooled ones."""
-        if pooled is None:
-            raise ConfigError(
-                "Stable Diffusion XL takes pooled embeddings beside prompt_embeds; give pooled_prompt_embeds (B, width), or "
-                "negative_pooled_prompt_embeds, too"
-            )
-        return {"text": prompt_embeds, "pooled": pooled}
+        return with_pooled("Stable Diffusion XL", prompt_embeds, pooled)
 
     def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """'text': (B, tokens, both widths); 'pooled': (B, width)."""
@@ -135,8 +111,7 @@ class StableDiffusionXL(StableDiffusion):
         """(1, 6): original size, crop, target size, (height, width) each in pixels; made once for each size and device."""
         key = (*latents.shape[-2:], str(latents.device))
         if key not in self._ids:
-            blocks = self.component_config("vae")["block_out_channels"]
-            size = [side * 2 ** (len(blocks) - 1) for side in latents.shape[-2:]]
+            size = [side * self.pixels_per_latent() for side in latents.shape[-2:]]
             self._ids[key] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=latents.device)
         return self._ids[key]
 
@@ -153,10 +128,9 @@ class _TwoTextEncoders(TextEncoder):
         """See `TextEncoder`."""
         hidden: list[Tensor] = []
         pooled: Tensor | None = None
-        for tokenizer, encoder in zip(_TOKENIZERS, _ENCODERS, strict=True):
-            output = self.parts[encoder](self._token_ids(tokenizer, prompt), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2][0])
-            pooled = output[0][0]
+        for encoder in _ENCODERS:
+            of_encoder, pooled = self.of_clip(encoder, prompt)
+            hidden.append(of_encoder)
         assert pooled is not None
         return {"text": torch.cat(hidden, dim=-1), "pooled": pooled}
 

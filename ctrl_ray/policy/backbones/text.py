@@ -6,15 +6,24 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ctrl_ray.errors import ConfigError
+from ctrl_ray.policy.pipeline_files import naming_part
 from ctrl_ray.policy.protocol import Condition
 
 CACHED_PROMPTS = 2048
 """Half a GiB of Stable Diffusion 1.5's features, 1.3 of SDXL's."""
+TOKENIZER_OF = {
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "text_encoder_3": "tokenizer_3",
+}
+"""diffusers' names of an encoder and of its tokenizer."""
 Features = dict[str, Tensor]
 """Of one prompt, by their names in a condition."""
 
@@ -78,13 +87,42 @@ class TextEncoder(ABC):
         self._cache.move_to_end(prompt)
         return self._cache[prompt]
 
-    def _token_ids(self, tokenizer: str, prompt: str, most: int | None = None) -> Tensor:
+    def of_clip(self, encoder: str, prompt: str) -> tuple[Tensor, Tensor]:
+        """(last but one hidden states (tokens, width), the output's first entry: what a CLIP with a projection projects)."""
+        output = self._parts[encoder](self._token_ids(encoder, prompt), output_hidden_states=True)
+        return output.hidden_states[-2][0], output[0][0]
+
+    def _token_ids(self, encoder: str, prompt: str, most: int | None = None) -> Tensor:
         """(1, tokens), padded and cut to what the encoder reads, or to `most`."""
-        part = self._parts[tokenizer]
+        part = self._parts[TOKENIZER_OF[encoder]]
         length = most or part.model_max_length
         tokens = part(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: Tensor = tokens.input_ids.to(self._device)
         return ids
+
+
+def load_text_parts(folder: str, classes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Encoders and their tokenizers by diffusers' names, float32; classes: of the encoder and of its tokenizer, by encoder."""
+    parts: dict[str, Any] = {}
+    with without_progress_bar():
+        for encoder, (model, tokenizer) in classes.items():
+            name = TOKENIZER_OF[encoder]
+            parts[name] = tokenizer.from_pretrained(folder, subfolder=name)
+            with naming_part(Path(folder) / encoder):
+                parts[encoder] = model.from_pretrained(
+                    folder, subfolder=encoder, dtype=torch.float32, use_safetensors=True
+                )
+    return parts
+
+
+def with_pooled(family: str, prompt_embeds: Tensor, pooled: Tensor | None) -> Features:
+    """'text' and 'pooled' of embeddings, (B, ...); ConfigError without the pooled ones."""
+    if pooled is None:
+        raise ConfigError(
+            f"{family} takes pooled embeddings beside prompt_embeds; give pooled_prompt_embeds (B, width), or "
+            "negative_pooled_prompt_embeds, too"
+        )
+    return {"text": prompt_embeds, "pooled": pooled}
 
 
 @contextmanager
