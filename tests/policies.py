@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ctrl_ray.config import LoraConfig
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import load_policy_on
@@ -18,3 +20,15 @@ def make_policy(
     """A policy on the pipeline in `folder`; lora=None: full fine-tuning."""
     backbone = load_backbone(str(folder))
     return load_policy_on(backbone, num_classes, lora=lora, full_finetune=lora is None, **kwargs)
+
+
+@torch.no_grad()
+def moved(policy: ControlledPolicy, *, by: float, seed: int) -> ControlledPolicy:
+    """Off the pre-trained model, as training would: null rows stay zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.trainable_parameters().items():
+        change = by * torch.randn(parameter.shape, generator=generator)
+        if "tables." in name:
+            change[-1] = 0
+        parameter += change
+    return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +142,11 @@ def make_tiny_3_pipeline(folder: str | Path, *, seed: int = 0, t5: bool = True) 
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    """Set some of a JSON object's values, such as of a part's config.json."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 CLIP_FEATURES = 8

@@ -25,7 +25,7 @@ from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
 from tests.configs import EVERY_LAYER
 from tests.gradients import full_pass
-from tests.policies import make_policy
+from tests.policies import make_policy, moved
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(thresholds=(3.0,), unit="x")}
 LORA = LoraConfig(rank=2, alpha=6.0, target_modules=EVERY_LAYER)
@@ -40,14 +40,7 @@ def _policy(folder: str, kind: AdapterKind = "gains", names: tuple[str, ...] = (
 
 
 def _move(policy: ControlledPolicy) -> ControlledPolicy:
-    """Off the pre-trained model, as training would: null rows stay zero."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.trainable_parameters().items():
-        change = 0.05 * torch.randn(parameter.shape, generator=generator)
-        if "tables." in name:
-            change[-1] = 0
-        parameter.data += change
-    return policy
+    return moved(policy, by=0.05, seed=1)
 
 
 def _save(folder: Path, policy: ControlledPolicy, base: str, sampler: SamplerConfig = SAMPLER) -> Path:

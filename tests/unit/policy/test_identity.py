@@ -20,12 +20,9 @@ from ctrl_ray.policy.adapter import check_base_model, make_adapter_info
 from ctrl_ray.policy.adapter_info import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.identity import part_identity
+from tests.tiny import edit_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def _edit(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> str:
@@ -138,14 +135,14 @@ def _moved(file: Path) -> None:
             ),
             None,
         ),
-        (lambda base: _edit(base / "unet" / "config.json", _name_or_path="elsewhere"), None),
-        (lambda base: _edit(base / "scheduler" / "scheduler_config.json", timestep_spacing="trailing"), None),
+        (lambda base: edit_json(base / "unet" / "config.json", _name_or_path="elsewhere"), None),
+        (lambda base: edit_json(base / "scheduler" / "scheduler_config.json", timestep_spacing="trailing"), None),
         (
             lambda base: _moved(base / "vae" / WEIGHTS),
             r"another VAE \(the decoder\) with weights \w{12}…, not \w{12}…; the",
         ),
         (
-            lambda base: _edit(base / "vae" / "config.json", scaling_factor=0.3),
+            lambda base: edit_json(base / "vae" / "config.json", scaling_factor=0.3),
             r"another VAE .* with scaling_factor 0\.3, not",
         ),
         (lambda base: _moved(base / "text_encoder" / "model.safetensors"), "another text encoder with weights"),
@@ -176,7 +173,7 @@ def test_an_adapter_knows_the_parts_that_it_was_trained_with(
             r"holds another denoiser \(weights \w{12}…, not \w{12}…\); give the",
         ),
         (
-            lambda base: _edit(base / "unet" / "config.json", norm_eps=1e-3),
+            lambda base: edit_json(base / "unet" / "config.json", norm_eps=1e-3),
             r"another denoiser \(norm_eps 0\.001, not 1e-05\)",
         ),
     ],

@@ -14,12 +14,9 @@ from safetensors.torch import load_file, save_file
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.pipeline_files import check_weights, weight_files
+from tests.tiny import edit_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def _edit(file: Path, **values: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def _pointer(base: Path) -> None:
@@ -69,21 +66,21 @@ def _flow(base: Path) -> None:
             r"tokenizer/vocab\.json is not readable as JSON",
         ),
         (
-            lambda base: _edit(base / "unet" / "config.json", cross_attention_dim=999),
+            lambda base: edit_json(base / "unet" / "config.json", cross_attention_dim=999),
             r"made of two models: its unet takes text of width 999, its text_encoder gives \d+; expected",
         ),
         (_renamed, r"unet holds weights of the variant fp16 alone .*variant='fp16'"),
         (_flow, "scheduler of base model .* is a FlowMatchEulerDiscreteScheduler, which has no noise schedule"),
         (
-            lambda base: _edit(base / "unet" / "config.json", in_channels=9),
+            lambda base: edit_json(base / "unet" / "config.json", in_channels=9),
             "unet of base model .* has 9 channels in and 4 out",
         ),
         (
-            lambda base: _edit(base / "unet" / "config.json", addition_embed_type="text_time"),
+            lambda base: edit_json(base / "unet" / "config.json", addition_embed_type="text_time"),
             "has addition_embed_type 'text_time', .* SDXL",
         ),
         (
-            lambda base: _edit(base / "model_index.json", _class_name="KolorsPipeline"),
+            lambda base: edit_json(base / "model_index.json", _class_name="KolorsPipeline"),
             "is a KolorsPipeline, which is no family",
         ),
     ],
@@ -111,7 +108,7 @@ def test_weights_of_another_model_than_the_configuration(
     changes: dict[str, object], message: str, empty: bool, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_pipeline, tmp_path / "base"))
-    _edit(base / "unet" / "config.json", **changes)
+    edit_json(base / "unet" / "config.json", **changes)
     with pytest.raises(ModelError, match=message):
         load_backbone(str(base)).load_denoiser(empty=empty)
 

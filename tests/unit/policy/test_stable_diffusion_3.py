@@ -21,10 +21,9 @@ from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
-from tests.policies import make_policy
-from tests.tiny import make_tiny_3_pipeline
+from tests.policies import make_policy, moved
+from tests.tiny import edit_json, make_tiny_3_pipeline
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(classes=("x", "y"))}
 COUNTS = {name: control.num_classes for name, control in CONTROLS.items()}
@@ -118,17 +117,6 @@ def test_the_pre_trained_model_draws_what_the_stock_pipeline_draws(
     torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def moved(policy: ControlledPolicy) -> ControlledPolicy:
-    """Away from its start."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in policy.trainable_parameters().items():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        if "tables" in name:
-            parameter[-1] = 0
-    return policy
-
-
 def given(folder: Path) -> tuple[Tensor, Tensor, Any]:
     """Latents, a time and a condition of two samples."""
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -145,7 +133,9 @@ def test_the_policy_is_the_reference_at_the_start(folder: Path, kind: Any, guida
     with torch.no_grad():
         ours, ref = (policy(latents, time, inputs, reference=reference).prediction for reference in (False, True))
         assert torch.equal(ours, ref)
-        assert not torch.allclose(moved(policy)(latents, time, inputs, reference=False).prediction, ref, atol=1e-3)
+        assert not torch.allclose(
+            moved(policy, by=0.1, seed=3)(latents, time, inputs, reference=False).prediction, ref, atol=1e-3
+        )
         assert torch.equal(policy(latents, time, inputs, reference=True).prediction, ref)
 
 
@@ -168,7 +158,7 @@ def test_rows_of_adapted_layers_are_samples_or_tokens(folder: Path) -> None:
 def test_an_adapter_comes_back_and_its_classes_are_loras_of_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
     """Label gains: with a class's file the stock transformer predicts what the policy does with that label; with our scheduler,
     and the LoRA off in the last step, the stock pipeline draws the policy's images."""
-    policy = moved(make_policy(folder, COUNTS, lora=LORA, kind="gains"))
+    policy = moved(make_policy(folder, COUNTS, lora=LORA, kind="gains"), by=0.1, seed=3)
     sampler = SamplerConfig(num_steps=4, guidance_scale=1.0, reference_steps=1)
     info = make_adapter_info(
         base_model=str(folder),
@@ -222,19 +212,18 @@ def test_an_adapter_comes_back_and_its_classes_are_loras_of_the_stock_pipeline(f
     assert "StableDiffusion3Pipeline.from_pretrained" in readme and "DDIM" not in readme
 
 
-def _edit(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda base: _edit(base / "transformer" / "config.json", in_channels=9), "9 channels in and 4 out"),
-        (lambda base: _edit(base / "text_encoder" / "config.json", projection_dim=24), "made of several models"),
-        (lambda base: _edit(base / "text_encoder_3" / "config.json", d_model=48), "made of several models"),
+        (lambda base: edit_json(base / "transformer" / "config.json", in_channels=9), "9 channels in and 4 out"),
+        (lambda base: edit_json(base / "text_encoder" / "config.json", projection_dim=24), "made of several models"),
+        (lambda base: edit_json(base / "text_encoder_3" / "config.json", d_model=48), "made of several models"),
         (lambda base: shutil.rmtree(base / "tokenizer_3"), "lacks its tokenizer"),
-        (lambda base: _edit(base / "scheduler" / "scheduler_config.json", use_beta_sigmas=True), "by use_beta_sigmas"),
-        (lambda base: _edit(base / "scheduler" / "scheduler_config.json", shift=-1.0), "make no flow"),
+        (
+            lambda base: edit_json(base / "scheduler" / "scheduler_config.json", use_beta_sigmas=True),
+            "by use_beta_sigmas",
+        ),
+        (lambda base: edit_json(base / "scheduler" / "scheduler_config.json", shift=-1.0), "make no flow"),
         (
             lambda base: (base / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 1000}'),
             "no shift of a flow",

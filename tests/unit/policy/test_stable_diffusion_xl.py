@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,9 @@ from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
-from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
-from tests.policies import make_policy
-from tests.tiny import make_tiny_xl_pipeline
+from tests.policies import make_policy, moved
+from tests.tiny import edit_json, make_tiny_xl_pipeline
 
 CONTROLS = {"size": ControlConfig(classes=("a", "b", "c")), "hue": ControlConfig(classes=("x", "y"))}
 COUNTS = {name: control.num_classes for name, control in CONTROLS.items()}
@@ -102,17 +100,6 @@ def test_pooled_embeddings_are_asked_for(folder: Path, tiny_pipeline: Path) -> N
         xl(prompt_embeds=text, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=pooled)
 
 
-@torch.no_grad()
-def moved(policy: ControlledPolicy) -> ControlledPolicy:
-    """Away from its start."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in policy.trainable_parameters().items():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        if "tables" in name:
-            parameter[-1] = 0
-    return policy
-
-
 def given(folder: Path) -> tuple[Tensor, Tensor, Any]:
     """Latents, a time and a condition of two samples."""
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -129,7 +116,9 @@ def test_the_policy_is_the_reference_at_the_start(folder: Path, kind: Any, guida
     with torch.no_grad():
         ours, ref = (policy(latents, time, inputs, reference=reference).prediction for reference in (False, True))
         assert torch.equal(ours, ref)
-        assert not torch.allclose(moved(policy)(latents, time, inputs, reference=False).prediction, ref, atol=1e-3)
+        assert not torch.allclose(
+            moved(policy, by=0.1, seed=3)(latents, time, inputs, reference=False).prediction, ref, atol=1e-3
+        )
         assert torch.equal(policy(latents, time, inputs, reference=True).prediction, ref)
 
 
@@ -138,7 +127,7 @@ def test_the_policy_is_the_reference_at_the_start(folder: Path, kind: Any, guida
 def test_an_adapter_comes_back_and_its_classes_are_loras_of_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
     """Label gains: the stock UNet with a class's file predicts what the policy does with that label."""
     lora = LoraConfig(rank=2, alpha=2.0)
-    policy = moved(make_policy(folder, COUNTS, lora=lora, kind="gains"))
+    policy = moved(make_policy(folder, COUNTS, lora=lora, kind="gains"), by=0.1, seed=3)
     info = make_adapter_info(
         base_model=str(folder),
         base_revision=None,
@@ -163,17 +152,13 @@ def test_an_adapter_comes_back_and_its_classes_are_loras_of_the_stock_pipeline(f
     assert "StableDiffusionXLPipeline.from_pretrained" in (tmp_path / "README.md").read_text()
 
 
-def _edit(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda base: _edit(base / "unet" / "config.json", addition_embed_type=None), "addition_embed_type None"),
-        (lambda base: _edit(base / "unet" / "config.json", in_channels=9), "9 channels in and 4 out"),
-        (lambda base: _edit(base / "text_encoder" / "config.json", hidden_size=24), "made of several models"),
-        (lambda base: _edit(base / "text_encoder_2" / "config.json", projection_dim=12), "made of several models"),
+        (lambda base: edit_json(base / "unet" / "config.json", addition_embed_type=None), "addition_embed_type None"),
+        (lambda base: edit_json(base / "unet" / "config.json", in_channels=9), "9 channels in and 4 out"),
+        (lambda base: edit_json(base / "text_encoder" / "config.json", hidden_size=24), "made of several models"),
+        (lambda base: edit_json(base / "text_encoder_2" / "config.json", projection_dim=12), "made of several models"),
         (lambda base: shutil.rmtree(base / "tokenizer_2"), "lacks its tokenizer"),
         (
             lambda base: (base / "text_encoder_2" / "config.json").unlink(),
