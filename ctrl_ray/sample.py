@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ctrl_ray import command, embedded
 from ctrl_ray.config import ControlConfig, MethodConfig, Precision, SamplerConfig
 from ctrl_ray.config.call import CallConfig
-from ctrl_ray.config.fields import at_least, check_fields, share
+from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.errors import ConfigError, InterruptedRunError, naming_memory
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SampleConfig:
     with --base, or with --classifier and --candidates or --method.name. 'shapes' ships with the package."""
     num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps. None: as the adapter was trained."""
-    eta: Annotated[float | None, share()] = None
+    eta: Annotated[float | None, at_least(0)] = None
     """DDIM stochasticity. None: as the adapter was trained."""
     guidance_scale: Annotated[float | None, at_least(1)] = None
     """Classifier-free guidance of the prompt (1 switches it off). None: as the adapter was trained."""

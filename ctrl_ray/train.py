@@ -69,6 +69,7 @@ def fit(
         prepare_classifiers,
         rewards_of,
     )
+    from ctrl_ray.planning.assumed import Assumed, assumed
     from ctrl_ray.planning.machines import stated_machines
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
@@ -83,9 +84,16 @@ def fit(
         if config.aim_repo:
             check_output(config.aim_repo, "--aim-repo")
     folder = RunFolder(config.output_dir)
-    stated = None if machines is None else stated_machines(machines)
-    checked = preflight(config, refit_classifier=refit_classifier, with_estimate=dry_run, stated=stated)
-    print(checked.summary, flush=True)
+    plan = assumed(config, machines) if dry_run else Assumed(config, machines, False, [])
+    stated = None if plan.machines is None else stated_machines(plan.machines)
+    checked = preflight(
+        plan.config,
+        refit_classifier=refit_classifier,
+        with_estimate=dry_run,
+        stated=stated,
+        without_data=plan.without_data,
+    )
+    print("\n".join([*plan.lines, checked.summary]), flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
 

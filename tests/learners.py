@@ -13,7 +13,7 @@ from torch import Tensor
 from ctrl_ray.config import ControlConfig, EvaluationConfig, LoraConfig, SamplerConfig, TrainConfig
 from ctrl_ray.diffusion.steps import ModelOutput
 from ctrl_ray.distributed.learner import Learner, Rank
-from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.distributed.worker import TrainJob, load_prompts, make_learner
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Inputs
@@ -107,5 +107,6 @@ def learner_on(
         channel=None,
     )
     policy = build_policy(config).to(device)
-    learner = make_learner(job, Rank(0, 1, device), make_engine(policy))
+    rank = Rank(0, 1, device)
+    learner = make_learner(job, rank, make_engine(policy), load_prompts(job, rank))
     return dataclasses.replace(learner, rewards=CPUPool(load_reward_model(spec))) if pool else learner

@@ -100,7 +100,7 @@ def read_labelled(
     """
     names = list(config.controls) if controls is None else list(controls)
     _check(config, names)
-    backbone = load_backbone(config.base_model, config.base_revision)
+    backbone = load_backbone(config.base_model, config.base_revision, config.sampler)
     decoder = backbone.load_decoder(config.rewards.fixed_decode_chunk_size, device)
     rows = read_rows(config, names, backbone.image_size(), on_bad_row=on_bad_row, bad_rows_file=bad_rows_file)
     blocks: list[_Block] = []

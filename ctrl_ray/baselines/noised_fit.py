@@ -101,7 +101,7 @@ def fit_noised(
             latent_shape=data.latents.shape[1:],
             base_model=config.base_model,
             prompt_conditional=settings.prompt_conditional,
-            vae=load_backbone(config.base_model, config.base_revision).identities()["vae"].sha256,
+            vae=load_backbone(config.base_model, config.base_revision, config.sampler).identities()["vae"].sha256,
         ).to(device)
     images = _Noised(config, data, list(data.controls).index(control), device)
     _fit(config, classifier, images, data.rows("fitting"), data.rows("selection"), say)

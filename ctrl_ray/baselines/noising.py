@@ -21,7 +21,7 @@ class NoiseSchedule:
     @classmethod
     def of(cls, config: TrainConfig) -> NoiseSchedule:
         """That of a run's base model."""
-        return cls(load_backbone(config.base_model, config.base_revision).noise_levels())
+        return cls(load_backbone(config.base_model, config.base_revision, config.sampler).noise_levels())
 
     def __len__(self) -> int:
         return len(self.levels.signal)

@@ -39,7 +39,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
                 f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
                 "of its numbers; give thresholds"
             )
-    image_size = load_backbone(config.base_model, config.base_revision).image_size()
+    image_size = load_backbone(config.base_model, config.base_revision, config.sampler).image_size()
     if config.data is None:
         raise ConfigError(f"control {control!r} needs a classifier, and there is no data to fit one on; give --data")
     if is_told_prompt(spec.oracle) and not has_prompts(config.data):
@@ -54,7 +54,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
                 f"data {config.data!r} has no labels of control {control!r}; name an oracle that measures them"
             )
         return
-    _check_data(config, control, spec, (image_size, image_size))
+    _check_data(config, control, spec, image_size)
 
 
 def prompt_doubts(spec: ControlConfig, sees_prompt: bool) -> list[str]:

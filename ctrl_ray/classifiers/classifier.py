@@ -32,7 +32,7 @@ _LAYOUT = Layout(
     "classifier folder",
     SETTINGS,
     "python -m ctrl_ray.classify",
-    {"network": str, "network_arguments": dict, "temperature": float, "image_size": int},
+    {"network": str, "network_arguments": dict, "temperature": float, "image_size": int | tuple[int, int]},
     {"base_model": str, "calibration": dict | None},
 )
 
@@ -77,7 +77,7 @@ class ImageClassifier(nn.Module):
         control: Name of the control.
         spec: Its classes, thresholds, unit and oracle; K is `spec.num_classes`.
         temperature: Logits are divided by it.
-        image_size: Side in pixels of the square images it was fitted on.
+        image_size: (height, width) in pixels of the images it was fitted on.
         base_model: The pipeline whose VAE decoded them; "" where none did.
         calibration: Figures on held-out images, as `fitting` reports them.
     """
@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
         control: str,
         spec: ControlConfig,
         temperature: float = 1.0,
-        image_size: int = 64,
+        image_size: tuple[int, int] = (64, 64),
         base_model: str = "",
         calibration: Mapping[str, Any] | None = None,
     ) -> None:
@@ -141,11 +141,12 @@ class ImageClassifier(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `classifier.json` (and a tokenizer, where there is one) into `folder`."""
         path = Path(folder)
+        height, width = self.image_size
         more = {
             "network": self.kind,
             "network_arguments": self.arguments,
             "temperature": self.temperature,
-            "image_size": self.image_size,
+            "image_size": height if height == width else [height, width],
             "base_model": self.base_model,
             "calibration": self.calibration,
         }
@@ -163,7 +164,7 @@ class ImageClassifier(nn.Module):
         path = Path(folder)
         settings = read_settings(path, _LAYOUT)
         spec = control_of(path, _LAYOUT, settings)
-        arguments = settings["network_arguments"]
+        arguments, size = settings["network_arguments"], settings["image_size"]
         network = build_network(settings["network"], spec.num_classes, arguments)
         load_weights(network, path, _LAYOUT, spec)
         if settings["network"] == "clip" and arguments.get("prompt_conditional"):
@@ -177,7 +178,7 @@ class ImageClassifier(nn.Module):
             control=settings["control"],
             spec=spec,
             temperature=settings["temperature"],
-            image_size=settings["image_size"],
+            image_size=(size, size) if isinstance(size, int) else size,
             base_model=settings.get("base_model", ""),
             calibration=settings.get("calibration"),
         )

@@ -57,7 +57,7 @@ class Row(NamedTuple):
 def read_examples(
     config: TrainConfig,
     control: str,
-    image_size: int,
+    image_size: tuple[int, int],
     *,
     on_bad_row: OnBadRow = "error",
     bad_rows_file: str | None = None,
@@ -70,12 +70,12 @@ def read_examples(
 def read_rows(
     config: TrainConfig,
     controls: Sequence[str],
-    image_size: int,
+    image_size: tuple[int, int],
     *,
     on_bad_row: OnBadRow = "error",
     bad_rows_file: str | None = None,
 ) -> Iterator[Row]:
-    """The rows of `config.data` at image_size x image_size, in the order of the file; 'shapes' draws them. At most
+    """The rows of `config.data` at image_size (height, width), in the order of the file; 'shapes' draws them. At most
     `config.classifier.max_images`.
 
     Prompts are "" where `config.classifier.ignore_prompts` is on. A control's column is read only where no oracle measures the
@@ -85,7 +85,7 @@ def read_rows(
         require_prompts_for_oracle(config, name)
     if is_embedded(config.data):
         rows: Iterator[Row] = (
-            Row(np.asarray(cover_and_crop(image, (image_size, image_size))), prompt, (None,) * len(controls))
+            Row(np.asarray(cover_and_crop(image, image_size)), prompt, (None,) * len(controls))
             for image, prompt in draw_dataset(config.num_drawn_images, config.seed)
         )
     else:
@@ -96,11 +96,14 @@ def read_rows(
 
 
 def _parquet_rows(
-    config: TrainConfig, controls: Sequence[str], image_size: int, on_bad_row: OnBadRow, bad_rows_file: str | None
+    config: TrainConfig,
+    controls: Sequence[str],
+    image_size: tuple[int, int],
+    on_bad_row: OnBadRow,
+    bad_rows_file: str | None,
 ) -> Iterator[Row]:
     columns = {name: config.controls[name] for name in controls if not config.controls[name].oracle}
-    size = (image_size, image_size)
-    for row in iter_rows(config.data or "", columns, on_bad_row, image_size=size, bad_rows_file=bad_rows_file):
+    for row in iter_rows(config.data or "", columns, on_bad_row, image_size=image_size, bad_rows_file=bad_rows_file):
         yield Row(row["image"], row["prompt"], tuple(row.get(name) for name in controls))
 
 
@@ -168,7 +171,7 @@ class BlockWriter:
         self.decoder: LatentDecoder | None = None
         if config.classifier.decode:
             chunk = config.rewards.fixed_decode_chunk_size
-            backbone = load_backbone(config.base_model, config.base_revision)
+            backbone = load_backbone(config.base_model, config.base_revision, config.sampler)
             self.decoder = backbone.load_decoder(chunk, device)
 
     def write_data(

@@ -47,7 +47,7 @@ class FitJob:
 
     config: TrainConfig
     control: str
-    image_size: int
+    image_size: tuple[int, int]
     folder: str | None
     """Where the decoded examples go: storage that all workers share; None: a temporary folder of the only worker."""
     sample_pipeline: SamplePipeline | None = None

@@ -144,7 +144,7 @@ class Bench:
             drawn=progress.drawn,
             timing_s=question.plan.timing_s,
         )
-        side = load_backbone(base.base_model, base.revision).image_size()
+        size = load_backbone(base.base_model, base.revision, base.sampler).image_size()
         return cls(
             question=question,
             config=config,
@@ -155,7 +155,7 @@ class Bench:
                 classes=classes,
                 controls=config.controls,
                 exponents=exponents,
-                **judges_of(config.evaluation, base.prompts, (side, side))._asdict(),
+                **judges_of(config.evaluation, base.prompts, size)._asdict(),
                 seed=question.seed,
             ),
             progress=progress,

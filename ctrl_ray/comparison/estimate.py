@@ -29,6 +29,7 @@ from ctrl_ray.planning.cost import (
 )
 from ctrl_ray.planning.counts import PolicyCounter
 from ctrl_ray.planning.plan import num_branches
+from ctrl_ray.policy.base_model import OUTLINES, outline_of
 from ctrl_ray.wording import duration, text_table
 
 TIMED_RUNS, TIMED = 2, 16
@@ -59,7 +60,7 @@ STABLE_DIFFUSION = RowFlops(forward=0.8044e12, backward=0.9899e12, decode=2.540e
 _DATA = "data.parquet"
 """Stands for labelled images that are not named yet; nothing is read of it."""
 KNOWN = {"stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION}
-"""By hub id: what need not be on this machine."""
+"""By hub id: what need not be counted again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +168,11 @@ def row_flops(config: TrainConfig) -> RowFlops:
     """Of the base model; ConfigError where it is neither on this machine nor known."""
     if config.base_model in KNOWN:
         return KNOWN[config.base_model]
-    base_model = absolute_model(config.base_model)
+    base_model = outline_of(config.base_model) or absolute_model(config.base_model)
     if not is_embedded(base_model) and not Path(base_model).is_dir():
         raise ConfigError(
             f"what {config.base_model} computes is not known here, and --dry-run fetches nothing; expected 'shapes', a folder, "
-            f"or {', '.join(KNOWN)}: give --base-model FOLDER"
+            f"or {', '.join(OUTLINES)}: give --base-model FOLDER"
         )
     scaling = dataclasses.replace(config.scaling, gradient_checkpointing=False, num_workers=1)
     counted = dataclasses.replace(

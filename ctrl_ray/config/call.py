@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from ctrl_ray.config.fields import at_least, check_fields, share
+from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.config.policy import SamplerConfig
 from ctrl_ray.config.values import require
 
@@ -20,7 +20,7 @@ class CallConfig:
     """Classifier-free guidance of the prompt. 1 switches it off."""
     control_scale: Annotated[float | None, at_least(0)] = None
     """A guidance scale for the label alone."""
-    eta: Annotated[float | None, share()] = None
+    eta: Annotated[float | None, at_least(0)] = None
     """DDIM stochasticity."""
     adapter_scale: float = 1.0
     """Scale of what the adapter adds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ctrl_ray.config.fields import above, at_least, check_fields, share
+from ctrl_ray.config.fields import above, at_least, check_fields
 from ctrl_ray.config.values import require
 
 NullBranch = Literal["pre_trained", "class"]
@@ -19,9 +19,10 @@ class SamplerConfig:
 
     num_steps: Annotated[int, at_least(1)] = 10
     """Denoising steps. The denoiser calls per sample grow in proportion."""
-    eta: Annotated[float, share()] = 1.0
-    """Stochasticity. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
-    refused with a KL, because its steps have no density."""
+    eta: Annotated[float, at_least(0)] = 1.0
+    """Stochasticity, up to 1. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
+    refused with a KL, because its steps have no density. Of flow_sde 'flow_grpo' the noise level (0.7 in Flow-GRPO, √2
+    forgets), of 'constant' the noise itself: those may be larger."""
     flow_sde: FlowSDE = "ancestral"
     """Of base models that were trained by flow matching: where a step's noise comes from. 'ancestral' is DDIM's step in
     other variables, and forgets its initial noise at eta 1. 'cps', 'flow_grpo' and 'constant' are those of other trainers, for
@@ -33,6 +34,13 @@ class SamplerConfig:
     null_branch: NullBranch = "pre_trained"
     """With a guidance_scale other than 1: whose the unconditional branch is. 'pre_trained': without prompt and label, as in
     the paper. 'class': without prompt but with the label, as tools do that know an exported class as an ordinary LoRA."""
+    height: Annotated[int | None, at_least(1)] = None
+    """Of the images, in pixels; with width. None: what the base model was trained for. Fewer take less memory and time."""
+    width: Annotated[int | None, at_least(1)] = None
+    """Of the images, in pixels; with height."""
+    max_sequence_length: Annotated[int | None, at_least(1)] = None
+    """Stable Diffusion 3: tokens of the T5, or of zeros in its place. None: 256, as diffusers' pipeline. Fewer are faster, if
+    the base model was trained with fewer or prompts are short."""
     reference_steps: Annotated[int, at_least(0)] = 0
     """The pre-trained model takes this many of the last denoising steps, in training and in sampling. They are a
     fixed part of the reward. The last step or two have so little noise that any deviation there costs a large KL and
@@ -41,14 +49,27 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         check_fields(self, "sampler")
         require(
+            self.eta <= 1 or self.flow_sde in ("flow_grpo", "constant"),
+            f"sampler.eta is {self.eta}; expected a number in [0, 1]",
+        )
+        require(
             self.control_scale is None or self.null_branch == "pre_trained",
             f"control_scale is {self.control_scale} and null_branch 'class', but a direction of the label alone starts at a "
             "branch without it; set null_branch to pre_trained, or leave control_scale out",
         )
         require(
+            (self.height is None) == (self.width is None),
+            f"sampler.height is {self.height} and sampler.width {self.width}; give both, or neither for the base model's own",
+        )
+        require(
             self.reference_steps < self.num_steps,
             f"sampler.reference_steps is {self.reference_steps}; expected 0 to num_steps - 1 ({self.num_steps - 1})",
         )
+
+    def call_options(self) -> dict[str, int]:
+        """What a stock pipeline's call is given for the size of images and texts, where it is not the base model's own."""
+        options = {"height": self.height, "width": self.width, "max_sequence_length": self.max_sequence_length}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -188,8 +188,8 @@ def _sample_part(job: SamplingJob, rewards: PooledRewards | RewardModelSpec, dev
     policy, controls, kernel = load_policy(job)
     if job.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    encoder = policy.backbone.load_encoder(device).only(job.prompts)  # before the policy is on the device too
     policy.to(device)
-    encoder = policy.backbone.load_encoder(device)
     guidance = Guidance.of(job.sampler)
     draw = drawing_of(job)
     parts = []
@@ -254,7 +254,7 @@ def _log_tilt(exponents: Mapping[str, float], batch: Batch, rewards: Any) -> Log
 
 def load_policy(job: SamplingJob) -> tuple[ControlledPolicy, dict[str, ControlConfig], DenoisingKernel]:
     """(policy, its controls in column order, kernel): from the adapter, or untouched when there is none."""
-    backbone = load_backbone(job.base_model, job.revision)
+    backbone = load_backbone(job.base_model, job.revision, job.sampler)
     controls = dict(job.controls)
     if job.adapter is None:
         counts = {name: control.num_classes for name, control in controls.items()}

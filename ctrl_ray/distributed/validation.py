@@ -21,7 +21,7 @@ from ctrl_ray.distributed.evaluate import evaluate_policy
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.rows import EvaluationDone, Notice, Row, SamplesDrawn, Stop
 from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_target_kl, told_with_checkpoint
-from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.distributed.worker import TrainJob, load_prompts, make_learner
 from ctrl_ray.errors import GpuMemoryError, naming_memory
 from ctrl_ray.evaluation.samples import caption
 from ctrl_ray.policy.adapter import load_into_policy
@@ -101,9 +101,10 @@ def _learner(job: TrainJob, adapter: Path) -> Learner:
     """A learner that only samples: the adapter's policy in the place of the engine."""
     config = dataclasses.replace(job.config, init_adapter=None)
     rank = Rank(0, 1, torch.device("cuda" if config.evaluation.num_gpus else "cpu"))
+    encoder = load_prompts(job, rank)
     policy = build_policy(config, job.controls)
     load_into_policy(adapter, policy)
-    return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval())
+    return make_learner(dataclasses.replace(job, config=config), rank, policy.to(rank.device).eval(), encoder)
 
 
 def _tell(job: TrainJob, row: Row) -> None:

@@ -27,6 +27,7 @@ from ctrl_ray.distributed.scores import UNSCORED, evaluation_score, exceeds_targ
 from ctrl_ray.errors import HOPELESS, CheckpointError, naming_memory
 from ctrl_ray.policy.adapter import AdapterInfo
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.text import TextEncoder
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.precision import set_float32_precision
 from ctrl_ray.rewards.client import PooledRewards
@@ -189,22 +190,36 @@ def _build_learner(job: TrainJob, rank: Rank) -> tuple[Learner, dict[str, Any]]:
     """The learner and the run's progress so far."""
     config = job.config
     start = config.init_adapter and folder_here(config.init_adapter, job.copies)
+    encoder = load_prompts(job, rank)  # before the policy: a large text encoder and a policy may not fit together
     policy = build_policy(dataclasses.replace(config, init_adapter=start), job.controls).to(rank.device)
-    bare = make_learner(job, rank, policy)
+    bare = make_learner(job, rank, policy, encoder)
     engine, progress, rows = restore_engine(policy, config, functools.partial(add_noise_floor, bare))
     _tell(job, rank, Started(progress["updates_done"], progress["kl_noise_floor"], rows))
     return dataclasses.replace(bare, engine=engine), progress
 
 
-def make_learner(job: TrainJob, rank: Rank, engine: Any) -> Learner:
-    """Everything around a policy (in its engine, or bare where it is only sampled) that updates and evaluations need."""
+def load_prompts(job: TrainJob, rank: Rank) -> TextEncoder:
+    """The run's prompts, encoded; the text encoders stay only where they must (`TextEncoder.only`): where labelled images have
+    prompts of their own, or there are too many."""
     config = job.config
-    backbone = load_backbone(config.base_model, config.base_revision)
+    encoder = load_backbone(config.base_model, config.base_revision, config.sampler).load_encoder(rank.device)
+    if not config.draws_trajectories:
+        return encoder
+    return encoder.only([*job.prompts, *job.evaluation_prompts])
+
+
+def make_learner(job: TrainJob, rank: Rank, engine: Any, encoder: TextEncoder) -> Learner:
+    """Everything around a policy (in its engine, or bare where it is only sampled) that updates and evaluations need.
+
+    encoder: `load_prompts`.
+    """
+    config = job.config
+    backbone = load_backbone(config.base_model, config.base_revision, config.sampler)
     return Learner(
         config=config,
         engine=engine,
         kernel=backbone.make_kernel(config.sampler),
-        encoder=backbone.load_encoder(rank.device),
+        encoder=encoder,
         rewards=_rewards(job, rank),
         controls=job.controls,
         prompts=job.prompts,

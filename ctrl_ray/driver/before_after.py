@@ -116,7 +116,7 @@ class Subject:
                 f"method {method.name} steers by classifiers, but none is given; give --classifier NAME=FOLDER"
             )
         sampler, exponents = method.sampler(sampler or SamplerConfig()), exponents or {}
-        load_backbone(base_model).make_kernel(sampler)
+        load_backbone(base_model, sampler=sampler).make_kernel(sampler)
         if unknown := sorted(set(exponents) - set(classifiers)):
             raise ConfigError(f"--exponent names {unknown}; the classifiers are of {list(classifiers)}")
         controls = {

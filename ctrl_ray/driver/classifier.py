@@ -108,7 +108,7 @@ def fit_classifier(
         job = FitJob(
             config=config,
             control=control,
-            image_size=load_backbone(config.base_model, config.base_revision).image_size(),
+            image_size=load_backbone(config.base_model, config.base_revision, config.sampler).image_size(),
             folder=str(scratch / "examples") if storage_path is None else None,
             sample_pipeline=sample_pipeline,
             on_bad_row=on_bad_row,

@@ -24,9 +24,9 @@ from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step, step_graph
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
+from ctrl_ray.policy.backbones.text import text_elements
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
-from ctrl_ray.policy.pipeline_files import check_safetensors, weight_files
 from ctrl_ray.policy.protocol import Condition, Inputs, beside_reference
 
 
@@ -137,7 +137,7 @@ class PolicyCounter:
             largest_bytes=max(p.numel() * p.element_size() for p in parameters),
             latent_elements=math.prod(policy.latent_shape),
             prompt_bytes=4 * sum(math.prod(shape) for shape in policy.backbone.condition_shapes(1).values()),
-            encoder_bytes=4 * sum(stored_elements(part) for part in sorted(folder.glob("text_encoder*"))),
+            encoder_bytes=4 * sum(text_elements(part) for part in sorted(folder.glob("text_encoder*"))),
             decoder=count_decoder(policy.backbone),
         )
 
@@ -316,14 +316,3 @@ def _trained_step(estimator: Estimator, kernel: StepKernel, seed: int) -> tuple[
 
 def _bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def stored_elements(folder: Path) -> int:
-    """Elements of the float tensors that a part is loaded from, by the headers of its safetensors files; 0 where there is
-    none."""
-    return sum(
-        math.prod(facts["shape"])
-        for file in weight_files(folder)
-        for facts in check_safetensors(file)[0].values()
-        if facts["dtype"].startswith(("F", "BF"))
-    )

@@ -38,6 +38,7 @@ from ctrl_ray.gradients.adjoint import Calls
 from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.planning.counts import PolicyCounts, StepBytes
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
+from ctrl_ray.policy.backbones.text import CACHED_PROMPTS
 
 FLOAT = 4
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
@@ -61,7 +62,7 @@ class MemoryPlan:
     """The frozen copy that full fine-tuning compares with."""
     trainable_weights: int
     prompt_encoder: int
-    """Text encoder, float32, with the features of the empty prompt (those of the others are kept on the CPU)."""
+    """Features of the empty prompt (those of the others are kept on the CPU); with `keeps_encoder` the text encoder too."""
     reward_model: int
     """VAE of local rewards (rewards.num_actors = 0), float32; the classifiers are not counted."""
     master_weights: int
@@ -92,6 +93,8 @@ class MemoryPlan:
     scoring_peak: int = 0
     """All of the worker's tensors while it scores a micro-batch itself (local rewards; a method without trajectories scores in
     evaluations only); the classifiers are not counted."""
+    encoding_peak: int = 0
+    """The text encoder, float32, which encodes the run's prompts before anything else is there."""
     offloaded: int = 0
     """Master copies, gradients and moments in host memory (optimizer offload); not part of the rows above."""
 
@@ -116,7 +119,10 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The largest of all phases."""
-        return max(self.backward_peak, self.rollout_peak, self.update_peak, self.evaluation_peak, self.scoring_peak)
+        return max(
+            *(self.backward_peak, self.rollout_peak, self.update_peak, self.evaluation_peak, self.scoring_peak),
+            self.encoding_peak,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,22 +164,35 @@ class RunPlan:
     """A process that only evaluates (asynchronous evaluation, the samples before and after training)."""
 
 
+def keeps_encoder(config: TrainConfig, num_prompts: int) -> bool:
+    """Whether the text encoder stays in a worker's memory when the run's prompts are encoded (`worker.load_prompts`)."""
+    return not config.draws_trajectories or num_prompts >= CACHED_PROMPTS
+
+
 def make_plan(
-    config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int, kernel: StepKernel
+    config: TrainConfig,
+    counts: PolicyCounts,
+    step: StepBytes,
+    evaluation: int,
+    kernel: StepKernel,
+    *,
+    with_encoder: bool = False,
 ) -> RunPlan:
     """The plan of a config whose values are decided. `step` was counted at its micro-batch size, `evaluation` (bytes of one
-    step of an evaluation) at its evaluation's batch size."""
+    step of an evaluation) at its evaluation's batch size. with_encoder: `keeps_encoder`."""
     calls, decoder = call_plan(config, kernel), counts.decoder
     return RunPlan(
-        memory=memory_plan(config, counts, step, evaluation),
+        memory=memory_plan(config, counts, step, evaluation, with_encoder=with_encoder),
         traffic=traffic_plan(config, counts, calls),
         calls=calls,
         actor_bytes=decoder.weights + _chunk(config) * decoder.with_gradient,
-        evaluation_bytes=_evaluation_process(config, counts, evaluation),
+        evaluation_bytes=_evaluation_process(config, counts, evaluation, with_encoder),
     )
 
 
-def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int) -> MemoryPlan:
+def memory_plan(
+    config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int, *, with_encoder: bool = False
+) -> MemoryPlan:
     """Tensor bytes of one worker; see the table at the top of the module, and `make_plan` for the arguments."""
     stage, workers = config.scaling.zero_stage, config.scaling.fixed_num_workers
     zero = zero_options(config, counts.trainable_elements)
@@ -200,7 +219,7 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
     trajectory = path + means
     in_flight = min(2, config.num_micro_batches) if draws else 1
     prompts = batch * counts.prompt_bytes
-    encoder = counts.encoder_bytes + counts.prompt_bytes
+    encoder = (counts.encoder_bytes if with_encoder else 0) + counts.prompt_bytes
     local = config.rewards.num_actors == 0
     local_rewards = counts.decoder.weights if local else 0
     resident = sum(weights.values()) + encoder + local_rewards + master + moments
@@ -229,8 +248,9 @@ def memory_plan(config: TrainConfig, counts: PolicyCounts, step: StepBytes, eval
         requests=in_flight * prompts + (2 * latents if draws else 0),
         rollout_peak=always + waiting + rollout if draws else 0,
         update_peak=resident + gradients + _update_extra(config, counts, shard, bucket),
-        evaluation_peak=max(evaluated, _evaluation_process(config, counts, evaluation)),
+        evaluation_peak=max(evaluated, _evaluation_process(config, counts, evaluation, with_encoder)),
         scoring_peak=always + waiting + scoring if local and draws else 0,
+        encoding_peak=counts.encoder_bytes,
         offloaded=offloaded,
     )
 
@@ -254,11 +274,12 @@ def _evaluating(config: TrainConfig, counts: PolicyCounts, step: int) -> int:
     return batch * counts.prompt_bytes + max(3 * trajectory + step, images)
 
 
-def _evaluation_process(config: TrainConfig, counts: PolicyCounts, step: int) -> int:
+def _evaluation_process(config: TrainConfig, counts: PolicyCounts, step: int, with_encoder: bool) -> int:
     """A process that evaluates and does not train: whole weights, no optimizer."""
-    weights = counts.frozen_bytes + counts.trainable_bytes + counts.encoder_bytes + counts.prompt_bytes
+    weights = counts.frozen_bytes + counts.trainable_bytes + counts.prompt_bytes
+    weights += counts.encoder_bytes if with_encoder else 0
     local = counts.decoder.weights if config.rewards.num_actors == 0 else 0
-    return weights + local + _evaluating(config, counts, step)
+    return max(counts.encoder_bytes, weights + local + _evaluating(config, counts, step))
 
 
 def zero_options(config: TrainConfig, trained_elements: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from ctrl_ray.cluster.resources import cluster_facts
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.diffusion.steps import DenoisingKernel
+from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops
 from ctrl_ray.planning.fits import memory_fit, remedies
-from ctrl_ray.planning.plan import PERSISTENCE_THRESHOLD, RunPlan, make_plan
+from ctrl_ray.planning.plan import PERSISTENCE_THRESHOLD, RunPlan, keeps_encoder, make_plan
 from ctrl_ray.policy.backbones import load_backbone
 
 _FIRST_SIZE = 2
@@ -25,9 +26,10 @@ class Planner:
     planner.estimate(config)  # at once, after the first count
     """
 
-    def __init__(self, controls: Mapping[str, ControlConfig], kernel: DenoisingKernel) -> None:
-        """controls: the policy's, in column order; kernel: the sampler's chain of steps."""
-        self._controls, self._kernel = controls, kernel
+    def __init__(self, controls: Mapping[str, ControlConfig], kernel: DenoisingKernel, *, num_prompts: int = 1) -> None:
+        """controls: the policy's, in column order; kernel: the sampler's chain of steps; num_prompts: of the run, different
+        ones."""
+        self._controls, self._kernel, self._num_prompts = controls, kernel, num_prompts
         self._counters: dict[tuple[str, bool, int, bool], PolicyCounter] = {}
 
     def plan(self, config: TrainConfig) -> RunPlan:
@@ -35,7 +37,7 @@ class Planner:
         counter = self._counter(config)
         step = counter.step(config.fixed_micro_batch_size)
         evaluation = self._evaluations(config).evaluation(config.evaluation.fixed_batch_size)
-        return make_plan(config, counter.counts(), step, evaluation, self._kernel)
+        return self._made(config, counter.counts(), step, evaluation)
 
     def estimate(self, config: TrainConfig) -> RunPlan:
         """The same for any micro-batch size from those that were counted: proportional to the first one, which is too much
@@ -54,7 +56,11 @@ class Planner:
             }
         )
         evaluation = self._evaluations(config).evaluation(config.evaluation.fixed_batch_size)
-        return make_plan(config, counter.counts(), step, evaluation, self._kernel)
+        return self._made(config, counter.counts(), step, evaluation)
+
+    def _made(self, config: TrainConfig, counts: PolicyCounts, step: StepBytes, evaluation: int) -> RunPlan:
+        with_encoder = keeps_encoder(config, self._num_prompts)
+        return make_plan(config, counts, step, evaluation, self._kernel, with_encoder=with_encoder)
 
     def flops(self, config: TrainConfig) -> StepFlops:
         """Operations of a denoising step of a micro-batch."""
@@ -84,8 +90,9 @@ class Planner:
 
 def memory_advice(config: TrainConfig, controls: Mapping[str, ControlConfig]) -> str:
     """What to change where a GPU's memory did not suffice, for people; seconds of counting on the CPU."""
-    kernel = load_backbone(config.base_model, config.base_revision).make_kernel(config.sampler)
-    planner, facts = Planner(controls, kernel), cluster_facts()
+    kernel = load_backbone(config.base_model, config.base_revision, config.sampler).make_kernel(config.sampler)
+    planner = Planner(controls, kernel, num_prompts=len(set(training_prompts(config))))
+    facts = cluster_facts()
     planned = memory_fit(planner.plan(config), config, facts).reason
     fixes = remedies(config, planner.plan, facts)
     if not fixes:

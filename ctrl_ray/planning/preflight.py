@@ -41,6 +41,7 @@ from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.table import decided_flags, plan_lines
 from ctrl_ray.policy.adapter import AdapterInfo, make_adapter_info
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.base_model import is_outline
 from ctrl_ray.policy.build import check_init_adapter, policy_controls
 from ctrl_ray.policy.prompt_lengths import cut_prompts
 
@@ -81,11 +82,12 @@ def preflight(
     refit_classifier: bool = False,
     with_estimate: bool = False,
     stated: ClusterFacts | None = None,
+    without_data: bool = False,
 ) -> CheckedRun:
     """Check everything that needs no cluster; ConfigError, DataError, ModelError or ResourceError say what to change.
 
     with_estimate: the summary tells time and cost too (a few seconds of counting). stated: machines to plan for, which need
-    not be there (`ctrl_ray.planning.machines`); None: those that are there.
+    not be there (`ctrl_ray.planning.machines`); None: those that are there. without_data: the data set is not looked at.
     """
     if not config.controls:
         raise ConfigError(
@@ -102,7 +104,7 @@ def preflight(
         _check_control(name, control, config)
         if control.classifier is None:
             found += warning_lines(name, prompt_doubts(control, config.classifier.prompt_conditional))
-            if stated is None:  # else the data may be elsewhere too
+            if stated is None and not without_data:  # else the data may be elsewhere too
                 check_fit(config, name, has_sampler=True)
     if not config.draws_trajectories and stated is None:
         check_labelled_images(config)
@@ -111,11 +113,12 @@ def preflight(
     prompts = training_prompts(config)
     own = config.evaluation.prompts_file
     evaluation_prompts = read_prompts(own, config.encoding) if own else prompts
-    backbone = load_backbone(config.base_model, config.base_revision)
+    backbone = load_backbone(config.base_model, config.base_revision, config.sampler)
     warning = check_init_adapter(config, controls, backbone)
     kernel = backbone.make_kernel(config.sampler)
     _check_kernel(kernel, config)
-    asked, planner, facts = config, Planner(controls, kernel), stated or cluster_facts()
+    planner = Planner(controls, kernel, num_prompts=len({*prompts, *evaluation_prompts}))
+    asked, facts = config, stated or cluster_facts()
     decided = decide(config, facts, planner.plan, planner.estimate)
     config = decided.config
     if stated is None:
@@ -126,7 +129,8 @@ def preflight(
     fit = memory_fit(plan, config, facts)
     fixes = remedies(config, planner.plan, facts) if fit.answer == "no" else []
     lines = plan_lines(plan, config, facts, fit, fixes)
-    too_long = cut_prompts(backbone, {*prompts, *evaluation_prompts} - set(PROMPTS))  # the example's own fit
+    unknown = set() if is_outline(backbone.folder) else {*prompts, *evaluation_prompts} - set(PROMPTS)  # PROMPTS fit
+    too_long = cut_prompts(backbone, unknown)
     lines = [
         *data_lines(config, math.prod(backbone.latent_shape)),
         *(f"prompts    {line}" for line in too_long),

@@ -90,7 +90,7 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
         ("weights, frozen", memory.frozen_weights, ""),
         ("weights, frozen reference copy", memory.reference_weights, ""),
         ("weights, trainable", memory.trainable_weights, ""),
-        ("prompt encoder", memory.prompt_encoder, ""),
+        ("prompt encoder", memory.prompt_encoder, _encoder_note(memory)),
         ("reward model (VAE)", memory.reward_model, ""),
         ("float32 master copies", memory.master_weights, ""),
         ("gradients", memory.gradients, ""),
@@ -108,3 +108,9 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
         ("latents kept", memory.latents, f"   {kept_latents}"),
         ("cotangents and conditions" if config.draws_trajectories else "conditions", memory.requests, ""),
     ]
+
+
+def _encoder_note(memory: MemoryPlan) -> str:
+    if memory.prompt_encoder >= memory.encoding_peak:
+        return ""
+    return f"   what it made; it takes {size_text(memory.encoding_peak)} before anything else is there, and goes"

@@ -19,6 +19,7 @@ from ctrl_ray.policy.adapter_info import ADAPTER_FILE, AdapterInfo, read_adapter
 from ctrl_ray.policy.adapter_tensors import EMBEDDINGS_FILE, GAINS_FILE, adapter_tensors
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.backbones.base import Backbone
+from ctrl_ray.policy.base_model import is_outline
 from ctrl_ray.policy.class_loras import save_class_loras, write_usage
 from ctrl_ray.policy.control.gains import GAINS
 from ctrl_ray.policy.controlled import ControlledPolicy
@@ -46,9 +47,9 @@ def add_training_facts(folder: str | Path, facts: Mapping[str, Any]) -> None:
 def adapter_backbone(info: AdapterInfo, base_model: str | None) -> Backbone:
     """The base model that an adapter remembers, or `base_model` where it lies now; ModelError where there is none."""
     if base_model:
-        return load_backbone(base_model)
+        return load_backbone(base_model, sampler=info.sampler)
     try:
-        return load_backbone(info.base_model, info.base_revision)
+        return load_backbone(info.base_model, info.base_revision, info.sampler)
     except ModelError as error:
         raise ModelError(
             f"{error} (that is where the adapter was trained; give base_model, --base-model, where it lies elsewhere now)"
@@ -213,7 +214,7 @@ def make_adapter_info(
     return AdapterInfo(
         base_model=str(base_model),
         base_revision=base_revision,
-        base_parts=backbone.identities(),
+        base_parts={} if is_outline(backbone.folder) else backbone.identities(),
         controls=dict(controls),
         sampler=sampler,
         scheduler=json.loads(json.dumps(public, default=str)),

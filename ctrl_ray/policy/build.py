@@ -46,7 +46,7 @@ def build_policy(
 
     empty: all of it on torch's meta device, for counting; no weights are read.
     """
-    backbone = load_backbone(config.base_model, config.base_revision)
+    backbone = load_backbone(config.base_model, config.base_revision, config.sampler)
     policy = load_policy_on(
         backbone,
         {name: control.num_classes for name, control in (controls or policy_controls(config)).items()},
@@ -111,7 +111,7 @@ def load_adapted_policy(
 def check_adapter(folder: str | Path, info: AdapterInfo) -> str | None:
     """Before anything is started with an adapter: ModelError where it is damaged or was trained on another denoiser; the
     warning of `check_base_model`. Its files are read, the base model's weights are not."""
-    backbone = load_backbone(info.base_model, info.base_revision)
+    backbone = load_backbone(info.base_model, info.base_revision, info.sampler)
     warning = check_base_model(info, backbone)
     counts, whole = info.num_classes, info.lora is None
     policy = load_policy_on(backbone, counts, lora=info.lora, kind=info.kind, full_finetune=whole, empty=True)

@@ -82,10 +82,11 @@ def write_usage(
     ]
     if sampler.reference_steps:
         lines += ["", *switch_off_lines(sampler), ""]
+    options = "".join(f", {name}={value}" for name, value in sampler.call_options().items())
     callback = ", callback_on_step_end=pre_trained_at_last" if sampler.reference_steps else ""
     lines += [
         f'image = pipe("PROMPT", num_inference_steps={sampler.num_steps}, {of_call}'
-        f"guidance_scale={sampler.guidance_scale:g}{callback}).images[0]",
+        f"guidance_scale={sampler.guidance_scale:g}{options}{callback}).images[0]",
         "```",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,10 +69,10 @@ class PipelineSampler:
         scaling = self.config.scaling
         device = "cuda" if scaling.use_gpu else "cpu"
         dtype = frozen_dtype(scaling.precision) if scaling.use_gpu else torch.float32
-        backbone = load_backbone(self.config.base_model, self.config.base_revision)
+        backbone = load_backbone(self.config.base_model, self.config.base_revision, self.config.sampler)
         pipeline = backbone.load_pipeline(dtype)
         pipeline.set_progress_bar_config(disable=True)
-        pixels = backbone.image_size() ** 2
+        pixels = math.prod(backbone.image_size())
         decoder = backbone.load_decoder(max(1, _PIXELS_PER_CHUNK // pixels), device)
         pipeline.register_modules(vae=decoder.vae)  # one VAE for both
         return backbone, pipeline.to(device), decoder, max(1, min(_LARGEST_BATCH, _PIXELS_PER_BATCH // pixels))

@@ -3,39 +3,36 @@
     python -m ctrl_ray.shapes.make --output-dir ctrl_ray/shapes --seed 0
 
 Stages, each of which reads the files of those before it: `vae`; `recogniser`, which needs none; `unet`, the text
-encoder with it; `figures`, which samples what the others made. Takes about 45 minutes on two CPU cores.
+encoder with it; `flow`, the same for the other pipeline, `shapes-flow`; `figures` and `flow_figures`, which sample what
+the others made. Takes about 45 minutes on two CPU cores, and `flow` as much again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import CLIPTextModel
 
 from ctrl_ray.embedded import FOLDER
 from ctrl_ray.evaluation.recogniser import Recogniser
-from ctrl_ray.offline.shapes import PROMPTS, parse_prompt
-from ctrl_ray.oracles import ORACLES
-from ctrl_ray.shapes.figures import plot, record, to_pil
-from ctrl_ray.shapes.training import augment, draw_tensors, to_model_range, train
+from ctrl_ray.offline.shapes import parse_prompt
+from ctrl_ray.shapes.figures import figures_of_samples, record
+from ctrl_ray.shapes.flow import make_flow, make_flow_figures
+from ctrl_ray.shapes.latents import PromptedLatents, encode
+from ctrl_ray.shapes.text import build_text_encoder, build_tokenizer
+from ctrl_ray.shapes.training import augment, draw_tensors, numbers_of_parameters, to_model_range, train
 
 SAMPLING: dict[str, Any] = {"num_inference_steps": 10, "eta": 1.0, "guidance_scale": 1.0}
 """The setting that everything later uses: ten stochastic DDIM steps, no classifier-free guidance."""
-
-MAX_PROMPT_TOKENS = 8
-"""Start, three words, end, and three more, which a word in pieces takes up."""
 
 HELD_OUT = 1
 """Added to the seed of the training images, this gives that of the held-out ones."""
@@ -58,9 +55,10 @@ def main() -> None:
     parser.add_argument("--vae-updates", type=int, default=2400)
     parser.add_argument("--recogniser-updates", type=int, default=1000)
     parser.add_argument("--unet-updates", type=int, default=4500)
+    parser.add_argument("--flow-updates", type=int, default=8000)
     parser.add_argument("--num-samples", type=int, default=4096)
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="train the UNet in bfloat16"
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="train the denoisers in bfloat16"
     )
     args = parser.parse_args()
     for name, stage in STAGES.items():
@@ -118,54 +116,6 @@ def make_vae(args: argparse.Namespace) -> dict[str, Any]:
     return {"curve": curve, "held_out_l1": error, "scaling_factor": ema.config.scaling_factor}
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Sampled latents of uint8 images, before scaling."""
-    chunks = [vae.encode(to_model_range(chunk)).latent_dist.sample(generator) for chunk in images.split(256)]
-    return torch.cat(chunks)
-
-
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write vocabulary and merges that turn a word of the prompts into one token, any other into its bytes.
-
-    "green" stays in four pieces, because the "re" of "red" is merged first. It fits: no prompt has over 8 tokens.
-    """
-    alphabet = list(bytes_to_unicode().values())
-    merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(word for prompt in PROMPTS for word in prompt.split(" ")):
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces[:2] = [pieces[0] + pieces[1]]
-    merges = list(dict.fromkeys(merges))
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
-    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_PROMPT_TOKENS)
-    tokenizer.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tokenizer
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 64."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_PROMPT_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def build_unet() -> UNet2DConditionModel:
     """About 2 M parameters on latents of (4, 8, 8)."""
     return UNet2DConditionModel(
@@ -201,28 +151,18 @@ def make_unet(args: argparse.Namespace) -> dict[str, Any]:
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
     tokenizer = build_tokenizer(folder / "tokenizer")
     scheduler = build_scheduler()
-    generator = torch.Generator().manual_seed(args.seed)
-    images, prompts = draw_tensors(args.num_latents, args.seed)
-    latents = encode(vae, images, generator) * vae.config.scaling_factor
-    del images
-    token_ids = tokenizer([*PROMPTS, ""], padding="max_length", return_tensors="pt").input_ids
-    prompt_index = torch.tensor([PROMPTS.index(prompt) for prompt in prompts])
-    modules = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    batch_size = 64
+    data = PromptedLatents(vae, args.num_latents, args.seed)
+    token_ids = data.token_ids(tokenizer)
+    modules = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer, CLIPTextModel)})
 
     def loss_of() -> Tensor:
-        chosen = torch.randint(len(latents), (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, generator=generator) < 0.1
-        prompt = torch.where(dropped, len(PROMPTS), prompt_index[chosen])
-        noise = torch.randn(latents[chosen].shape, generator=generator)
-        # Stratified: one timestep in each of batch_size equal intervals. It takes noise out of the loss.
-        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        timesteps = (strata * scheduler.config.num_train_timesteps).long()
-        noisy = scheduler.add_noise(latents[chosen], noise, timesteps)
+        batch = data.batch(64)
+        timesteps = (batch.quantiles * scheduler.config.num_train_timesteps).long()
+        noisy = scheduler.add_noise(batch.latents, batch.noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            states = modules["text_encoder"](token_ids).last_hidden_state[prompt]
+            states = modules["text_encoder"](token_ids).last_hidden_state[batch.prompts]
             prediction = modules["unet"](noisy, timesteps, states).sample
-        return F.mse_loss(prediction.float(), scheduler.get_velocity(latents[chosen], noise, timesteps))
+        return F.mse_loss(prediction.float(), scheduler.get_velocity(batch.latents, batch.noise, timesteps))
 
     def save(ema: nn.ModuleDict) -> None:
         StableDiffusionPipeline(
@@ -242,8 +182,7 @@ def make_unet(args: argparse.Namespace) -> dict[str, Any]:
         save=save, save_every=1000,
     )  # fmt: skip
     save(ema)
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in ema.items()}
-    return {"curve": curve, "parameters": parameters, "latents_std": latents.std().item()}
+    return {"curve": curve, "parameters": numbers_of_parameters(ema), "latents_std": data.latents.std().item()}
 
 
 def make_recogniser(args: argparse.Namespace) -> dict[str, Any]:
@@ -274,49 +213,21 @@ def make_recogniser(args: argparse.Namespace) -> dict[str, Any]:
     return {"curve": curve, "held_out_accuracy": right}
 
 
-@torch.no_grad()
-def sample(folder: Path, num_images: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Images (N, 3, 64, 64) in [0, 1] of random prompts, with the setting that everything uses, and the prompts."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)  # as float32
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [PROMPTS[index] for index in torch.randint(len(PROMPTS), (num_images,), generator=generator).tolist()]
-    chunks = [
-        pipeline(prompts[i : i + 64], generator=generator, output_type="pt", height=64, width=64, **SAMPLING).images
-        for i in range(0, num_images, 64)
-    ]
-    return torch.cat(chunks).float(), prompts
-
-
 def make_figures(args: argparse.Namespace) -> dict[str, Any]:
     """Sample the pipeline; write how often it obeys its prompts and how its controls are spread, and the picture."""
-    images, prompts = sample(args.output_dir / "pipeline", args.num_samples, args.seed)
-    right = Recogniser.from_pretrained(args.output_dir / "recogniser").is_right(images, prompts)
-    pictures = to_pil(images)
-    figures: dict[str, Any] = {
-        "num_samples": args.num_samples,
-        "prompt_accuracy": right.float().mean().item(),
-        **SAMPLING,
-    }
-    measured = {name: np.array([oracle(picture) for picture in pictures]) for name, oracle in ORACLES.items()}
-    for name, values in measured.items():
-        figures[name] = {f"p{rank:02d}": round(float(np.percentile(values, rank)), 2) for rank in (5, 25, 50, 75, 95)}
-    by_prompt = {
-        prompt: measured["jpeg_size"][[theirs == prompt for theirs in prompts]] for prompt in sorted(set(prompts))
-    }
-    figures["jpeg_size_quartiles_of_each_prompt"] = {
-        prompt: [round(float(value)) for value in np.percentile(sizes, (25, 50, 75))]
-        for prompt, sizes in by_prompt.items()
-    }
-    plot(args.output_dir, args.pictures_dir / "training.png", pictures, measured)
-    return figures
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        args.output_dir / "pipeline", local_files_only=True
+    )  # as float32
+    return {**figures_of_samples(pipeline, SAMPLING, args, "unet", "training.png"), **SAMPLING}
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "vae": make_vae,
     "recogniser": make_recogniser,
     "unet": make_unet,
+    "flow": make_flow,
     "figures": make_figures,
+    "flow_figures": make_flow_figures,
 }
 """The stages in their order."""
 

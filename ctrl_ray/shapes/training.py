@@ -90,3 +90,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     per_image = torch.rand(2, len(images), 1, 1, 1, generator=generator)
     noise = torch.randn(images.shape, generator=generator)
     return (blurred * (0.85 + 0.3 * per_image[0]) + 0.06 * per_image[1] * noise).clamp(0.0, 1.0)
+
+
+def numbers_of_parameters(modules: nn.ModuleDict) -> dict[str, int]:
+    """Of each module."""
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}

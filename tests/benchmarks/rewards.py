@@ -31,7 +31,7 @@ from ctrl_ray.config import RewardPoolConfig, ScalingConfig, TrainConfig
 from ctrl_ray.distributed.engine import PolicyEngine
 from ctrl_ray.distributed.learner import Learner, Rank
 from ctrl_ray.distributed.method import make_method
-from ctrl_ray.distributed.worker import TrainJob, make_learner
+from ctrl_ray.distributed.worker import TrainJob, load_prompts, make_learner
 from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.client import PooledRewards
@@ -125,7 +125,8 @@ def main() -> None:
             job = TrainJob(
                 config=config, controls=config.controls, prompts=prompts, rewards=spec, info=info, channel=None
             )
-            learner = make_learner(job, Rank(0, 1, torch.device("cpu")), PolicyEngine(build_policy(config), config))
+            rank = Rank(0, 1, torch.device("cpu"))
+            learner = make_learner(job, rank, PolicyEngine(build_policy(config), config), load_prompts(job, rank))
             mine = pin(pool, arguments.pool_cores) if arguments.pool_cores else sorted(os.sched_getaffinity(0))
             variants: dict[str, Rewards] = {
                 "local": learner.rewards,

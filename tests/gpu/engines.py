@@ -151,7 +151,7 @@ def _allocated(config: TrainConfig, rank: Rank) -> int:
         config=config,
         engine=PolicyEngine(build_policy(config, CONTROLS).to(rank.device), config),
         kernel=backbone.make_kernel(config.sampler),
-        encoder=backbone.load_encoder(rank.device),
+        encoder=backbone.load_encoder(rank.device).only(PROMPTS),
         rewards=StandardNormal(),  # type: ignore[arg-type]
         controls=CONTROLS,
         prompts=PROMPTS,

@@ -114,7 +114,7 @@ def test_the_figures_are_those_of_the_rows_that_were_held_out(
     assert result.after["accuracy"] == pytest.approx(expected["accuracy"], abs=1.5 / len(images))
     assert result.after["nll"] == pytest.approx(expected["nll"], abs=5e-3)
     assert result.after["nll"] <= result.before["nll"]
-    assert (classifier.control, classifier.image_size, classifier.base_model) == ("size", 32, config.base_model)
+    assert (classifier.control, classifier.image_size, classifier.base_model) == ("size", (32, 32), config.base_model)
 
 
 def test_two_workers_fit_the_same_classifier_as_one(result: FitResult, config: TrainConfig, tmp_path: Path) -> None:

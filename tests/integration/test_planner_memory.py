@@ -96,7 +96,7 @@ def _measured(config: TrainConfig) -> int:
         config=config,
         engine=PolicyEngine(build_policy(config, CONTROLS), config),
         kernel=backbone.make_kernel(config.sampler),
-        encoder=backbone.load_encoder(),
+        encoder=backbone.load_encoder().only(PROMPTS),
         rewards=StandardNormal(),  # type: ignore[arg-type]
         controls=CONTROLS,
         prompts=PROMPTS,

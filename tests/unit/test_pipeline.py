@@ -223,7 +223,7 @@ def unused(exported: tuple[Path, ControlledPolicy]) -> ControlledPipeline:
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5; expected at least 1"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite number, at least 1"),
         ({"eta": 1.5}, "eta is 1.5; expected a number in [0, 1]"),
-        ({"eta": float("nan")}, "eta is nan; expected a finite number, a number in [0, 1]"),
+        ({"eta": float("nan")}, "eta is nan; expected a finite number, at least 0"),
         ({"adapter_scale": float("nan")}, "adapter_scale is nan; expected a finite number"),
         ({"adapter_scale": float("-inf")}, "adapter_scale is -inf; expected a finite number"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; expected at least 1"),

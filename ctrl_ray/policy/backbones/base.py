@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.config.values import require
 from ctrl_ray.diffusion.steps import DenoisingKernel
+from ctrl_ray.policy.backbones.text import TextEncoder
 from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.policy.identity import PartIdentity, part_identity
 from ctrl_ray.policy.pipeline_files import check_stored, check_weights, naming_part, read_json
-from ctrl_ray.policy.protocol import TextParts
 from ctrl_ray.policy.schedule import check_schedule, ddim_scheduler, load_kernel
 
 
@@ -58,11 +58,11 @@ class Backbone(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Latents of one sample at the size that the model was trained for, (channels, height, width)."""
+        """Latents of one sample, (channels, height, width), of the sampler's size; else of what the model was trained for."""
         ...
 
-    def image_size(self) -> int:
-        """Side of an image in pixels at that size."""
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of an image of such latents, in pixels."""
         ...
 
     def identities(self) -> dict[str, PartIdentity]:
@@ -71,6 +71,10 @@ class Backbone(Protocol):
 
     def check(self) -> None:
         """ModelError where a part of the pipeline is missing, damaged or not of this family; loads no weights."""
+        ...
+
+    def check_size(self) -> None:
+        """ConfigError where the family cannot make images or texts of the sampler's size."""
         ...
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -109,7 +113,7 @@ class Backbone(Protocol):
         """(tokens of each prompt, how many the text encoder reads): what is beyond is lost."""
         ...
 
-    def load_encoder(self, device: str | torch.device = "cpu") -> TextParts:
+    def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
         """Prompts to conditions; frozen, float32."""
         ...
 
@@ -158,9 +162,13 @@ class DiffusersBackbone:
     """Sub-folders of the other parts that have weights."""
     loading_options: ClassVar[str] = ""
     usage_imports: ClassVar[tuple[str, ...]] = ("from diffusers import DDIMScheduler",)
+    size_settings: ClassVar[tuple[str, ...]] = ("height", "width")
+    """The sampler's settings of size that the family knows."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, sampler: SamplerConfig | None = None) -> None:
+        """sampler: says the size of images and texts; None: the model's own."""
         self.folder = folder
+        self._sampler = sampler or SamplerConfig()
 
     def component_config(self, component: str) -> dict[str, Any]:
         """config.json of one of the pipeline's parts."""
@@ -194,17 +202,45 @@ class DiffusersBackbone:
         raise NotImplementedError
 
     @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Latents of one sample at the size that the model was trained for, (channels, height, width)."""
+        raise NotImplementedError
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """See `Backbone`."""
-        raise NotImplementedError
+        height, width = self._sampler.height, self._sampler.width
+        if height is None or width is None:
+            return self.trained_shape
+        return (self.trained_shape[0], height // self.pixels_per_latent(), width // self.pixels_per_latent())
+
+    def size_unit(self) -> int:
+        """Pixels that each side of an image is a multiple of."""
+        return self.pixels_per_latent()
+
+    def check_size(self) -> None:
+        """See `Backbone`."""
+        unit, name = self.size_unit(), f"base model {self.folder}"
+        for side in ("height", "width"):
+            pixels = getattr(self._sampler, side)
+            require(
+                pixels is None or pixels % unit == 0,
+                f"sampler.{side} is {pixels}, but {name} makes images of multiples of {unit} pixels; give one",
+            )
+        length, has_length = self._sampler.max_sequence_length, "max_sequence_length" in self.size_settings
+        require(
+            length is None or has_length,
+            f"sampler.max_sequence_length is {length}, but {name} reads texts of one length; leave it out",
+        )
 
     def pixels_per_latent(self) -> int:
         """Along each side, of diffusers' AutoencoderKL in `vae`."""
         return int(2 ** (len(self.component_config("vae")["block_out_channels"]) - 1))
 
-    def image_size(self) -> int:
+    def image_size(self) -> tuple[int, int]:
         """See `Backbone`."""
-        return int(self.latent_shape[1]) * self.pixels_per_latent()
+        height, width = self.latent_shape[1:]
+        return height * self.pixels_per_latent(), width * self.pixels_per_latent()
 
     @cached_property
     def scheduler(self) -> Any:
@@ -241,7 +277,7 @@ class DiffusersBackbone:
 
     def prepare_call(self, pipeline: Any, sampler: SamplerConfig, generator: torch.Generator) -> dict[str, Any]:
         """See `Backbone`."""
-        return {"eta": sampler.eta, "generator": generator}
+        return {"eta": sampler.eta, "generator": generator, **sampler.call_options()}
 
     def usage_scheduler(self, sampler: SamplerConfig) -> tuple[str, str]:
         """See `Backbone`."""
@@ -261,6 +297,7 @@ class DiffusersBackbone:
     def load_finetuned(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """See `Backbone`."""
         place = Path(folder) / self.denoiser
+        check_weights(place)
         with naming_part(place):
             denoiser: nn.Module = self.denoiser_class.from_pretrained(
                 folder, subfolder=self.denoiser, dtype=dtype, use_safetensors=True

@@ -42,7 +42,7 @@ class FlowBackbone(DiffusersBackbone):
         return NoiseLevels(1 - sigmas, sigmas, "flow")
 
     def num_tokens_of_latents(self) -> int:
-        """At the size that the model was trained for."""
+        """At the size that is drawn."""
         patch = int(self.component_config(self.denoiser).get("patch_size", 1))
         return math.prod(self.latent_shape[1:]) // patch**2
 
@@ -50,7 +50,7 @@ class FlowBackbone(DiffusersBackbone):
         """See `Backbone`: the scheduler holds the noise's settings and its generator."""
         pipeline.scheduler = flow_scheduler(pipeline.scheduler.config, sampler)
         pipeline.scheduler.generator = generator
-        return {"generator": generator}
+        return {"generator": generator, **sampler.call_options()}
 
     def usage_scheduler(self, sampler: SamplerConfig) -> tuple[str, str]:
         """See `Backbone`."""

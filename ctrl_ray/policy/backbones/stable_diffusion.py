@@ -43,7 +43,7 @@ class StableDiffusion(DiffusersBackbone):
         return UNet2DConditionModel
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
+    def trained_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         config = self.component_config(self.denoiser)
         size = config["sample_size"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrl_ray.embedded import FLOW_PIPELINE, FLOW_TEXT_TOKENS
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import Row
 from ctrl_ray.policy.backbones.flow import FlowBackbone
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _CLIPS = ("text_encoder", "text_encoder_2")
 _T5 = "text_encoder_3"
 T5_TOKENS = 256
-"""As diffusers' pipeline takes them; without a T5 there are so many zeros."""
+"""As diffusers' pipeline takes them where it is not told another number; without a T5 there are so many zeros."""
 _OF_SAMPLE = ("time_text_embed.", "norm1.linear", "norm1_context.linear", "norm_out.linear")
 """Layers whose rows are samples: of the time, the pooled text, and what scales and shifts a block by them."""
 
@@ -35,6 +36,7 @@ class StableDiffusion3(FlowBackbone):
     """
 
     denoiser = "transformer"
+    size_settings = ("height", "width", "max_sequence_length")
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -52,6 +54,16 @@ class StableDiffusion3(FlowBackbone):
         return (Path(self.folder) / _T5 / "config.json").is_file()
 
     @property
+    def t5_tokens(self) -> int:
+        """How many the transformer sees of a T5, or of zeros in its place."""
+        own = FLOW_TEXT_TOKENS if self.folder == str(FLOW_PIPELINE) else T5_TOKENS
+        return self._sampler.max_sequence_length or own
+
+    def size_unit(self) -> int:
+        """Whole patches."""
+        return self.pixels_per_latent() * int(self.component_config(self.denoiser)["patch_size"])
+
+    @property
     def pipeline_class(self) -> Any:
         """`StableDiffusion3Pipeline`."""
         from diffusers import StableDiffusion3Pipeline
@@ -66,7 +78,7 @@ class StableDiffusion3(FlowBackbone):
         return SD3Transformer2DModel
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
+    def trained_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         config = self.component_config(self.denoiser)
         return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
@@ -108,7 +120,7 @@ class StableDiffusion3(FlowBackbone):
         else:
             from transformers import T5TokenizerFast
 
-            tokenizer, limit = T5TokenizerFast.from_pretrained(self.folder, subfolder="tokenizer_3"), T5_TOKENS
+            tokenizer, limit = T5TokenizerFast.from_pretrained(self.folder, subfolder="tokenizer_3"), self.t5_tokens
         return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids], limit
 
     def load_encoder(self, device: str | torch.device = "cpu") -> _ThreeTextEncoders:
@@ -119,7 +131,8 @@ class StableDiffusion3(FlowBackbone):
         parts = load_text_parts(self.folder, {name: t5 if name == _T5 else clip for name in self._encoders()})
         if not self.has_t5:
             parts |= {_T5: None, TOKENIZER_OF[_T5]: None}
-        return _ThreeTextEncoders(parts, device, width=int(self.component_config(self.denoiser)["joint_attention_dim"]))
+        width = int(self.component_config(self.denoiser)["joint_attention_dim"])
+        return _ThreeTextEncoders(parts, device, width=width, t5_tokens=self.t5_tokens)
 
     def load_pipeline(self, dtype: torch.dtype = torch.float32, **parts: Any) -> Any:
         """See `Backbone`."""
@@ -133,7 +146,7 @@ class StableDiffusion3(FlowBackbone):
     def condition_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """'text': (B, tokens of CLIP and T5, width); 'pooled': (B, width)."""
         config = self.component_config(self.denoiser)
-        tokens = int(self.component_config("text_encoder")["max_position_embeddings"]) + T5_TOKENS
+        tokens = int(self.component_config("text_encoder")["max_position_embeddings"]) + self.t5_tokens
         return {
             "text": (batch_size, tokens, int(config["joint_attention_dim"])),
             "pooled": (batch_size, int(config["pooled_projection_dim"])),
@@ -175,10 +188,10 @@ class StableDiffusion3(FlowBackbone):
 class _ThreeTextEncoders(TextEncoder):
     """'text' (tokens, width) and 'pooled' (width,)."""
 
-    def __init__(self, parts: Mapping[str, Any], device: str | torch.device, *, width: int) -> None:
-        """width: of the T5, also where there is none."""
+    def __init__(self, parts: Mapping[str, Any], device: str | torch.device, *, width: int, t5_tokens: int) -> None:
+        """width, t5_tokens: of the T5, also where there is none."""
         super().__init__(parts, device)
-        self._width = width
+        self._width, self._t5_tokens = width, t5_tokens
 
     def features(self, prompt: str) -> Features:
         """See `TextEncoder`."""
@@ -190,7 +203,7 @@ class _ThreeTextEncoders(TextEncoder):
         of_clip = torch.cat(hidden, dim=-1)
         of_clip = F.pad(of_clip, (0, self._width - of_clip.shape[-1]))
         if self.parts[_T5] is None:
-            of_t5 = of_clip.new_zeros(T5_TOKENS, self._width)
+            of_t5 = of_clip.new_zeros(self._t5_tokens, self._width)
         else:
-            of_t5 = self.parts[_T5](self._token_ids(_T5, prompt, T5_TOKENS))[0][0]
+            of_t5 = self.parts[_T5](self._token_ids(_T5, prompt, self._t5_tokens))[0][0]
         return {"text": torch.cat([of_clip, of_t5]), "pooled": torch.cat(pooled)}

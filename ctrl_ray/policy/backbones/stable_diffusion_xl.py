@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctrl_ray.config import SamplerConfig
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.backbones.base import DiffusersBackbone
 from ctrl_ray.policy.backbones.stable_diffusion import StableDiffusion
@@ -28,8 +29,8 @@ class StableDiffusionXL(StableDiffusion):
     frozen_parts = (*_ENCODERS, "vae")
     loading_options = ""
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str, sampler: SamplerConfig | None = None) -> None:
+        super().__init__(folder, sampler)
         self._ids: dict[tuple[Any, ...], Tensor] = {}
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_ray.errors import ConfigError
-from ctrl_ray.policy.pipeline_files import naming_part
+from ctrl_ray.policy.base_model import is_outline
+from ctrl_ray.policy.pipeline_files import naming_part, read_json, stored_elements
 from ctrl_ray.policy.protocol import Condition
 
 CACHED_PROMPTS = 2048
@@ -64,6 +65,17 @@ class TextEncoder(ABC):
             nn.Module.to(model, self._device)
         return self
 
+    @torch.no_grad()
+    def only(self, prompts: Iterable[str]) -> TextEncoder:
+        """Encode these prompts and the empty one now, and let the encoders go, which frees their memory; no other prompt can be
+        encoded then. With more prompts than are kept, the encoders stay. Returns itself."""
+        wanted = dict.fromkeys(["", *prompts])
+        if len(wanted) <= CACHED_PROMPTS:
+            for prompt in wanted:
+                self._known(prompt)
+            self._parts.clear()
+        return self
+
     def forget(self) -> None:
         """See `TextParts`."""
         self._cache.clear()
@@ -81,6 +93,9 @@ class TextEncoder(ABC):
 
     def _known(self, prompt: str) -> Features:
         if prompt not in self._cache:
+            assert self._parts, (
+                f"the text encoders are gone, and {prompt!r} was not among the prompts that they encoded"
+            )
             self._cache[prompt] = {name: tensor.cpu() for name, tensor in self.features(prompt).items()}
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
@@ -113,6 +128,18 @@ def load_text_parts(folder: str, classes: Mapping[str, tuple[Any, Any]]) -> dict
                     folder, subfolder=encoder, dtype=torch.float32, use_safetensors=True
                 )
     return parts
+
+
+def text_elements(folder: Path) -> int:
+    """Parameters of a text encoder: by its weights, or by its configuration where there are none (`OUTLINES`)."""
+    if not is_outline(folder.parent):
+        return stored_elements(folder)
+    import transformers
+
+    config = read_json(folder / "config.json", "its configuration")
+    made = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in made(made.config_class.from_dict(config)).parameters())
 
 
 def with_pooled(family: str, prompt_embeds: Tensor, pooled: Tensor | None) -> Features:

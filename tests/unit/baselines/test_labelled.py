@@ -40,7 +40,7 @@ def test_it_is_what_stage_1_fits_on(config: TrainConfig, drawn: LabelledLatents,
         folder = tmp_path / control
         folder.mkdir()
         writer = BlockWriter(config, control, folder, torch.device("cpu"))
-        writer.write_data(read_examples(config, control, 64), 0, 1)
+        writer.write_data(read_examples(config, control, (64, 64)), 0, 1)
         examples = Examples(folder, NUM_IMAGES, 0, config.classifier.split, config.seed)
         stored, prompts, labels = examples.batch(np.arange(NUM_IMAGES))
         assert drawn.prompts == tuple(prompts) and torch.equal(drawn.labels[:, column], labels)

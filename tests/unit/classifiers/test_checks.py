@@ -88,7 +88,7 @@ def test_an_oracle_that_is_told_prompts_needs_them(tiny_pipeline: Path, tmp_path
     with_prompts = parquet(tmp_path / "prompts.parquet", [0, 1], prompt=["a cat mild", "a dog strict"])
     check_fit(config(tiny_pipeline, with_prompts, BY_PROMPT), "mine")
     blind = config(tiny_pipeline, with_prompts, BY_PROMPT, ignore_prompts=True)
-    for ask in (lambda: check_fit(blind, "mine"), lambda: read_rows(blind, ["mine"], 8)):
+    for ask in (lambda: check_fit(blind, "mine"), lambda: read_rows(blind, ["mine"], (8, 8))):
         with pytest.raises(
             ConfigError, match=r"judges an image with its prompt, and classifier\.ignore_prompts leaves"
         ):

@@ -48,7 +48,7 @@ def classifier(request: pytest.FixtureRequest) -> ImageClassifier:
             parameter.add_(0.02 * torch.randn_like(parameter))
     return ImageClassifier(
         network.eval(), kind=name.partition(":")[0], arguments=arguments, control="jpeg_size", spec=SPEC,
-        temperature=1.2345678901234567, image_size=40, base_model="shapes", calibration={"after": {"ece": 0.01}},
+        temperature=1.2345678901234567, image_size=(40, 56), base_model="shapes", calibration={"after": {"ece": 0.01}},
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_a_saved_classifier_answers_bit_for_bit(
     assert torch.equal(loaded.class_log_probs(images, PROMPTS), expected)
     assert loaded.temperature == classifier.temperature
     assert (loaded.spec.thresholds, loaded.spec.unit, loaded.spec.oracle) == (SPEC.thresholds, "bytes", "jpeg_size")
-    assert (loaded.control, loaded.image_size, loaded.base_model) == ("jpeg_size", 40, "shapes")
+    assert (loaded.control, loaded.image_size, loaded.base_model) == ("jpeg_size", (40, 56), "shapes")
     assert loaded.calibration == {"after": {"ece": 0.01}}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 

@@ -99,8 +99,8 @@ def test_a_missing_block_says_what_to_do(tmp_path: Path) -> None:
 
 def test_drawn_images_are_cut_to_max_images_and_scaled() -> None:
     config = replace(_config(max_images=3), data="shapes", num_drawn_images=50)
-    rows = list(read_examples(config, "kind", 32))
-    assert [row.image.shape for row in rows] == [(32, 32, 3)] * 3
+    rows = list(read_examples(config, "kind", (24, 32)))
+    assert [row.image.shape for row in rows] == [(24, 32, 3)] * 3
     assert all(row.label is None and row.prompt.startswith("a ") for row in rows)
 
 

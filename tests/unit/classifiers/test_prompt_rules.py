@@ -41,7 +41,7 @@ def _fitted(folder: Path, *, prompt_conditional: bool) -> torch.nn.Module:
     examples = _examples(folder, config, 2000)
     torch.manual_seed(0)
     network, _ = new_network("cnn", 2, prompt_conditional=prompt_conditional)
-    job = FitJob(config=config, control="size", image_size=64, folder=None)
+    job = FitJob(config=config, control="size", image_size=(64, 64), folder=None)
     best = _Fitter(job, examples, network, 0, 1, torch.device("cpu")).fit()
     network.load_state_dict(best.weights)
     return network.eval()

@@ -84,7 +84,7 @@ CLASSES = [
         (ClassifierConfig, {"network": "clip"}, "network 'clip' is unknown"),
         (SamplerConfig, {"num_steps": 0}, "num_steps is 0; expected at least 1"),
         (SamplerConfig, {"eta": 1.5}, "eta is 1.5; expected a number in [0, 1]"),
-        (SamplerConfig, {"eta": -0.1}, "eta is -0.1; expected a number in [0, 1]"),
+        (SamplerConfig, {"eta": -0.1}, "eta is -0.1; expected at least 0"),
         (LoraConfig, {"rank": 0}, "rank is 0; expected at least 1"),
         (RewardPoolConfig, {"num_actors": -1}, "rewards.num_actors is -1; expected at least 0"),
         (RewardPoolConfig, {"timeout_s": 0.0}, "rewards.timeout_s is 0.0; expected a number above 0"),

@@ -231,5 +231,5 @@ def test_the_advice_is_what_lowers_the_count(monkeypatch: pytest.MonkeyPatch, fi
         "memory_fit": SimpleNamespace(reason="30 of 24 GiB"),
         "remedies": fixes,
     }.items():
-        monkeypatch.setattr(planner, name, lambda *_, value=value: value)
+        monkeypatch.setattr(planner, name, lambda *_, value=value, **__: value)
     assert planner.memory_advice(TrainConfig(), {}) == f"The planner counts {advice}"

@@ -28,7 +28,7 @@ from ctrl_ray.diffusion.steps import NO_GUIDANCE, Guidance, step_kl
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.gradients.rollout import policy_step, rollout
 from ctrl_ray.planning.cost import AWS_MACHINES, GPU_UTILISATION, work_of
-from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops, _inputs, stored_elements
+from ctrl_ray.planning.counts import PolicyCounter, PolicyCounts, StepBytes, StepFlops, _inputs
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.deepspeed_config import deepspeed_config
 from ctrl_ray.planning.fits import GPU_CONTEXT_BYTES, PROCESS_BYTES, memory_fit, remedies
@@ -46,6 +46,7 @@ from ctrl_ray.planning.plan import (
 from ctrl_ray.planning.planner import Planner
 from ctrl_ray.planning.preflight import preflight
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.backbones.text import text_elements
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.rewards.pool import num_dispatchers
 from ctrl_ray.runs.folder import RunFolder
@@ -94,12 +95,14 @@ def test_zero_shards_what_it_says() -> None:
     for stage in (0, 1, 2, 3):
         plan = memory_plan(_scaled(stage, 4), COUNTS, STEP, EVALUATION)
         rows[stage] = (plan.trainable_weights, plan.master_weights, plan.gradients, plan.optimizer)
-        assert plan.prompt_encoder == 700 + 100
+        assert (plan.prompt_encoder, plan.encoding_peak) == (100, 700)  # of the empty prompt; the encoder is gone
         # two micro-batches, T + 1 latents and T means, 2 samples of 16 floats
         assert plan.latents == 2 * (11 + 10) * 2 * 16 * 4
         assert plan.activations == 120_000
         assert stage == 3 or plan.communication == (4000 if stage else 0)  # a bucket of what is trained
         assert plan.peak == max(plan.backward_peak, plan.rollout_peak, plan.update_peak, plan.evaluation_peak)
+    without, kept = (memory_plan(_scaled(0, 4), COUNTS, STEP, EVALUATION, with_encoder=has) for has in (False, True))
+    assert kept.prompt_encoder == 700 + 100 and kept.resident == without.resident + 700
     assert rows[0] == (4000, 0, 4000, 8000)
     assert rows[1] == (4000, 1000, 4000, 2000)
     assert rows[2] == (4000, 1000, 2000, 2000)
@@ -115,7 +118,7 @@ def test_one_micro_batch_has_nothing_in_flight_and_local_rewards_bring_the_decod
     trajectory = (11 + 10) * 2 * 16 * 4
     assert plan.latents == trajectory
     assert plan.reward_model == 900
-    always = 36_000 + 4000 + 800 + 900 + 8000 + 4000  # weights, encoder, VAE, moments, gradients
+    always = 36_000 + 4000 + 100 + 900 + 8000 + 4000  # weights, the empty prompt, VAE, moments, gradients
     assert plan.scoring_peak == always + trajectory + 2 * 100 + 2 * 300
 
 
@@ -207,7 +210,7 @@ def test_an_evaluation_is_counted_at_its_own_batch() -> None:
     """Four samples: noise, latents and their stack, prompts, one step; or their images, where decoding takes more."""
     config, trajectory = _scaled(0, 1), 11 * 4 * 16 * 4
     plan = memory_plan(config, COUNTS, STEP, EVALUATION)
-    always = 36_000 + 4000 + 800 + 8000 + 4000
+    always = 36_000 + 4000 + 100 + 8000 + 4000
     assert plan.evaluation_peak == always + 4 * 100 + 3 * trajectory + EVALUATION
     assert plan.scoring_peak == 0
     local = dataclasses.replace(config, rewards=RewardPoolConfig(num_actors=0))
@@ -217,7 +220,7 @@ def test_an_evaluation_is_counted_at_its_own_batch() -> None:
     )
     # beside training it is another process's: what is left are the samples before and after, without an optimizer
     beside = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, asynchronous=True))
-    alone = 36_000 + 4000 + 800 + 4 * 100 + 3 * trajectory + EVALUATION
+    alone = 36_000 + 4000 + 100 + 4 * 100 + 3 * trajectory + EVALUATION
     assert memory_plan(beside, COUNTS, STEP, EVALUATION).evaluation_peak == alone
 
 
@@ -373,12 +376,12 @@ def test_counts_are_those_of_the_loaded_policy(tiny_pipeline: Path, precision: s
     assert counts.table_elements == 4 * 64
 
 
-def test_stored_elements_are_read_from_headers(tiny_pipeline: Path) -> None:
+def test_a_text_encoders_elements_are_read_from_headers(tiny_pipeline: Path) -> None:
     """Against the loaded text encoder."""
     from transformers import CLIPTextModel
 
     encoder = CLIPTextModel.from_pretrained(tiny_pipeline, subfolder="text_encoder")
-    assert stored_elements(tiny_pipeline / "text_encoder") == sum(p.numel() for p in encoder.parameters())
+    assert text_elements(tiny_pipeline / "text_encoder") == sum(p.numel() for p in encoder.parameters())
 
 
 def _stable_diffusion_config(folder: Path) -> TrainConfig:

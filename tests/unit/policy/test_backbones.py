@@ -13,9 +13,10 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 
 from ctrl_ray.config import LoraConfig, SamplerConfig
+from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.backbones import load_backbone, text
-from ctrl_ray.policy.base_model import resolve_base_model
+from ctrl_ray.policy.base_model import is_here, is_outline, outline_of, resolve_base_model
 from ctrl_ray.policy.protocol import Inputs
 from tests.policies import make_policy
 from tests.pretend_device import pretend_device
@@ -24,7 +25,7 @@ from tests.pretend_device import pretend_device
 def test_a_backbone_knows_its_sizes_before_anything_is_loaded(tiny_pipeline: Path) -> None:
     """Latents, images and conditions as the loaded parts make them."""
     backbone = load_backbone(str(tiny_pipeline))
-    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("unet", (4, 4, 4), 32)
+    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("unet", (4, 4, 4), (32, 32))
     condition = backbone.load_encoder().encode(["a red circle", "a blue cross"])
     shapes = {name: tuple(tensor.shape) for name, tensor in condition.tensors.items()}
     assert shapes == backbone.condition_shapes(2)
@@ -64,7 +65,7 @@ def test_a_hub_pipelines_parts_are_fetched_and_single_file_checkpoints_are_not(m
     ]
     fetched: list[str] = []
 
-    def snapshot(repo: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot(repo: str, allow_patterns: list[str], ignore_patterns: list[str], **options: str | bool | None) -> str:
         fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         return "/snapshot"
 
@@ -119,6 +120,35 @@ def test_other_families_are_refused_by_name(tiny_pipeline: Path, tmp_path: Path)
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "KolorsPipeline"}))
     with pytest.raises(ModelError, match=r"is a KolorsPipeline.*expected one of StableDiffusionPipeline"):
         load_backbone(str(folder))
+
+
+def test_images_of_another_size_have_other_latents(tiny_pipeline: Path) -> None:
+    """In pixels, which the VAE's factor divides; a family without a T5 has one length of texts."""
+    backbone = load_backbone(str(tiny_pipeline), sampler=SamplerConfig(height=64, width=24))
+    assert (backbone.latent_shape, backbone.image_size()) == ((4, 8, 3), (64, 24))
+    with pytest.raises(ConfigError, match=r"sampler\.height is 60, but base model .* multiples of 8 pixels; give one"):
+        load_backbone(str(tiny_pipeline), sampler=SamplerConfig(height=60, width=24))
+    with pytest.raises(ConfigError, match=r"sampler\.max_sequence_length is 5, but .* reads texts of one length"):
+        load_backbone(str(tiny_pipeline), sampler=SamplerConfig(max_sequence_length=5))
+    with pytest.raises(ConfigError, match=r"sampler\.height is None and sampler\.width 24; give both"):
+        SamplerConfig(width=24)
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser"),
+    [("stable-diffusion", 859_520_964), ("sdxl", 2_567_463_684), ("sd3.5-medium", 2_243_171_520)],
+)
+def test_the_outline_of_a_known_model_is_of_its_size(name: str, denoiser: int) -> None:
+    """Parameters of the published weights, from configurations alone."""
+    base = preset(name).base_model
+    folder = outline_of(base)
+    assert folder is not None and is_outline(folder) and not is_here(base) and outline_of("someone/else") is None
+    backbone = load_backbone(folder)
+    assert sum(p.numel() for p in backbone.load_denoiser(empty=True).parameters()) == denoiser
+    assert sum(p.numel() for p in backbone.load_decoder(empty=True).parameters()) in (83_653_863, 83_819_683)
+    backbone.make_kernel(SamplerConfig())
+    with pytest.raises(ModelError, match="holds no safetensors weights"):
+        backbone.load_denoiser()
 
 
 def test_a_part_without_config_is_named(tiny_pipeline: Path, tmp_path: Path) -> None:

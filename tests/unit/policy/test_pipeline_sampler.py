@@ -45,7 +45,7 @@ def test_batches_get_smaller_with_the_image(
     tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch, side: int, batch: int, chunk: int
 ) -> None:
     """What is held at a time is bounded in pixels."""
-    monkeypatch.setattr(StableDiffusion, "image_size", lambda self: side)
+    monkeypatch.setattr(StableDiffusion, "image_size", lambda self: (side, side))
     sampler = _sampler(tiny_pipeline)
     assert len(next(iter(sampler(100, seed=0)))[0]) == batch
     assert sampler._loaded is not None and sampler._loaded[2].chunk_size == chunk

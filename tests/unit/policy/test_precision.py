@@ -56,7 +56,10 @@ def test_stage_1_sets_it_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(worker, "set_float32_precision", chosen.append)
     monkeypatch.setattr(worker.torch, "set_num_threads", stop)
     job = FitJob(
-        config=TrainConfig(scaling=ScalingConfig(precision="tf32")), control="size", image_size=32, folder="unused"
+        config=TrainConfig(scaling=ScalingConfig(precision="tf32")),
+        control="size",
+        image_size=(32, 32),
+        folder="unused",
     )
     with pytest.raises(InterruptedError):
         worker.fit_worker(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
+from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 from ctrl_ray.policy.protocol import Inputs
+from tests.configs import tiny_run
 from tests.policies import make_policy, moved
 from tests.tiny import edit_json, make_tiny_3_pipeline
 
@@ -54,7 +57,7 @@ def test_it_knows_its_sizes_and_conditions(folder: Path, without_t5: Path, t5: b
     place = folder if t5 else without_t5
     nothing: dict[str, Any] = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
     backbone = load_backbone(str(place))
-    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("transformer", (4, 4, 4), 32)
+    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("transformer", (4, 4, 4), (32, 32))
     encoders = ["text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
     assert list(backbone.identities()) == ["transformer", *encoders, "vae"]
     condition = backbone.load_encoder().encode(PROMPTS)
@@ -74,6 +77,23 @@ def test_it_knows_its_sizes_and_conditions(folder: Path, without_t5: Path, t5: b
     assert backbone.load_pipeline().text_encoder_3 is None or t5
     lengths, most = backbone.num_tokens(PROMPTS)
     assert most == (256 if t5 else 16) and lengths == ([4, 4] if t5 else [5, 5])
+
+
+def test_it_draws_sizes_and_reads_texts_of_the_samplers_length(folder: Path, without_t5: Path) -> None:
+    """Images that are not square, and as many tokens as the stock pipeline makes of the same number."""
+    sampler = SamplerConfig(num_steps=2, height=32, width=48, max_sequence_length=8)
+    for place, nothing in ((folder, {}), (without_t5, {"text_encoder_3": None, "tokenizer_3": None})):
+        backbone = load_backbone(str(place), sampler=sampler)
+        assert (backbone.latent_shape, backbone.image_size()) == ((4, 4, 6), (32, 48))
+        condition = backbone.load_encoder().encode(PROMPTS)
+        assert {name: tuple(tensor.shape) for name, tensor in condition.tensors.items()} == backbone.condition_shapes(2)
+        text = stock(place, **nothing).encode_prompt(list(PROMPTS), None, None, max_sequence_length=8)[0]
+        torch.testing.assert_close(condition.tensors["text"], text, rtol=1e-4, atol=2e-5)
+    assert load_backbone(str(folder), sampler=sampler).num_tokens(PROMPTS)[1] == 8
+    images, _ = next(PipelineSampler(dataclasses.replace(tiny_run(folder), sampler=sampler), PROMPTS)(3, 0))
+    assert images.shape == (3, 32, 48, 3)
+    with pytest.raises(ConfigError, match=r"sampler\.width is 40, but base model .* multiples of 16 pixels; give one"):
+        load_backbone(str(folder), sampler=SamplerConfig(height=32, width=40))
 
 
 def test_its_chain_is_the_flows(folder: Path) -> None:

@@ -42,7 +42,7 @@ def stock(folder: Path) -> StableDiffusionXLPipeline:
 def test_it_knows_its_sizes_and_conditions(folder: Path) -> None:
     """Those that the stock pipeline makes of the same prompts, with zeros in the unconditional branch."""
     backbone = load_backbone(str(folder))
-    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("unet", (4, 4, 4), 32)
+    assert (backbone.denoiser, backbone.latent_shape, backbone.image_size()) == ("unet", (4, 4, 4), (32, 32))
     assert list(backbone.identities()) == ["unet", "text_encoder", "text_encoder_2", "vae"]
     condition = backbone.load_encoder().encode(PROMPTS)
     assert {name: tuple(tensor.shape) for name, tensor in condition.tensors.items()} == backbone.condition_shapes(2)
