@@ -92,12 +92,13 @@ def guides(kernel: DenoisingKernel, step_index: int) -> bool:
 
 
 def require_reference(kernel: DenoisingKernel, method: str, *, reference: bool) -> None:
-    """ConfigError where a policy is to be sampled in place of the pre-trained model, or where no step has noise."""
+    """ConfigError where a policy is to be sampled in place of the pre-trained model, or where no step can be guided."""
     if not reference:
         raise ConfigError(
             f"method {method} samples the pre-trained model, but an adapter is given; leave the adapter or the method out"
         )
     if not any(guides(kernel, k) for k in range(kernel.num_steps)):
         raise ConfigError(
-            f"method {method} acts on steps that have noise, and no step has any (eta is 0); expected eta above 0, best 1"
+            f"method {method} acts on steps that have noise and begin with more than noise, and none of the {kernel.num_steps} "
+            "does; expected eta above 0, best 1, and 3 steps or more of a flow, whose first begins with noise alone"
         )

@@ -20,6 +20,7 @@ from ctrl_ray.baselines.prediction import predict
 from ctrl_ray.baselines.tilt import log_tilt, log_tilt_and_gradient
 from ctrl_ray.classifiers.classifier import ImageClassifier
 from ctrl_ray.config import ControlConfig, MethodConfig, SamplerConfig
+from ctrl_ray.diffusion.flow import FlowKernel
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluate import EvaluateOptions
@@ -68,8 +69,10 @@ class Bench:
         """Σ over images of ℓ(x̂_0(x)), written out, differentiable."""
         time = self.kernel.time(step_index)
         signal, level = self.kernel.scales(step_index)
-        noise = self.policy(latents, time, self.inputs, reference=True).prediction
-        images = self.decoder.decode((latents - level * noise) / signal)
+        predicted = self.policy(latents, time, self.inputs, reference=True).prediction
+        is_flow = isinstance(self.kernel, FlowKernel)
+        x_0 = latents - level * predicted if is_flow else (latents - level * predicted) / signal
+        images = self.decoder.decode(x_0)
         size, hue = (classifier.class_log_probs(images, PROMPTS) for classifier in self.classifiers)
         return 3.0 * (size[0, 2] + size[1, 1]) + 0.5 * hue[0, 0]
 
@@ -83,8 +86,13 @@ def bench(tiny_pipeline: Path, folders: dict[str, Path]) -> Bench:
     return Bench(tiny_pipeline, folders)
 
 
-def test_the_gradient_is_that_of_the_whole_computation(bench: Bench) -> None:
-    """Denoiser with both branches of the guidance, VAE, classifiers, exponents; a null label asks for nothing."""
+@pytest.mark.parametrize("family", ["tiny_pipeline", "tiny_xl_pipeline", "tiny_3_pipeline"])
+def test_the_gradient_is_that_of_the_whole_computation(
+    family: str, folders: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    """Denoiser with both branches of the guidance, VAE, classifiers, exponents; a null label asks for nothing. Of noise and of
+    a flow's velocity."""
+    bench = Bench(request.getfixturevalue(family), folders)
     latents = torch.randn(2, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
     prediction = predict(bench.policy, bench.kernel, 1, latents, bench.inputs, with_graph=True)
     tilts, gradient = log_tilt_and_gradient(bench.rewards, prediction.denoised.x_0, bench.inputs, EXPONENTS)
@@ -128,12 +136,15 @@ def test_a_step_that_is_measured_by_the_prompt_s_guidance(bench: Bench) -> None:
     torch.testing.assert_close(cosine, torch.ones(2), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dps", "tds"])
+@pytest.mark.parametrize(
+    ("name", "family"), [("dps", "tiny_pipeline"), ("tds", "tiny_pipeline"), ("dps", "tiny_3_pipeline")]
+)
 def test_the_command_and_the_pipeline_draw_the_same(
-    name: Any, tiny_pipeline: Path, folders: dict[str, Path], tmp_path: Path
+    name: Any, family: str, request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Whatever the batch; the manifest says the method and what was given."""
-    argv = ["--base-model", str(tiny_pipeline), "--control", "size=high", "--exponent", "size=2", "--num-steps", "2"]
+    base: Path = request.getfixturevalue(family)
+    argv = ["--base-model", str(base), "--control", "size=high", "--exponent", "size=2", "--num-steps", "3"]
     argv += ["--classifier", f"size={folders['size']}", "--prompt", *PROMPTS, "--num-images", "3"]
     argv += ["--method.name", name, "--method.scale", "0.5"]
     for batch_size in ("4", "1"):
@@ -142,13 +153,13 @@ def test_the_command_and_the_pipeline_draw_the_same(
     assert [row["method"] for row in rows] == [{"name": name, "scale": 0.5}] * 3
     pictures = [np.asarray(Image.open(tmp_path / batch / "00001.png")).astype(int) for batch in ("4", "1")]
     pipeline = ctrl_ray.ControlledPipeline.from_base_model(
-        str(tiny_pipeline), classifiers={"size": folders["size"]}, exponents={"size": 2.0}
+        str(base), classifiers={"size": folders["size"]}, exponents={"size": 2.0}
     )
     pipeline.set_progress_bar_config(disable=True)
     sampled = pipeline(
         PROMPTS[1],
         controls={"size": "high"},
-        num_inference_steps=2,
+        num_inference_steps=3,
         generator=torch.Generator().manual_seed(rows[1]["seed"]),
         method=ctrl_ray.MethodConfig(name=name, scale=0.5),
     )
