@@ -28,6 +28,9 @@ DEFAULT_PRESET = "shapes"
 JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
 """Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
 
+FLOW_JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
+"""Bytes. Quartiles of the JPEG size under the other shipped pipeline, `shapes-flow` (10 steps, eta 1, no guidance)."""
+
 COLOURFULNESS_THRESHOLDS = (67.0,)
 """Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
 
@@ -46,6 +49,9 @@ AESTHETIC_HEAD = "aesthetic.safetensors"
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut")
 """A small denoiser has few attention layers. LoRA on its convolutions alone comes as near as on every layer, in four fifths
 of the time."""
+
+_JOINT_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Attention over image and text of Stable Diffusion 3, both sides' projections."""
 
 _EVERY_LAYER = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -106,6 +112,23 @@ def shapes_two_controls() -> TrainConfig:
         num_updates=480,
         evaluation=dataclasses.replace(base.evaluation, every_updates=120),
         checkpoint_every_updates=60,
+    )
+
+
+def shapes_flow() -> TrainConfig:
+    """`shapes` on the other built-in pipeline, a small Stable Diffusion 3 that was trained by flow matching."""
+    base = shapes()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/shapes-flow",
+        base_model=embedded.FLOW_NAME,
+        controls={
+            "jpeg_size": ControlConfig(
+                guidance_strength=4.0, oracle="jpeg_size", thresholds=FLOW_JPEG_SIZE_THRESHOLDS, unit="bytes"
+            )
+        },
+        sampler=dataclasses.replace(base.sampler, max_sequence_length=embedded.FLOW_TEXT_TOKENS),
+        lora=dataclasses.replace(base.lora, target_modules=_JOINT_LAYERS),
     )
 
 
@@ -199,13 +222,12 @@ def sd35_medium() -> TrainConfig:
     with the noise that training needs, look at plain samples first (`python -m ctrl_ray.sample --base`), and take more steps if
     they want it."""
     base = stable_diffusion()
-    joint = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     return dataclasses.replace(
         base,
         output_dir="runs/sd3.5-medium",
         base_model="stabilityai/stable-diffusion-3.5-medium",
         sampler=SamplerConfig(num_steps=40, eta=1.0, guidance_scale=4.5, height=512, width=512, reference_steps=1),
-        lora=dataclasses.replace(base.lora, target_modules=joint),
+        lora=dataclasses.replace(base.lora, target_modules=_JOINT_LAYERS),
         evaluation=dataclasses.replace(base.evaluation, batch_size=8),
     )
 
@@ -288,6 +310,7 @@ def paper_multi_task() -> TrainConfig:
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "shapes": shapes,
     "shapes-two-controls": shapes_two_controls,
+    "shapes-flow": shapes_flow,
     "shapes-exact": shapes_exact,
     "shapes-cfg": shapes_cfg,
     "stable-diffusion": stable_diffusion,

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--vae-updates", type=int, default=2400)
     parser.add_argument("--recogniser-updates", type=int, default=1000)
     parser.add_argument("--unet-updates", type=int, default=4500)
-    parser.add_argument("--flow-updates", type=int, default=8000)
+    parser.add_argument("--flow-updates", type=int, default=12_000)
     parser.add_argument("--num-samples", type=int, default=4096)
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="train the denoisers in bfloat16"
