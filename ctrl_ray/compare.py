@@ -140,7 +140,7 @@ def _config(options: CompareOptions) -> TrainConfig:
     if config.latent_reduction != "sum" or config.kl_coef == 0:
         raise ConfigError(f"preset {options.preset!r} has no target that all methods could be compared with")
     given = {name: getattr(options, name) for name in ("base_model", "data") if getattr(options, name) is not None}
-    return absolute_paths(dataclasses.replace(config, aim=False, **given))
+    return absolute_paths(dataclasses.replace(config, tracker="none", **given))
 
 
 def _estimate(options: CompareOptions, config: TrainConfig, plan: Plan) -> str:

@@ -16,6 +16,7 @@ from ctrl_ray.command import stoppable
 from ctrl_ray.config import ControlConfig, SamplerConfig, TrainConfig
 from ctrl_ray.config.json import read_train_config
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
+from ctrl_ray.config.tracker import parse_tracker
 from ctrl_ray.errors import ConfigError, InterruptedRunError
 from ctrl_ray.wording import duration, no_file
 
@@ -73,6 +74,7 @@ def fit(
     from ctrl_ray.planning.machines import stated_machines
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
+    from ctrl_ray.reporting.sinks import present_tracker
     from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
     from ctrl_ray.runs.outputs import check_output
 
@@ -81,8 +83,9 @@ def fit(
         raise ConfigError(f"--machines {machines} states machines to plan for; give it with --dry-run only")
     if machines is None:  # else the run will be started elsewhere
         check_output(config.output_dir)
-        if config.aim_repo:
-            check_output(config.aim_repo, "--aim-repo")
+        repo = parse_tracker(config.tracker).repo
+        if repo and "://" not in repo:
+            check_output(repo, "--tracker")
     folder = RunFolder(config.output_dir)
     plan = assumed(config, machines) if dry_run else Assumed(config, machines, False, [])
     stated = None if plan.machines is None else stated_machines(plan.machines)
@@ -93,7 +96,8 @@ def fit(
         stated=stated,
         without_data=plan.without_data,
     )
-    print("\n".join([*plan.lines, checked.summary]), flush=True)
+    _, stands_in = present_tracker(config.tracker)
+    print("\n".join([*plan.lines, checked.summary, *([stands_in] if stands_in else [])]), flush=True)
     if dry_run:
         return Run(folder=folder.local, adapter=None, summary={})
 

@@ -152,16 +152,19 @@ def _run_and_report(
 
 @contextmanager
 def _tracking(config: TrainConfig, folder: Any, resume: bool) -> Any:
-    """The one writer of the sweep's Aim repository; None where Aim is off."""
-    from ctrl_ray.reporting.tracking import AIM_FOLDER
+    """The one writer of the sweep's tracker; None where there is none."""
+    from ctrl_ray.reporting.sinks import present_tracker, tracker_folder
     from ctrl_ray.tuning.results.tracking import SweepTracker
 
-    if not config.aim:
+    chosen, line = present_tracker(config.tracker)
+    if line:
+        print(line, flush=True)
+    if chosen.kind == "none":
         yield None
         return
-    own = folder.path / AIM_FOLDER
+    own = tracker_folder(chosen, folder.path)
     settings = dataclasses.asdict(config)
-    tracker = SweepTracker(config.aim_repo or own, own, experiment=folder.name, config=settings, resume=resume)
+    tracker = SweepTracker(chosen, own, experiment=folder.name, config=settings, resume=resume)
     try:
         yield tracker
     finally:

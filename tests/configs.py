@@ -60,7 +60,7 @@ def tiny_run(pipeline: Path) -> TrainConfig:
         evaluation=EvaluationConfig(
             every_updates=0, final_num_samples=8, log_z_samples=8, max_log_z_samples=8, num_pairs=0, batch_size=8
         ),
-        aim=False,
+        tracker="none",
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ctrl_ray.config import ControlConfig, TrainConfig
+from ctrl_ray.config.tracker import earlier_tracker
 from ctrl_ray.errors import ConfigError
 
 
@@ -25,8 +27,18 @@ def train_config_from_json(text: str | bytes, *, source: str = "config.json") ->
         raise ConfigError(f"{source} is not UTF-8 text ({error}); expected JSON in UTF-8: save it so") from error
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise ConfigError(f"{source} is not JSON: {error}") from error
-    config: TrainConfig = _build(TrainConfig, values, source, "")
+    config: TrainConfig = _build(TrainConfig, _with_tracker(values, source), source, "")
     return config
+
+
+def _with_tracker(values: Any, source: str) -> Any:
+    """The settings `aim` and `aim_repo` of earlier versions as `tracker`, with one line where that is not its default."""
+    if not isinstance(values, dict) or not {"aim", "aim_repo"} & set(values) or "tracker" in values:
+        return values
+    now = earlier_tracker(values.get("aim", True), values.get("aim_repo"))
+    if now != "aim":
+        warnings.warn(f"{source}: aim and aim_repo of an earlier version are read as tracker {now!r}", stacklevel=4)
+    return {name: value for name, value in values.items() if name not in ("aim", "aim_repo")} | {"tracker": now}
 
 
 def read_train_config(file: Path) -> TrainConfig:

@@ -11,6 +11,7 @@ from ctrl_ray.config.evaluation import EvaluationConfig
 from ctrl_ray.config.fields import above, at_least, check_fields, share
 from ctrl_ray.config.policy import AdapterConfig, LoraConfig, SamplerConfig
 from ctrl_ray.config.resources import RewardPoolConfig, ScalingConfig
+from ctrl_ray.config.tracker import parse_tracker
 from ctrl_ray.config.training import EstimatorConfig, OptimizerConfig, TrainingMethod
 from ctrl_ray.config.values import Auto, fixed, require
 
@@ -77,11 +78,11 @@ class TrainConfig:
     num_checkpoints_to_keep: Annotated[int, at_least(1)] = 2
     """How many checkpoints stay on disk: the latest and the best."""
     export_images: Annotated[int, at_least(0)] = 8
-    """Images per class in the report and in Aim."""
-    aim: bool = True
-    """Also write the metrics and images to an Aim repository under output_dir."""
-    aim_repo: str | None = None
-    """Another Aim repository: a folder that no other process writes to, or aim://HOST:PORT of a tracking server."""
+    """Images per class in the report and in the tracker."""
+    tracker: str = "aim"
+    """What curves and pictures are written to besides metrics.jsonl and the report: 'aim' (output_dir/aim), 'tensorboard'
+    (event files in output_dir/tensorboard), or 'none'; 'aim://HOST:PORT' is a tracking server, 'aim:FOLDER' another repository,
+    which no other process writes to. Where Aim is not installed, TensorBoard stands in."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The sampler that the policy is trained for."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
@@ -105,10 +106,7 @@ class TrainConfig:
         check_fields(self)
         for name in self.controls:
             check_control_name(name)
-        require(
-            self.aim_repo is None or "://" not in self.aim_repo or self.aim_repo.startswith("aim://"),
-            f"aim_repo is {self.aim_repo!r}; expected a folder, or aim://HOST:PORT of a tracking server",
-        )
+        parse_tracker(self.tracker)
         micro_batch = self.micro_batch_size_per_worker
         require(
             isinstance(micro_batch, str) or micro_batch % self.group_size == 0,

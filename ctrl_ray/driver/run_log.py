@@ -73,8 +73,7 @@ class RunLog:
             self._folder.local,
             run_name=self._folder.name,
             config=self._config,
-            aim=self._config.aim,
-            aim_repo=self._config.aim_repo,
+            tracker=self._config.tracker,
             resume_from_update=(update or _NOTHING_DONE) if again else None,
         )
         self._progress = RunProgress(self._config.num_updates, update, kl_noise_floor=row.kl_noise_floor)

@@ -219,8 +219,7 @@ def evaluate_and_report(
         folder.local,
         run_name=folder.name,
         config=config,
-        aim=config.aim,
-        aim_repo=config.aim_repo,
+        tracker=config.tracker,
         resume_from_update=updates_done,
     ) as tracker:
         known = {} if floor is None else {"kl_noise_floor": floor}

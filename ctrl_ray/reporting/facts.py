@@ -8,7 +8,19 @@ import os
 import platform
 from pathlib import Path
 
-_PACKAGES = ("ctrl-ray", "torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "pillow", "aim")
+_PACKAGES = (
+    "ctrl-ray",
+    "torch",
+    "ray",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "peft",
+    "numpy",
+    "pillow",
+    "aim",
+    "tensorboardX",
+)
 
 
 def environment_facts() -> dict[str, str]:

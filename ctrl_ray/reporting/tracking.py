@@ -1,4 +1,4 @@
-"""The curves of a run: `metrics.jsonl` is the truth, the Aim repository a view of it with images."""
+"""The curves of a run: `metrics.jsonl` is the truth, a tracker (Aim, TensorBoard) a view of it with images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from PIL import Image
 
 from ctrl_ray.errors import DataError, RunFolderError
 from ctrl_ray.evaluation.metric_names import check_names
-from ctrl_ray.reporting.aim_sink import RUN_FILE, AimSink
+from ctrl_ray.reporting.sinks import Sink, open_sink, present_tracker, tracker_folder
 from ctrl_ray.runs.files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
-AIM_FOLDER = "aim"
 
 Kind = Literal["update", "evaluation"]
 
@@ -31,10 +30,10 @@ class RunTracker:
 
     Args:
         run_dir: Local folder of the run; made when missing.
-        run_name: Name of the run in Aim.
+        run_name: Name of the run in the tracker.
         config: The run's settings (a dataclass or a mapping): Aim's hyper-parameters.
-        aim: Write to `run_dir/aim` as well (`aim up --repo RUN/aim`). When Aim fails, the run warns once and goes on.
-        aim_repo: Another repository, or 'aim://HOST:PORT' of a tracking server.
+        tracker: What is written to as well, in `run_dir` (see `TrainConfig.tracker`). When it fails, the run warns once and
+            goes on.
         resume_from_update: None starts a run. n goes on after update n: rows of later updates, and a torn last line,
             are dropped, because those updates will be done again.
 
@@ -49,8 +48,7 @@ class RunTracker:
         *,
         run_name: str,
         config: Any,
-        aim: bool = True,
-        aim_repo: str | None = None,
+        tracker: str = "aim",
         resume_from_update: int | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -64,11 +62,10 @@ class RunTracker:
         else:
             _keep_updates(path, resume_from_update)
         self._file = path.open("a", encoding="utf-8")
-        self._aim: AimSink | None = None
-        if aim:
-            settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
-            resume = resume_from_update is not None
-            self._try_aim("open", lambda: self._open_aim(aim_repo, run_name, settings, resume))
+        self._sink: Sink | None = None
+        self._tracker, _ = present_tracker(tracker)
+        settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+        self._try("open", lambda: self._open(run_name, settings, resume_from_update))
 
     def log(self, kind: Kind, update: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
         """Append one row and flush it; a number that is not finite becomes null. at: its time; None: now.
@@ -84,10 +81,10 @@ class RunTracker:
         row = {"kind": kind, "update": int(update), "time": time.time() if at is None else at, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        sink = self._aim
+        sink = self._sink
         if sink is not None:
             known = {name: value for name, value in finite.items() if value is not None}
-            self._try_aim("log metrics", lambda: sink.log_metrics(kind, update, known))
+            self._try("log metrics", lambda: sink.log_metrics(kind, update, known))
 
     def log_images(
         self,
@@ -96,22 +93,22 @@ class RunTracker:
         images: Sequence[np.ndarray | Image.Image | str | Path],
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Put images (arrays (H, W, 3) uint8, PIL images or paths of PNGs) into Aim, in the place of earlier ones of
-        the same name and update. Without Aim, nothing happens: the report shows them too.
+        """Put images (arrays (H, W, 3) uint8, PIL images or paths of PNGs) into the tracker, in the place of earlier ones of
+        the same name and update. Without one, nothing happens: the report shows them too.
         """
         texts = [""] * len(images) if captions is None else list(captions)
         if len(texts) != len(images):
             raise ValueError(f"{len(images)} images need as many captions, got {len(texts)}")
-        sink = self._aim
+        sink = self._sink
         if sink is not None and images:
-            self._try_aim("log images", lambda: sink.log_images(update, name, [_as_pil(i) for i in images], texts))
+            self._try("log images", lambda: sink.log_images(update, name, [_as_pil(i) for i in images], texts))
 
     def close(self) -> None:
         """Close both files; closing twice does nothing."""
         self._file.close()
-        sink, self._aim = self._aim, None
+        sink, self._sink = self._sink, None
         if sink is not None:
-            self._try_aim("close", sink.close)
+            self._try("close", sink.close)
 
     def __enter__(self) -> RunTracker:
         return self
@@ -119,18 +116,26 @@ class RunTracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_aim(self, repo: str | None, run_name: str, config: Mapping[str, Any], resume: bool) -> None:
-        folder = self.run_dir / AIM_FOLDER
-        self._aim = AimSink(repo or folder, run_file=folder / RUN_FILE, run_name=run_name, config=config, resume=resume)
+    def _open(self, run_name: str, config: Mapping[str, Any], resume_from: int | None) -> None:
+        folder = tracker_folder(self._tracker, self.run_dir)
+        self._sink = open_sink(
+            self._tracker,
+            folder,
+            run_name=run_name,
+            config=config,
+            resume=resume_from is not None,
+            purge_after=resume_from,
+        )
 
-    def _try_aim(self, what: str, action: Any) -> None:
-        """Aim is a view: whatever it raises is said once, and the run goes on with metrics.jsonl alone."""
+    def _try(self, what: str, action: Any) -> None:
+        """A tracker is a view: whatever it raises is said once, and the run goes on with metrics.jsonl alone."""
         try:
             action()
         except Exception as error:
-            self._aim = None
+            self._sink = None
             warnings.warn(
-                f"Aim could not {what} ({type(error).__name__}: {error}); the run goes on with {METRICS_FILE} alone",
+                f"{self._tracker.title} could not {what} ({type(error).__name__}: {error}); the run goes on with "
+                f"{METRICS_FILE} alone",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -25,7 +25,7 @@ EARLY_METRICS = ("accuracy", "kl", "gap")
 """What a trial logs at every evaluation on its way: what a scheduler can stop it by."""
 SHARED = (
     *("output_dir", "base_model", "base_revision", "data", "num_drawn_images", "classifier", "rewards", "scaling"),
-    *("aim", "aim_repo", "evaluation", "full_finetune"),
+    *("tracker", "evaluation", "full_finetune"),
 )
 """Settings that all trials have in common, which share classifiers, reward pool, machines and the way they are judged."""
 _SHARED_OF_CONTROLS = ("oracle", "thresholds", "classes", "unit", "column", "classifier")

@@ -84,7 +84,7 @@ def trial_folder(sweep_folder: str | Path, trial_id: str) -> RunFolder:
 
 def trial_config(base: TrainConfig, knobs: Mapping[str, Any], folder: RunFolder) -> TrainConfig:
     """The base with the trial's settings. Its curves reach Aim through the sweep's driver, the only writer there."""
-    return override(base, {**knobs, "output_dir": str(folder.local), "aim": False})
+    return override(base, {**knobs, "output_dir": str(folder.local), "tracker": "none"})
 
 
 def _train(knobs: Mapping[str, Any], job: TrialJob, folder: RunFolder) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ctrl_ray_benchmark_") as folder:
         evaluation = dataclasses.replace(base.evaluation, every_updates=0, final_num_samples=64)
         config = dataclasses.replace(
-            base, output_dir=f"{folder}/run", num_updates=arguments.updates, evaluation=evaluation, aim=False
+            base, output_dir=f"{folder}/run", num_updates=arguments.updates, evaluation=evaluation, tracker="none"
         )
         estimates = [_estimated(config)]
         run = ctrl_ray.fit(config)

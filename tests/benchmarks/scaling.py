@@ -233,7 +233,7 @@ def measured_updates(folder: Path, card: Card, num_workers: int, num_actors: int
         rewards=RewardPoolConfig(num_actors=num_actors, cpus_per_actor=0.01, threads_per_actor=1),
         scaling=ScalingConfig(num_workers=num_workers, cpus_per_worker=0.01, threads_per_worker=1),
         evaluation=EvaluationConfig(every_updates=0, num_samples=1, batch_size=1),
-        aim=False,
+        tracker="none",
     )
     backbone = WaitingBackbone(config.base_model)
     info = AdapterInfo(

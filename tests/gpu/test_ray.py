@@ -63,7 +63,7 @@ def small_run(folder: Path, **scaling: Any) -> TrainConfig:
         rewards=RewardPoolConfig(num_actors=1),
         scaling=ScalingConfig(max_failures=0, placement_timeout_s=60, **scaling),
         export_images=1,
-        aim=False,
+        tracker="none",
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ctrl_ray.config.tracker import parse_tracker
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker
 from ctrl_ray.tuning.results.tracking import SweepTracker
 from ctrl_ray.tuning.results.trials import SweepTrial
@@ -54,7 +55,7 @@ def test_aim_round_trip_and_resume_without_network_or_home(tmp_path: Path, monke
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(socket.socket, "connect", refuse)
     run, picture = tmp_path / "run", np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    tracked = functools.partial(RunTracker, run, run_name="test", config={"seed": 3}, aim=True)
+    tracked = functools.partial(RunTracker, run, run_name="test", config={"seed": 3}, tracker="aim")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with tracked() as tracker:
@@ -95,7 +96,9 @@ def test_a_tracking_server_gets_a_run_for_each_trial(tmp_path: Path) -> None:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_for(port, server)
-        tracker = SweepTracker(f"aim://127.0.0.1:{port}", own, experiment="mine", config={"seed": 1}, resume=False)
+        tracker = SweepTracker(
+            parse_tracker(f"aim://127.0.0.1:{port}"), own, experiment="mine", config={"seed": 1}, resume=False
+        )
         trials = []
         for name, value in (("00000", 0.5), ("00001", 2.0)):
             folder = tmp_path / name

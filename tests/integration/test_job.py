@@ -77,7 +77,7 @@ def config(tiny_pipeline: Path, base_config: TrainConfig) -> TrainConfig:
         controls=base_config.controls,
         num_updates=_UPDATES,
         checkpoint_every_updates=10,
-        aim=True,
+        tracker="aim",
     )
 
 

@@ -53,7 +53,7 @@ def test_two_controls_from_labels_to_the_report(tiny_pipeline: Path, tmp_path: P
                 clip_model=str(clip),
                 brisque_model=str(tmp_path),
             ),
-            aim=False,
+            tracker="none",
         )
     )
     kinds = {name: ImageClassifier.from_pretrained(run.folder / "classifier" / name).kind for name in config.controls}

@@ -79,7 +79,7 @@ def _latest_state(run_folder: Path) -> dict[str, torch.Tensor]:
 def finished(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> ctrl_ray.Run:
     """Six updates and their evaluations, from end to end, with Aim."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(folder), aim=True))
+    return ctrl_ray.fit(dataclasses.replace(base_config, output_dir=str(folder), tracker="aim"))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_evaluations_beside_training_are_those_between_updates(
 ) -> None:
     """Ray Train's asynchronous validation: the same results at the same updates, their samples in Aim."""
     evaluation = dataclasses.replace(base_config.evaluation, asynchronous=True)
-    config = dataclasses.replace(base_config, evaluation=evaluation, aim=True, output_dir=str(tmp_path / "beside"))
+    config = dataclasses.replace(base_config, evaluation=evaluation, tracker="aim", output_dir=str(tmp_path / "beside"))
     evaluations = []
     for run in (finished, ctrl_ray.fit(config)):
         rows = [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"]

@@ -66,7 +66,7 @@ def sweep_file(base_config: TrainConfig, tmp_path: Path) -> Path:
             num_pairs=0,
             batch_size=16,
         ),
-        aim=True,
+        tracker="aim",
     )
     (tmp_path / "base.json").write_text(to_json(config))
     (tmp_path / "mine.py").write_text(SWEEP_FILE)

@@ -83,7 +83,7 @@ def test_the_command_is_told_as_it_was_given(tmp_path: Path, monkeypatch: pytest
     (question,) = asked
     assert question.command == f"python -m ctrl_ray.compare --methods ctrl dps --seeds 2 --output-dir '{place}'"
     assert [plan.name for plan in question.plan.methods] == ["plain", "ctrl", "dps"]
-    assert question.plan.methods[1].seeds == (0, 1) and question.config.aim is False
+    assert question.plan.methods[1].seeds == (0, 1) and question.config.tracker == "none"
 
 
 def test_a_preset_without_a_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         (train, "--output-dir", []),
         (train, "--output-dir", ["--dry-run"]),
-        (train, "--aim-repo", []),
+        (train, "--tracker", []),
         (tune, "--output-dir", [str(ROOT / "tune_spaces" / "kl_guidance.py")]),
         (classify, "--output-dir", []),
         (compare, "--output-dir", []),
@@ -38,7 +38,8 @@ def test_an_output_that_cannot_be_written_is_named_first(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").write_text("a file, where a folder is meant")
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
-    assert command.main([*arguments, option, "results/new"]) == 2  # type: ignore[attr-defined]
+    place = "aim:results/new" if option == "--tracker" else "results/new"
+    assert command.main([*arguments, option, place]) == 2  # type: ignore[attr-defined]
     error = capsys.readouterr().err
     assert f"output 'results/new' of {option} cannot be written: {tmp_path}/results is a file" in error
     assert [path.name for path in tmp_path.iterdir()] == ["results"]

@@ -1,4 +1,4 @@
-"""The trials of a sweep in Aim: one run each, written by the sweep's driver alone, from what the trials leave on disk."""
+"""The trials of a sweep in its tracker: one run each, written by the driver alone, from what the trials leave on disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from ctrl_ray.reporting.aim_sink import AimSink
+from ctrl_ray.config.tracker import Tracker
 from ctrl_ray.reporting.report import REPORT, report_pictures
+from ctrl_ray.reporting.sinks import Sink, open_sink
 from ctrl_ray.reporting.tracking import METRICS_FILE
 from ctrl_ray.tuning.results.trials import SweepTrial, short_names
 
@@ -20,22 +21,22 @@ _NOT_METRICS = ("kind", "update", "time")
 
 
 class SweepTracker:
-    """Copies rows of the trials' metrics.jsonl to Aim as they come, and at a trial's end the pictures of its report.
+    """Copies rows of the trials' metrics.jsonl to the tracker as they come, and at a trial's end the pictures of its report.
 
     Args:
-        repo: Folder of the repository, or 'aim://HOST:PORT' of a tracking server.
-        folder: Remembers which Aim run each trial is.
+        tracker: Which; not 'none'.
+        folder: What it writes beside the sweep (`tracker_folder`); remembers which Aim run each trial is.
         experiment: Name of the sweep.
         config: Settings that all trials start from.
         resume: Go on with the runs that `folder` names.
     """
 
     def __init__(
-        self, repo: str | Path, folder: Path, *, experiment: str, config: Mapping[str, Any], resume: bool
+        self, tracker: Tracker, folder: Path, *, experiment: str, config: Mapping[str, Any], resume: bool
     ) -> None:
-        self._repo, self._folder, self._experiment = repo, folder, experiment
+        self._tracker, self._folder, self._experiment = tracker, folder, experiment
         self._config, self._resume = config, resume
-        self._sinks: dict[str, AimSink] = {}
+        self._sinks: dict[str, Sink] = {}
         self._tails: dict[str, _Tail] = {}
         self._known: set[str] = set()
         self._broken = False
@@ -80,18 +81,22 @@ class SweepTracker:
         """Marks a finished trial whose run has all there is to log, so that a resumed sweep leaves it alone."""
         return self._folder / f"complete_{name}"
 
-    def _open(self, name: str, knobs: Mapping[str, Any]) -> AimSink:
+    def _open(self, name: str, knobs: Mapping[str, Any]) -> Sink:
         if name not in self._sinks:
             short = short_names(list(knobs))
-            self._sinks[name] = AimSink(
-                self._repo,
-                run_file=self._folder / f"run_hash_{name}",
+            sink = open_sink(
+                self._tracker,
+                self._folder,
+                member=name,
                 run_name=name,
                 config=self._config,
                 resume=self._resume or name in self._known,
+                purge_after=0 if self._resume and name not in self._known else None,  # rows are read from the first
                 experiment=self._experiment,
                 knobs={short[path].replace(".", "_"): value for path, value in knobs.items()},
             )
+            assert sink is not None
+            self._sinks[name] = sink
             self._known.add(name)
         return self._sinks[name]
 
@@ -101,7 +106,7 @@ class SweepTracker:
             self._try("close", sink.close)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
-        """Aim is a view: whatever it raises is said once, and the sweep goes on without it."""
+        """A tracker is a view: whatever it raises is said once, and the sweep goes on without it."""
         if self._broken:
             return
         try:
@@ -109,14 +114,14 @@ class SweepTracker:
         except Exception as error:
             self._broken = True
             warnings.warn(
-                f"Aim could not {what} ({type(error).__name__}: {error}); the sweep goes on, every trial's curves are in its "
-                f"{METRICS_FILE}",
+                f"{self._tracker.title} could not {what} ({type(error).__name__}: {error}); the sweep goes on, every trial's "
+                f"curves are in its {METRICS_FILE}",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
 
-def _log_files(sink: AimSink, update: int, images: Mapping[str, Path]) -> None:
+def _log_files(sink: Sink, update: int, images: Mapping[str, Path]) -> None:
     for title, path in images.items():
         with Image.open(path) as picture:
             sink.log_images(update, title, [picture.convert("RGB")], [title])

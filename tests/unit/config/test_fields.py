@@ -29,6 +29,7 @@ from ctrl_ray.config import (
 from ctrl_ray.config.control import check_control_name
 from ctrl_ray.config.fields import Range, above, at_least, check_fields, share
 from ctrl_ray.config.json import read_train_config, to_json, train_config_from_json
+from ctrl_ray.config.tracker import parse_tracker
 from ctrl_ray.config.values import Auto
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluate import EvaluateOptions
@@ -140,8 +141,8 @@ def test_no_setting_is_not_a_number(cls: Any, name: str) -> None:
         ),
         ({"kl_coef": math.nan}, "mine.json: kl_coef is nan; expected a finite number, at least 0"),
         (
-            {"aim_repo": "http://localhost:53800"},
-            "mine.json: aim_repo is 'http://localhost:53800'; expected a folder, or aim://",
+            {"tracker": "http://localhost:53800"},
+            "mine.json: tracker is 'http://localhost:53800'; expected aim, tensorboard, none, aim://HOST:PORT",
         ),
         ([1], "mine.json is [1]; expected a group of settings"),
     ],
@@ -149,6 +150,27 @@ def test_no_setting_is_not_a_number(cls: Any, name: str) -> None:
 def test_json_is_read_as_strictly_as_a_command_line(change: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         train_config_from_json(json.dumps(change), source="mine.json")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ({"aim": True, "aim_repo": None}, "aim"),
+        ({"aim": False, "aim_repo": None}, "none"),
+        ({"aim": True, "aim_repo": "aim://host:53800"}, "aim://host:53800"),
+        ({"aim_repo": "/shared/aim"}, "aim:/shared/aim"),
+    ],
+)
+def test_the_trackers_of_an_earlier_version_are_read(
+    earlier: dict[str, object], now: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With one line where it is not what every run has."""
+    assert train_config_from_json(json.dumps(earlier), source="old.json").tracker == now
+    said = [str(warning.message) for warning in recwarn.list]
+    assert said == (
+        [] if now == "aim" else [f"old.json: aim and aim_repo of an earlier version are read as tracker {now!r}"]
+    )
+    assert parse_tracker(now).kind in ("aim", "none")
 
 
 def test_a_file_in_another_encoding_says_which_is_expected(tmp_path: Path) -> None:

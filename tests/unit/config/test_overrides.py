@@ -25,6 +25,6 @@ def test_override_replaces_what_belongs_together() -> None:
     assert changed.controls["jpeg_size"].guidance_strength == 3.0
     assert (changed.group_size, changed.global_batch_size, changed.micro_batch_size_per_worker) == (5, 100, 50)
     assert changed.lora.target_modules == ("to_q",)
-    for path, value in (("seed", True), ("aim", 1), ("estimator.name", "ful"), ("prompts_file", 3)):
+    for path, value in (("seed", True), ("tracker", 1), ("estimator.name", "ful"), ("prompts_file", 3)):
         with pytest.raises(ConfigError, match=f"{path} is .*; expected"):
             override(base, {path: value})

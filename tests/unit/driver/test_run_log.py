@@ -24,7 +24,7 @@ from ctrl_ray.driver.run_log import RunLog
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
 from ctrl_ray.runs.folder import RunFolder
 
-CONFIG = TrainConfig(num_updates=4, checkpoint_every_updates=2, aim=False)
+CONFIG = TrainConfig(num_updates=4, checkpoint_every_updates=2, tracker="none")
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,16 @@
-"""The record of a run: what is written, what a resume drops, and that Aim is only a view."""
+"""The record of a run: what is written, what a resume drops, and that a tracker is only a view."""
 
 import json
+import sys
 import tempfile
 import warnings
 
 import numpy as np
 import pytest
 
+from ctrl_ray.config.tracker import Tracker
 from ctrl_ray.errors import DataError, RunFolderError
-from ctrl_ray.reporting import tracking
+from ctrl_ray.reporting import sinks
 from ctrl_ray.reporting.aim_sink import _plainly_named
 from ctrl_ray.reporting.tracking import METRICS_FILE, RunTracker, read_metrics
 
@@ -16,7 +18,7 @@ CONFIG = {"seed": 3, "controls": {"jpeg_size": {"thresholds": (1.0, 2.0), "oracl
 
 
 def _tracker(folder, **options):
-    return RunTracker(folder, run_name="test", config=CONFIG, **{"aim": False, **options})
+    return RunTracker(folder, run_name="test", config=CONFIG, **{"tracker": "none", **options})
 
 
 def _five_updates(folder):
@@ -75,15 +77,62 @@ def test_aim_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
         def __init__(self, *_, **__):
             raise RuntimeError("disk full")
 
-    monkeypatch.setattr(tracking, "AimSink", Broken)
+    monkeypatch.setattr(sinks, "AimSink", Broken)
     with pytest.warns(RuntimeWarning, match=r"Aim could not open \(RuntimeError: disk full\)"):
-        tracker = _tracker(tmp_path, aim=True)
+        tracker = _tracker(tmp_path, tracker="aim")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tracker.log("update", 1, {"reward": 1.0})
         tracker.log_images(1, "samples", [np.zeros((4, 4, 3), np.uint8)], ["a"])
         tracker.close()
     assert read_metrics(tmp_path)[0]["reward"] == 1.0
+
+
+def _events(folder):
+    """Tag to (step, value) of all scalars of a folder's event files, in the order of writing; purged ones are left out."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for file in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if event.session_log.status == event.session_log.START:
+                scalars = {tag: [row for row in rows if row[0] < event.step] for tag, rows in scalars.items()}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.setdefault(value.tag, []).append((event.step, round(value.simple_value, 6)))
+                elif value.HasField("image"):
+                    scalars.setdefault(value.tag, []).append((event.step, (value.image.height, value.image.width)))
+    return scalars
+
+
+def test_tensorboard_has_the_rows_and_pictures_and_a_resume_takes_the_place_of_later_ones(tmp_path):
+    """Read back from the event files."""
+    with _tracker(tmp_path, tracker="tensorboard") as tracker:
+        for update in (1, 2, 3):
+            tracker.log("update", update, {"reward": -1.0 / update})
+        tracker.log_images(3, "samples", [np.zeros((4, 6, 3), np.uint8)], ["a circle"])
+    with _tracker(tmp_path, tracker="tensorboard", resume_from_update=2) as tracker:
+        tracker.log("update", 3, {"reward": 7.0})
+        tracker.log("evaluation", 3, {"accuracy/size": 0.5})
+    found = _events(tmp_path / "tensorboard")
+    assert found["update/reward"] == [(1, -1.0), (2, -0.5), (3, 7.0)]
+    assert found["evaluation/accuracy/size"] == [(3, 0.5)] and found["samples/0"] == []
+    assert not (tmp_path / "aim").exists()
+
+
+def test_tensorboard_stands_in_where_aim_is_not_installed(tmp_path, monkeypatch):
+    """Said in one line; what is named otherwise stays."""
+    monkeypatch.setitem(sys.modules, "aim", None)
+    chosen, line = sinks.present_tracker("aim")
+    assert chosen == Tracker("tensorboard", None) and "\n" not in line
+    assert line.startswith("tracker    Aim is not installed (it has no wheels for Python 3.13 and later; this is 3.")
+    assert sinks.present_tracker("none") == (Tracker("none", None), None)
+    with _tracker(tmp_path, tracker="aim") as tracker:
+        tracker.log("update", 1, {"reward": 1.0})
+    assert _events(tmp_path / "tensorboard")["update/reward"] == [(1, 1.0)]
 
 
 @pytest.mark.parametrize("name", ["50%25", "why?", "run #1"])

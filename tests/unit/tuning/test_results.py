@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ctrl_ray.config.tracker import Tracker
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.tuning.results import figures as sweep_figures
@@ -287,7 +288,9 @@ def test_a_file_is_followed_through_growth_and_rewriting(tmp_path: Path) -> None
 def test_aim_that_fails_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "update", "update": 1, "kl": 0.5}\n')
     (tmp_path / "file").write_text("")  # no folder can be made beneath it
-    tracker = SweepTracker(tmp_path / "file" / "aim", tmp_path, experiment="x", config={}, resume=False)
+    tracker = SweepTracker(
+        Tracker("aim", str(tmp_path / "file" / "aim")), tmp_path, experiment="x", config={}, resume=False
+    )
     trial = dataclasses.replace(TRIALS[0], folder=tmp_path)
     with pytest.warns(RuntimeWarning, match=r"Aim could not log metrics \(NotADirectoryError") as caught:
         tracker.follow([trial, dataclasses.replace(trial, name="other")])
