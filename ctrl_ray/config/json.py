@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def _with_tracker(values: Any, source: str) -> Any:
         return values
     now = earlier_tracker(values.get("aim", True), values.get("aim_repo"))
     if now != "aim":
-        warnings.warn(f"{source}: aim and aim_repo of an earlier version are read as tracker {now!r}", stacklevel=4)
+        print(f"{source}: aim and aim_repo of an earlier version are read as tracker {now!r}", file=sys.stderr)
     return {name: value for name, value in values.items() if name not in ("aim", "aim_repo")} | {"tracker": now}
 
 

@@ -16,6 +16,7 @@ from ctrl_ray.reporting.distance import distance_rows, plot_distance
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure
 from ctrl_ray.reporting.page import Source, render_page
+from ctrl_ray.reporting.pictures import described, picture_file
 from ctrl_ray.reporting.sample_grid import GridLine, plot_sample_grid
 from ctrl_ray.reporting.summary import Evaluation, make_summary
 
@@ -81,7 +82,7 @@ def write_report(
         controls=controls,
         prompt=after.samples.prompts[0] if len(after.samples) else "PROMPT",
         source=source,
-        facts={**_run_facts(metrics_rows), **(facts or {}), **environment_facts()},
+        facts={**run_facts(metrics_rows), **(facts or {}), **environment_facts()},
         config_json=None if config is None else to_json(config),
         sampler=None if config is None else config.sampler,
     )
@@ -105,35 +106,26 @@ def draw_figures(
     numbers: Mapping[str, Any],
 ) -> list[ReportFigure]:
     """Every picture of the report that the data allows, written to `folder`; `numbers` are those of the summary's `after`."""
-    drawn = [
-        _figure(
-            plot_distance(folder / "distance.png", distance_rows(numbers)),
-            "Distance to the target",
-            "The line from the objective to log Z is the gap; no training makes it negative. The red marks bound log Z. A "
-            "hollow bar: bounds and weights say too little about it.",
-            wide=True,
-        )
-    ]
+    path = plot_distance(picture_file(folder, "distance"), distance_rows(numbers))
+    drawn = [described(path, "distance")]
     for column, (name, control) in enumerate(controls.items()):
         drawn += _control_figures(folder, column, name, control, before, after, images_per_class)
-    drawn.append(
-        _figure(
-            curves.plot_curves(folder / "curves.png", metrics_rows),
-            "Curves",
-            "Over the run's updates. Accuracy is by the true measure, never by the reward classifier.",
-        )
-    )
-    drawn.append(
-        _figure(
-            curves.plot_kl_against_accuracy(folder / "kl_against_accuracy.png", metrics_rows),
-            "KL against accuracy",
-            "One point for each evaluation of the run: what accuracy has cost in distance from the pre-trained model.",
-        )
-    )
+    drawn += draw_curves(folder, metrics_rows)
     if after.samples.kl_per_step is not None and len(after.samples):
-        path = figures.plot_kl_per_step(folder / "kl_per_step.png", after.samples.kl_per_step)
-        drawn.append(_figure(path, "KL along the trajectory", "Where the policy departs from the pre-trained model."))
+        path = figures.plot_kl_per_step(picture_file(folder, "kl_per_step"), after.samples.kl_per_step)
+        drawn.append(described(path, "kl_per_step"))
     return [figure for figure in drawn if figure is not None]
+
+
+def draw_curves(folder: Path, metrics_rows: Sequence[Mapping[str, Any]]) -> list[ReportFigure | None]:
+    """What the rows of metrics.jsonl show by themselves."""
+    return [
+        described(curves.plot_curves(picture_file(folder, "curves"), metrics_rows), "curves"),
+        described(
+            curves.plot_kl_against_accuracy(picture_file(folder, "kl_against_accuracy"), metrics_rows),
+            "kl_against_accuracy",
+        ),
+    ]
 
 
 def _control_figures(
@@ -145,46 +137,25 @@ def _control_figures(
     after: Evaluation,
     images_per_class: int,
 ) -> list[ReportFigure | None]:
-    file = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     pairs = {"after": after} if before is None else {"before": before, "after": after}
     judged = {title: evaluation.judged["controls"][name] for title, evaluation in pairs.items()}
     rows = grid_rows(column, name, control, before, after, images_per_class)
-    drawn = [
-        _figure(
-            plot_sample_grid(folder / f"samples_{file}.png", rows),
-            f"Samples by {name}",
-            "Each column is one prompt and one noise. The number is the measured one; ✓ or ✗ says whether it is in the "
-            "class asked for. The pre-trained model is not told the class.",
-            wide=True,
-        )
-    ]
+    drawn = [described(plot_sample_grid(picture_file(folder, "samples", name), rows), "samples", name)]
     if judged["after"]["confusion"] is not None:
         confusions = {title: table["confusion"] for title, table in judged.items() if table["confusion"] is not None}
-        path = figures.plot_confusion(folder / f"confusion_{file}.png", control.class_names, control.unit, **confusions)
-        text = f"Rows: class asked for. Columns: class measured by {judged['after']['judged_by']}. Share of the row."
-        drawn.append(_figure(path, f"Confusion matrix of {name}", text))
+        file = picture_file(folder, "confusion", name)
+        path = figures.plot_confusion(file, control.class_names, control.unit, **confusions)
+        drawn.append(described(path, "confusion", name, judged["after"]["judged_by"]))
     values = after.judged["per_sample"]["values"].get(name)
     asked = after.samples.labels[:, column]
     if values is not None and (asked < control.num_classes).any():
         quantity = f"{name}{f' / {control.unit}' if control.unit else ''}"
         earlier = None if before is None else before.judged["per_sample"]["values"].get(name)
-        path = figures.plot_values(
-            folder / f"values_{file}.png", control.class_names, control.thresholds, quantity, asked, values, earlier
-        )
-        drawn.append(_figure(path, f"Measured {name}", "Dashed: the thresholds. Shaded: the range asked for."))
-    drawn.append(
-        _figure(
-            figures.plot_calibration(folder / f"calibration_{file}.png", judged),
-            f"Belief and truth, {name}",
-            "Samples in bins of what the reward classifier believes, against the share truly of the class asked for. "
-            "Below the dashed line it believes too much. A dot's area grows with its count; bars are 95 % intervals.",
-        )
-    )
-    return drawn
-
-
-def _figure(path: Path | None, title: str, caption: str, *, wide: bool = False) -> ReportFigure | None:
-    return None if path is None else ReportFigure(title, caption, path, wide)
+        file = picture_file(folder, "values", name)
+        path = figures.plot_values(file, control.class_names, control.thresholds, quantity, asked, values, earlier)
+        drawn.append(described(path, "values", name))
+    file = picture_file(folder, "calibration", name)
+    return [*drawn, described(figures.plot_calibration(file, judged), "calibration", name)]
 
 
 def grid_rows(
@@ -229,7 +200,8 @@ def grid_line(title: str, evaluation: Evaluation, rows: np.ndarray, name: str, a
     )
 
 
-def _run_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def run_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How many updates, and their times."""
     updates = [row for row in rows if row.get("kind") == "update"]
     facts = {"updates": str(len(updates))} if updates else {}
     for name, text in (("update_s", "median time of an update"), ("samples_per_s", "median samples/s in training")):
