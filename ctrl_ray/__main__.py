@@ -19,6 +19,7 @@ COMMANDS = {
     "label": ("ctrl_ray.label", "measure your own images and write them as a data set"),
     "classify": ("ctrl_ray.classify", "fit the classifier of one control on a data set"),
     "evaluate": ("ctrl_ray.evaluate", "judge an adapter or a folder of its images, or compare finished runs"),
+    "demo": ("ctrl_ray.demo", "a page on this machine that draws with an adapter, before and after"),
     "report": ("ctrl_ray.report", "make a run's report anew from its files, also of one that stopped"),
     "tune": ("ctrl_ray.tune", "train many times with other settings and find the best"),
     "compare": ("ctrl_ray.compare", "compare the method with every baseline on one task, knob by knob"),

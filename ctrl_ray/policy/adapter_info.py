@@ -174,8 +174,8 @@ def _info(content: Any) -> AdapterInfo:
 
 
 _SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
-_LATER = ("flow_sde",)
-"""Settings that adapters of format version 2 may lack: they were written before there were flows."""
+_LATER = ("flow_sde", "height", "width", "max_sequence_length")
+"""Settings that adapters of format version 2 may lack: they were written before there were flows, and other sizes."""
 
 
 def _group(value: Any, path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ctrl_ray import embedded
     ("data", "base_model", "meant"),
     [
         (None, "shapes", "shapes"),
+        (None, "shapes-flow", "shapes"),
         (None, "/models/sd", None),
         ("data.parquet", "shapes", "data.parquet"),
         ("shapes", "/models/sd", "shapes"),
@@ -22,8 +23,9 @@ def test_the_embedded_model_brings_its_data_unless_others_are_given(
     assert embedded.data_or_embedded(data, base_model) == meant
 
 
-def test_the_name_is_one_name_and_its_files_are_there() -> None:
-    assert embedded.is_embedded("shapes") and not embedded.is_embedded("./shapes") and not embedded.is_embedded(None)
-    assert (embedded.PIPELINE / "model_index.json").is_file()
+def test_the_names_are_these_and_their_files_are_there() -> None:
+    assert all(map(embedded.is_embedded, ("shapes", "shapes-flow")))
+    assert not any(map(embedded.is_embedded, ("shapes-exact", "./shapes", None)))
+    assert all((folder / "model_index.json").is_file() for folder in embedded.PIPELINES.values())
     assert (embedded.CLASSIFIER / "classifier.json").is_file()
     assert (embedded.RECOGNISER / "config.json").is_file()

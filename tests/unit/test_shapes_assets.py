@@ -1,4 +1,4 @@
-"""The embedded pipeline and recogniser as they ship."""
+"""The embedded pipelines and recogniser as they ship."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import ctrl_ray.shapes
+from ctrl_ray.embedded import FLOW_PIPELINE
 from ctrl_ray.evaluation.recogniser import Recogniser
 from ctrl_ray.offline.shapes import PROMPTS, draw_dataset
+from ctrl_ray.policy.backbones import load_backbone
 
 FOLDER = Path(ctrl_ray.shapes.__file__).parent
 HELD_OUT_SEED = 12345  # training draws with seed 0
@@ -24,9 +26,18 @@ def to_tensor(drawn):
 def test_weights_are_small_and_safetensors_only():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    places = {path.relative_to(FOLDER).parts[-2] for path in weights}
-    assert places == {"vae", "unet", "text_encoder", "recogniser", "classifier"}
-    assert sum(path.stat().st_size for path in weights) <= 12e6
+    sizes: dict[str, int] = {}
+    for path in weights:
+        name = str(path.relative_to(FOLDER).parent)
+        sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    of_flow = {f"flow_pipeline/{part}" for part in ("vae", "transformer", "text_encoder", "text_encoder_2")}
+    assert sizes.keys() == {
+        *(f"pipeline/{part}" for part in ("vae", "unet", "text_encoder")),
+        *of_flow,
+        "recogniser",
+        "classifier",
+    }
+    assert sum(sizes[name] for name in of_flow) <= 8e6 and sum(sizes.values()) <= 17e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")]
 
 
@@ -40,6 +51,19 @@ def test_index_names_no_safety_checker_and_the_ddim_scheduler():
     assert scheduler["set_alpha_to_one"] is False  # or else the last step has no density
     assert scheduler["clip_sample"] is False
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
+
+
+def test_the_flow_pipeline_is_a_stable_diffusion_3_without_a_t5():
+    index = json.loads((FLOW_PIPELINE / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
+    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+    scheduler = json.loads((FLOW_PIPELINE / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["shift"]) == ("FlowMatchEulerDiscreteScheduler", 3.0)
+    backbone = load_backbone("shapes-flow")
+    assert (backbone.latent_shape, backbone.image_size()) == ((4, 8, 8), (64, 64))
+    assert backbone.condition_shapes(1) == {"text": (1, 8 + 1, 96), "pooled": (1, 96)}
+    assert backbone.identities()["vae"].sha256 == load_backbone("shapes").identities()["vae"].sha256
 
 
 @pytest.mark.full
@@ -99,6 +123,27 @@ def test_pipeline_draws_what_the_prompt_says(pipeline):
     prompts = list(PROMPTS)
     images = pipeline(
         prompts, num_inference_steps=10, eta=1.0, guidance_scale=1.0, height=64, width=64, output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    right = Recogniser.from_pretrained().is_right(images.float(), prompts)
+    assert right.float().mean() >= 0.9
+
+
+@pytest.mark.full
+def test_the_flow_pipeline_draws_what_the_prompt_says():
+    """As the preset does: 10 steps with noise, no guidance, by our scheduler in diffusers' pipeline. Each prompt once."""
+    from diffusers import StableDiffusion3Pipeline
+
+    import ctrl_ray
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        FLOW_PIPELINE, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = ctrl_ray.AncestralFlowScheduler.from_config(pipe.scheduler.config, seed=0)
+    prompts = list(PROMPTS)
+    images = pipe(
+        prompts, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=1, height=64, width=64, output_type="pt",
         generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     right = Recogniser.from_pretrained().is_right(images.float(), prompts)

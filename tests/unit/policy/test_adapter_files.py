@@ -234,6 +234,22 @@ def test_a_noise_schedule_that_is_none(
         ControlledPipeline.from_pretrained(adapter)
 
 
+def test_an_adapter_that_was_written_before_a_setting_of_the_sampler_existed_loads(
+    adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """With what the setting is by itself; the settings that every version wrote are asked for."""
+    folder = shutil.copytree(adapters["gains"], tmp_path / "adapter")
+    file = folder / "adapter.json"
+    content = json.loads(file.read_text())
+    first = ("num_steps", "eta", "guidance_scale", "control_scale", "null_branch", "reference_steps")
+    later = sorted(dataclasses.asdict(SamplerConfig()).keys() - set(first))
+    file.write_text(json.dumps({name: value for name, value in content.items() if name not in later}))
+    assert read_adapter_info(folder) == read_adapter_info(adapters["gains"]) and len(later) == 4
+    file.write_text(json.dumps({name: value for name, value in content.items() if name != "eta"}))
+    with pytest.raises(ModelError, match="KeyError 'eta'"):
+        read_adapter_info(folder)
+
+
 def test_another_folder_than_the_one_that_is_meant(adapters: dict[str, Path], tmp_path: Path) -> None:
     """A run, a run that is not finished, a file, a name of the hub, an empty folder."""
     run = adapters["gains"].parent
