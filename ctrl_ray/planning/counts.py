@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from ctrl_ray.gradients.estimators import make_estimator
 from ctrl_ray.gradients.rollout import Trajectory, policy_step, step_graph
 from ctrl_ray.planning.decoder_counts import DecoderCounts, count_decoder
 from ctrl_ray.planning.live_bytes import LiveBytes, as_fake_cpu
-from ctrl_ray.policy.backbones.text import text_elements
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.policy.controlled import ControlledPolicy
 from ctrl_ray.policy.protocol import Condition, Inputs, beside_reference
@@ -123,7 +121,6 @@ class PolicyCounter:
         parameters = list(policy.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
         reference = [] if policy.reference_denoiser is None else list(policy.reference_denoiser.parameters())
-        folder = Path(policy.backbone.folder)
         return PolicyCounts(
             trainable_elements=sum(p.numel() for p in trainable.values()),
             table_elements=sum(p.numel() for name, p in trainable.items() if name.startswith("controls.")),
@@ -137,7 +134,7 @@ class PolicyCounter:
             largest_bytes=max(p.numel() * p.element_size() for p in parameters),
             latent_elements=math.prod(policy.latent_shape),
             prompt_bytes=4 * sum(math.prod(shape) for shape in policy.backbone.condition_shapes(1).values()),
-            encoder_bytes=4 * sum(text_elements(part) for part in sorted(folder.glob("text_encoder*"))),
+            encoder_bytes=policy.backbone.encoder_bytes(on_gpu=self._config.scaling.use_gpu),
             decoder=count_decoder(policy.backbone),
         )
 

@@ -21,6 +21,7 @@ from ctrl_ray.cluster.resources import (
 from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import to_json
 from ctrl_ray.config.paths import absolute_paths
+from ctrl_ray.diffusion.flow import FlowKernel
 from ctrl_ray.diffusion.steps import DenoisingKernel
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.brisque import Brisque
@@ -141,6 +142,10 @@ def preflight(
     if stated is not None:
         lines = [f"machines   {describe(stated)}", *lines, *decided_flags(asked, config)]
     counts = planner.counts(config)
+    height, width = backbone.image_size()
+    chain = (
+        f"{'flow, ' + config.sampler.flow_sde if isinstance(kernel, FlowKernel) else 'DDIM'}, {width} × {height} pixels"
+    )
     work = work_of(config, plan, planner.flops(config), counts.decoder) if with_estimate else None
     if work is not None:
         lines += estimate_lines(config, plan, work, facts)
@@ -152,7 +157,10 @@ def preflight(
         evaluation_prompts=evaluation_prompts,
         info=_adapter_info(config, controls),
         summary="\n".join(
-            [_summary(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why), *found]
+            [
+                _summary(*(config, controls, prompts, counts, mean_calls(config, kernel), lines, decided.why, chain)),
+                *found,
+            ]
         ),
         work=work,
         doubts=tuple(found),
@@ -277,6 +285,7 @@ def _summary(
     calls: Calls,
     plan: list[str],
     why: Sequence[str],
+    chain: str,
 ) -> str:
     total, tables = counts.trainable_elements, counts.table_elements
     forwards, backwards = (number * num_branches(config) for number in calls[:2])
@@ -294,7 +303,7 @@ def _summary(
             f"{name} ({c.num_classes} classes, guidance_strength {c.guidance_strength:g} / kl_coef {config.kl_coef:g})"
             for name, c in controls.items()
         ),
-        f"sampler    DDIM, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
+        f"sampler    {chain}, {config.sampler.num_steps} steps, eta {config.sampler.eta:g}, guidance_scale "
         f"{config.sampler.guidance_scale:g}"
         + (f", control_scale {config.sampler.control_scale:g}" if config.sampler.control_scale is not None else ""),
         f"trainable  {total:,} of {counts.elements:,} parameters: {kind} {total - tables:,}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.config.values import require
 from ctrl_ray.diffusion.steps import DenoisingKernel
-from ctrl_ray.policy.backbones.text import TextEncoder
+from ctrl_ray.policy.backbones.text import TextEncoder, text_elements
 from ctrl_ray.policy.decoder import LatentDecoder
 from ctrl_ray.policy.identity import PartIdentity, part_identity
 from ctrl_ray.policy.pipeline_files import check_stored, check_weights, naming_part, read_json
@@ -115,6 +115,10 @@ class Backbone(Protocol):
 
     def load_encoder(self, device: str | torch.device = "cpu") -> TextEncoder:
         """Prompts to conditions; frozen, float32."""
+        ...
+
+    def encoder_bytes(self, *, on_gpu: bool) -> int:
+        """Weights of the text encoders as `load_encoder` holds them."""
         ...
 
     def load_decoder(
@@ -282,6 +286,10 @@ class DiffusersBackbone:
     def usage_scheduler(self, sampler: SamplerConfig) -> tuple[str, str]:
         """See `Backbone`."""
         return "DDIMScheduler.from_config(SCHEDULER)", f"eta={sampler.eta:g}, "
+
+    def encoder_bytes(self, *, on_gpu: bool) -> int:
+        """See `Backbone`: float32."""
+        return 4 * sum(text_elements(part) for part in sorted(Path(self.folder).glob("text_encoder*")))
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
         """See `Backbone`."""

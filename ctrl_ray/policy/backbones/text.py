@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,17 +116,19 @@ class TextEncoder(ABC):
         return ids
 
 
-def load_text_parts(folder: str, classes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Encoders and their tokenizers by diffusers' names, float32; classes: of the encoder and of its tokenizer, by encoder."""
+def load_text_parts(
+    folder: str, classes: Mapping[str, tuple[Any, Any]], *, in_bfloat16: Collection[str] = ()
+) -> dict[str, Any]:
+    """Encoders and their tokenizers by diffusers' names, float32 but for those in_bfloat16; classes: of the encoder and of its
+    tokenizer, by encoder."""
     parts: dict[str, Any] = {}
     with without_progress_bar():
         for encoder, (model, tokenizer) in classes.items():
             name = TOKENIZER_OF[encoder]
             parts[name] = tokenizer.from_pretrained(folder, subfolder=name)
             with naming_part(Path(folder) / encoder):
-                parts[encoder] = model.from_pretrained(
-                    folder, subfolder=encoder, dtype=torch.float32, use_safetensors=True
-                )
+                dtype = torch.bfloat16 if encoder in in_bfloat16 else torch.float32
+                parts[encoder] = model.from_pretrained(folder, subfolder=encoder, dtype=dtype, use_safetensors=True)
     return parts
 
 

@@ -61,7 +61,7 @@ def test_a_plan_of_labelled_images_speaks_of_no_trajectory() -> None:
     text = preflight(config).summary
     for line in (
         "batch      64 labelled images per update = 1 workers × 1 micro-batches × 64; 24 prompts",
-        "sampler    DDIM, 10 steps, eta 1, guidance_scale 1, control_scale 2",
+        "sampler    DDIM, 64 × 64 pixels, 10 steps, eta 1, guidance_scale 1, control_scale 2",
         "denoiser   per sample and update 1 forwards and 1 backwards; 64 and 64 an update",
         "data       6,000 labelled images, encoded at the first update: every worker keeps 5.9 MiB of latents in host memory",
         "calls      per worker and update: 1 denoiser forwards and 1 backwards of a micro-batch",

@@ -89,7 +89,12 @@ def test_it_draws_sizes_and_reads_texts_of_the_samplers_length(folder: Path, wit
         assert {name: tuple(tensor.shape) for name, tensor in condition.tensors.items()} == backbone.condition_shapes(2)
         text = stock(place, **nothing).encode_prompt(list(PROMPTS), None, None, max_sequence_length=8)[0]
         torch.testing.assert_close(condition.tensors["text"], text, rtol=1e-4, atol=2e-5)
-    assert load_backbone(str(folder), sampler=sampler).num_tokens(PROMPTS)[1] == 8
+    backbone = load_backbone(str(folder), sampler=sampler)
+    assert backbone.num_tokens(PROMPTS)[1] == 8
+    in_float32, on_gpu = (backbone.encoder_bytes(on_gpu=on_gpu) for on_gpu in (False, True))
+    encoders = [part for part in backbone.load_encoder().parts.values() if isinstance(part, nn.Module)]
+    assert in_float32 == 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    assert in_float32 - on_gpu == 2 * sum(p.numel() for p in encoders[-1].parameters())  # the T5
     images, _ = next(PipelineSampler(dataclasses.replace(tiny_run(folder), sampler=sampler), PROMPTS)(3, 0))
     assert images.shape == (3, 32, 48, 3)
     with pytest.raises(ConfigError, match=r"sampler\.width is 40, but base model .* multiples of 16 pixels; give one"):
