@@ -86,10 +86,32 @@ def training_text(runs: Sequence[Mapping[str, Any]] | None) -> str:
     return ("" if all(run["whole"] for run in runs) else "≥ ") + f"{mean:.0f}"
 
 
+SEVERAL = "Each control, all of them, and the gap of each joint class"
+
+
+def several_controls(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
+    """(head, rows) of what several controls are judged by besides; None where there is one, or an older results.json."""
+    first = methods[0]["test"]
+    controls = list(first.get("control_accuracies", {}))
+    if len(controls) < 2:
+        return None
+    classes = list(first["common_distance"]["classes"])
+    rows = []
+    for method in methods:
+        test = method["test"]
+        each = [number_text(test["control_accuracies"].get(name), None, 3) for name in controls]
+        gaps = [number_text(test["class_gaps"].get(name), None, 1) for name in classes]
+        joint = share_text(test["joint_accuracy"], test["errors"]["joint_accuracy"])
+        rows.append([method["title"], joint, *each, " ".join(gaps)])
+    return ["method", "all right", *(f"{name} right" for name in controls), f"gap / nats: {'; '.join(classes)}"], rows
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole comparison as Markdown: table, verdicts, how it was made."""
     lines = [f"# {title_of(results)}", "", *table_lines(HEAD, table_rows(results["methods"])), ""]
     lines += [f"- {line}" for line in notes(results)]
+    if several := several_controls(results["methods"]):
+        lines += ["", f"## {SEVERAL}", "", *table_lines(*several)]
     if results["verdicts"]:
         lines += ["", "## Where CTRL wins and where it loses", ""]
         lines += [f"- {verdict_text(verdict)}" for verdict in results["verdicts"]]
@@ -278,6 +300,7 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
         f"<ul class='findings'>{''.join(wins)}</ul>" if wins else "",
         table(cells, HEAD),
         list_html(notes(results)),
+        *_several_html(results["methods"]),
         *(
             picture(ReportFigure(kind, caption, folder / results["figures"][kind], wide=True))
             for kind, caption in CAPTIONS.items()
@@ -288,6 +311,14 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
         table([(text(key), text(value)) for key, value in results["facts"].items()]),
     ]
     return html_page(title_of(results), sections)
+
+
+def _several_html(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    several = several_controls(methods)
+    if several is None:
+        return []
+    head, rows = several
+    return [f"<h2>{text(SEVERAL)}</h2>", table([[text(cell) for cell in row] for row in rows], head)]
 
 
 CAPTIONS = {

@@ -28,7 +28,7 @@ CRITERION = (
     "smallest distance to the target in the worst class (Wasserstein over noise floor) on the validation images, mean over "
     "seeds; ties by cost"
 )
-NUMBERS = ("accuracy", "macro_f1", "prompt_fidelity", "diversity", "kl", "gap")
+NUMBERS = ("accuracy", "joint_accuracy", "macro_f1", "prompt_fidelity", "diversity", "kl", "gap")
 NEAR_COST, FAR_COST = 1.1, 4.0
 """The two bounds on cost, in plain samples, below which CTRL is to be nearest."""
 FIDELITY_LOSS, DIVERSITY_SHARE = 0.01, 0.9
@@ -81,8 +81,10 @@ def numbers_of(target: Target, samples: EvaluationSamples, *, pre_trained: bool,
     found["errors"] = {name: errors.get(name) for name in found}
     found |= {"num_images": len(samples), "gap": None, "too_wide": None}
     if measured.log_ratio is not None:
-        _, of_all = certify_classes(_pool_of(target.pool.samples, measured), measured, target.exponents, target.classes)
+        pool = _pool_of(target.pool.samples, measured)
+        of_classes, of_all = certify_classes(pool, measured, target.exponents, target.classes)
         found |= {"gap": of_all["gap"], "too_wide": bool(of_all["too_wide"])}
+        found["class_gaps"] = {joint.name: row["gap"] for joint, row in zip(target.classes, of_classes, strict=True)}
         found["errors"]["gap"] = of_all["gap_standard_error"]
     found["distance"] = distance_of(target, measured)
     found["common_distance"] = (
@@ -113,9 +115,21 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         between = float(np.std(values, ddof=1) / math.sqrt(len(rows))) if len(rows) > 1 and None not in values else 0.0
         found["errors"][name] = None if own is None or found[name] is None else max(own, between)
     found["too_wide"] = None if found["gap"] is None else any(row["too_wide"] for row in rows)
+    found["control_accuracies"] = _means([_accuracies(row) for row in rows])
+    found["class_gaps"] = _means([row.get("class_gaps", {}) for row in rows])
     for name in ("distance", "common_distance"):
         found[name] = _mean_distance([row[name] for row in rows])
     return found
+
+
+def _accuracies(row: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: control["accuracy"] for name, control in row.get("per_class", {}).items()}
+
+
+def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Of each name, over rows that all have it."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    return {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}  # type: ignore[arg-type]
 
 
 def _mean_distance(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,9 +28,6 @@ DEFAULT_PRESET = "shapes"
 JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
 """Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
 
-FLOW_JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
-"""Bytes. Quartiles of the JPEG size under the other shipped pipeline, `shapes-flow` (10 steps, eta 1, no guidance)."""
-
 COLOURFULNESS_THRESHOLDS = (67.0,)
 """Hasler-Süsstrunk units. Median colourfulness under the shipped pipeline."""
 
@@ -122,13 +119,9 @@ def shapes_flow() -> TrainConfig:
         base,
         output_dir="runs/shapes-flow",
         base_model=embedded.FLOW_NAME,
-        controls={
-            "jpeg_size": ControlConfig(
-                guidance_strength=4.0, oracle="jpeg_size", thresholds=FLOW_JPEG_SIZE_THRESHOLDS, unit="bytes"
-            )
-        },
         sampler=dataclasses.replace(base.sampler, max_sequence_length=embedded.FLOW_TEXT_TOKENS),
-        lora=dataclasses.replace(base.lora, target_modules=_JOINT_LAYERS),
+        num_updates=300,
+        lora=dataclasses.replace(base.lora, target_modules=(*_JOINT_LAYERS, "ff.net.0.proj", "ff.net.2")),
     )
 
 

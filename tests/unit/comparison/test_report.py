@@ -145,6 +145,23 @@ def test_classifiers_and_held_out_prompts_have_their_sections() -> None:
     assert "- trained on: accuracy 0.800" in text
 
 
+def test_several_controls_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """All right, each control, and the gap of each joint class; not where there is one control."""
+    both = row(
+        "ctrl",
+        joint_accuracy=0.64,
+        control_accuracies={"size": 0.86, "hue": None},
+        class_gaps={"small": 9.6, "large": 12.0},
+        errors={"joint_accuracy": 0.01},
+    )
+    written = markdown(results(both))
+    assert "| method | all right | size right | hue right | gap / nats: small; large |" in written
+    assert "| CTRL | 0.640 [0.620, 0.660] | 0.860 | – | 9.6 12.0 |" in written
+    assert "Each control, all of them" in page(results(both), tmp_path)
+    one = row("ctrl", joint_accuracy=None, control_accuracies={"size": 0.86}, class_gaps={"small": 9.6, "large": 12.0})
+    assert "Each control, all of them" not in markdown(results(one)) + page(results(one), tmp_path)
+
+
 def test_what_is_printed_has_the_columns_of_a_terminal() -> None:
     lines = terminal_text(results(row("plain", worst=20.0), row("ctrl", worst=2.0))).splitlines()
     assert lines[0].split("  ")[0] == "method" and lines[2].split()[:3] == ["CTRL", "scale", "2"]

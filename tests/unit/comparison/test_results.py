@@ -124,6 +124,11 @@ def test_fewer_images_have_a_larger_floor_so_the_common_distance_is_of_the_first
     assert found["kl"] == 0.25 and found["num_images"] == 128
     # log Z = log 1/2 of either class; each weight is log 1/2 − 1/4
     assert found["gap"] == pytest.approx(0.25, abs=0.02)
+    assert (
+        list(found["class_gaps"].values()) == pytest.approx([0.25, 0.25], abs=0.02) and found["joint_accuracy"] == 0.5
+    )
+    mean = over_seeds([found, {**found, "per_class": {NAME: {"accuracy": 0.75, "confusion": None}}}])
+    assert mean["control_accuracies"] == {NAME: 0.625} and mean["class_gaps"] == pytest.approx(found["class_gaps"])
 
 
 def test_a_sampler_whose_paths_have_no_density_has_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
