@@ -131,16 +131,24 @@ class Artist:
     def _caption(self, image: Image.Image, prompt: str, asked: Mapping[str, int]) -> str:
         """What the oracle of each control measures, and whether that is in the class asked for."""
         from ctrl_ray.oracles import load_oracle, measure_one
+        from ctrl_ray.wording import measured_text
 
         parts = []
         for name, control in self.controls.items():
             if control.oracle is None:
                 continue
             value = measure_one(load_oracle(control.oracle), image, prompt)
-            number = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            number = measured_text(value)
             mark = "" if name not in asked else " ✓" if control.classify(value) == asked[name] else " ✗"
             parts.append(f"{name} {number}{f' {control.unit}' if control.unit else ''}{mark}")
         return " · ".join(parts) or "no oracle measures this control"
+
+    def first_prompt(self) -> str:
+        """One of the run's, to begin with."""
+        from ctrl_ray.runs.finished import first_prompt
+
+        assert self.pipeline.info is not None
+        return first_prompt(self.folder, self.pipeline.info.base_model)
 
     def certificate(self) -> str:
         """One line about the adapter: its distance from the target, by the report of the run that made it."""
@@ -216,7 +224,7 @@ def build_page(artist: Artist) -> Any:
         gr.Markdown(f"# ctrl_ray: {', '.join(names)}\n{artist.certificate()}")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                prompt = gr.Textbox(label="Prompt", value=_first_prompt(artist), lines=2, elem_id="prompt")
+                prompt = gr.Textbox(label="Prompt", value=artist.first_prompt(), lines=2, elem_id="prompt")
                 classes = [
                     gr.Dropdown(
                         [NOTHING, *control.class_names],
@@ -270,16 +278,6 @@ def _whole(name: str, value: float | None) -> int:
     if value is None or value != int(value):
         raise ConfigError(f"{name} is {value}; expected a whole number")
     return int(value)
-
-
-def _first_prompt(artist: Artist) -> str:
-    from ctrl_ray.runs.finished import run_prompts
-
-    assert artist.pipeline.info is not None
-    try:
-        return run_prompts(artist.folder, artist.pipeline.info.base_model)[0]
-    except CtrlRayError:
-        return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,7 +64,6 @@ def fit(
     from ctrl_ray.cluster.shared_storage import check_shared
     from ctrl_ray.driver.pre_trained import sample_pre_trained
     from ctrl_ray.driver.stages import (
-        ADAPTER,
         evaluate_and_report,
         fine_tune,
         prepare_classifiers,
@@ -75,7 +74,7 @@ def fit(
     from ctrl_ray.planning.preflight import preflight
     from ctrl_ray.policy.pipeline_sampler import PipelineSampler
     from ctrl_ray.reporting.sinks import present_tracker
-    from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
+    from ctrl_ray.runs.folder import ADAPTER, CHECKPOINTS, RunFolder, below
     from ctrl_ray.runs.outputs import check_output
 
     started, job = time.monotonic(), ray_job()

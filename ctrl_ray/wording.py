@@ -54,6 +54,11 @@ def accuracy_text(metrics: Mapping[str, float]) -> str:
     return f"accuracy {', '.join(f'of {name} {value:.3f}' for name, value in each.items())} (mean {mean:.3f})"
 
 
+def measured_text(value: float) -> str:
+    """A measured value in three digits, or whole where it has more: '0.567', '12.3', '3781'."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def gap_text(certificate: Mapping[str, Any]) -> str:
     """'n.n ± n.n nats from the best that any sampler can do', and what it rests on; of `certify_evaluation`'s numbers."""
     gap, error, ess = (certificate[name] for name in ("gap", "gap_standard_error", "ess"))

@@ -20,6 +20,7 @@ from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.paths import absolute_model
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.planning.assumed import DATA
 from ctrl_ray.planning.cost import (
     AWS_MACHINES,
     CPU_UTILISATION,
@@ -57,8 +58,6 @@ class RowFlops:
 STABLE_DIFFUSION = RowFlops(forward=0.8044e12, backward=0.9899e12, decode=2.540e12)
 """Stable Diffusion 1.5 at 512 pixels with LoRA of rank 4 on its attention layers, as `PolicyCounter` counts it."""
 
-_DATA = "data.parquet"
-"""Stands for labelled images that are not named yet; nothing is read of it."""
 KNOWN = {"stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION}
 """By hub id: what need not be counted again."""
 
@@ -148,7 +147,7 @@ def _method(plan: MethodPlan, config: TrainConfig, plain: Rows) -> MethodEstimat
     trained = Rows()
     if trains:
         assert plan.method.training is not None
-        with_data = dataclasses.replace(config, data=config.data or _DATA)
+        with_data = dataclasses.replace(config, data=config.data or DATA)
         run = run_config(with_data, plan.method.training, Path(config.output_dir), seed=0)
         trained = training_rows(run) * len(plan.seeds)
     return MethodEstimate(

@@ -36,15 +36,16 @@ from ctrl_ray.evaluation.judging import evaluation_row, judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, caption
 from ctrl_ray.offline.reading import OnBadRow
 from ctrl_ray.planning.preflight import CheckedRun
+from ctrl_ray.reporting.pictures import reliability_pictures
 from ctrl_ray.reporting.report import REPORT, report_pictures, write_report
 from ctrl_ray.reporting.summary import Evaluation, not_learned_of
 from ctrl_ray.reporting.tracking import RunTracker, read_metrics
 from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.model import RewardModelSpec
 from ctrl_ray.rewards.pool import start_reward_pool
-from ctrl_ray.runs.folder import CHECKPOINTS, RunFolder, below
+from ctrl_ray.runs.copies import CLASSIFIER
+from ctrl_ray.runs.folder import ADAPTER, CHECKPOINTS, RunFolder, below
 
-ADAPTER, CLASSIFIER = "adapter", "classifier"
 NOT_DRAWN = PreTrained()
 Scorer = PooledRewards | RewardModelSpec
 
@@ -233,7 +234,9 @@ def evaluate_and_report(
             after=evaluations["after"],
             config=config,
             metrics_rows=read_metrics(folder.local),
-            classifier_figures=_reliability(config),
+            classifier_figures=reliability_pictures(
+                {name: Path(str(control.classifier)) for name, control in config.controls.items()}
+            ),
             facts={"exported update": f"{trained.best_metrics['updates_done']} of {updates_done}", **facts},
             adapter=str(folder / ADAPTER),
             images_per_class=config.export_images,
@@ -250,14 +253,6 @@ def evaluate_and_report(
         report=page,
         kl_noise_floor=floor,
     )
-
-
-def _reliability(config: TrainConfig) -> dict[str, Path]:
-    figures = {
-        f"Calibration of the classifier of {name}": Path(str(control.classifier)) / "reliability.png"
-        for name, control in config.controls.items()
-    }
-    return {title: path for title, path in figures.items() if path.is_file()}
 
 
 def _log_images(tracker: RunTracker, update: int, config: TrainConfig, evaluations: Mapping[str, Evaluation]) -> None:

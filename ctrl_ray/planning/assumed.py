@@ -37,15 +37,14 @@ def assumed(config: TrainConfig, machines: str | None) -> Assumed:
     """Fill in what a plan needs and the command does not say. A base model whose configuration the package holds is not
     fetched for a plan."""
     lines: list[str] = []
-
     changes: dict[str, Any] = {}
 
     def take(name: str, line: str, **assumed: Any) -> None:
         lines.append(f"{name:<10} {line}")
         changes.update(assumed)
 
-    outline = None if is_here(config.base_model) else outline_of(config.base_model)
-    if outline is not None:
+    outline = outline_of(config.base_model)
+    if outline is not None and not is_here(config.base_model, config.base_revision):
         line = f"{config.base_model} is not on this machine: counted from its configuration, which the package holds"
         take("base model", line, base_model=outline, base_revision=None)
     if not config.controls:

@@ -94,7 +94,7 @@ class MemoryPlan:
     """All of the worker's tensors while it scores a micro-batch itself (local rewards; a method without trajectories scores in
     evaluations only); the classifiers are not counted."""
     encoding_peak: int = 0
-    """The text encoder, float32, which encodes the run's prompts before anything else is there."""
+    """The text encoder, which encodes the run's prompts before anything else is there."""
     offloaded: int = 0
     """Master copies, gradients and moments in host memory (optimizer offload); not part of the rows above."""
 

@@ -101,13 +101,14 @@ def preflight(
         config,
         controls={name: _complete(name, control, refit_classifier, found) for name, control in config.controls.items()},
     )
+    looks = stated is None and not without_data  # else the data may be elsewhere too
     for name, control in config.controls.items():
         _check_control(name, control, config)
         if control.classifier is None:
             found += warning_lines(name, prompt_doubts(control, config.classifier.prompt_conditional))
-            if stated is None and not without_data:  # else the data may be elsewhere too
+            if looks:
                 check_fit(config, name, has_sampler=True)
-    if not config.draws_trajectories and stated is None:
+    if not config.draws_trajectories and looks:
         check_labelled_images(config)
     _check_evaluation(config, elsewhere=stated is not None)
     controls = policy_controls(config)

@@ -14,7 +14,7 @@ from ctrl_ray.reporting.distance import distance_section
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, plus_minus, table, text
 from ctrl_ray.reporting.summary import baseline_of
 from ctrl_ray.reporting.summary_text import number_of, rows_by_control
-from ctrl_ray.wording import floor_text, gap_text
+from ctrl_ray.wording import floor_text, gap_text, measured_text
 
 
 def render_page(
@@ -192,7 +192,7 @@ def _control_section(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}")
+    return "" if value is None else measured_text(value)
 
 
 def _notes(summary: Mapping[str, Any]) -> str:

@@ -67,6 +67,19 @@ def described(path: Path | None, kind: str, control: str | None = None, judged_b
     return ReportFigure(title, caption, path, words.wide)
 
 
+def reliability_pictures(classifiers: Mapping[str, Path]) -> dict[str, Path]:
+    """Title to an existing picture of stage 1; classifiers: a folder of each control."""
+    places = {
+        f"Calibration of the classifier of {name}": folder / "reliability.png" for name, folder in classifiers.items()
+    }
+    return {title: path for title, path in places.items() if path.is_file()}
+
+
+def of_stage_1(pictures: Mapping[str, Path]) -> list[ReportFigure]:
+    """Pictures of the classifiers, by title, with their words."""
+    return [ReportFigure(title, "Stage 1, on held-out data.", path) for title, path in pictures.items()]
+
+
 def existing_pictures(folder: Path, after: Mapping[str, Any]) -> list[ReportFigure]:
     """Those that a report left in its folder, in the report's order. after: of its summary."""
     found = [described(picture_file(folder, "distance"), "distance")]

@@ -10,16 +10,16 @@ from typing import Any
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import read_train_config, to_json
 from ctrl_ray.errors import DataError, RunFolderError
-from ctrl_ray.offline.prompts import training_prompts
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure, html_page, picture, table, text
 from ctrl_ray.reporting.page import Source, render_page
-from ctrl_ray.reporting.pictures import existing_pictures
+from ctrl_ray.reporting.pictures import existing_pictures, of_stage_1, reliability_pictures
 from ctrl_ray.reporting.report import PAGE_FILE, REPORT, SUMMARY_FILE, draw_curves, run_facts
 from ctrl_ray.reporting.tracking import METRICS_FILE, read_metrics
-from ctrl_ray.runs.folder import CHECKPOINTS, CONFIG_FILE
+from ctrl_ray.runs.copies import CLASSIFIER
+from ctrl_ray.runs.finished import first_prompt
+from ctrl_ray.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
 
-_ADAPTER = "adapter"
 _SHOWN = ("accuracy", "joint_accuracy", "prompt_fidelity", "kl", "gap", "diversity")
 
 
@@ -39,17 +39,19 @@ def rebuild_report(run: str | Path) -> Path:
     folder = root / REPORT
     folder.mkdir(exist_ok=True)
     curves = [figure for figure in draw_curves(folder, rows) if figure is not None]
+    classifiers = {name: root / CLASSIFIER / name for name in config.controls}
+    of_classifiers = of_stage_1(reliability_pictures(classifiers))
     facts = {**run_facts(rows), **{f"page {name}": value for name, value in environment_facts().items()}}
     summary = _summary(folder / SUMMARY_FILE)
     if summary is None:
-        page = _unfinished(root, config, rows, curves, facts)
+        page = _unfinished(root, config, rows, [*curves, *of_classifiers], facts)
     else:
         page = render_page(
             summary,
-            [*existing_pictures(folder, summary["after"]), *_reliability(root, config)],
+            [*existing_pictures(folder, summary["after"]), *of_classifiers],
             controls=config.controls,
-            prompt=next(iter(training_prompts(config)), "PROMPT"),
-            source=Source.of_adapter(str(root / _ADAPTER)),
+            prompt=first_prompt(root / ADAPTER, config.base_model) or "PROMPT",
+            source=Source.of_adapter(str(root / ADAPTER)),
             facts=facts,
             config_json=to_json(config),
             sampler=config.sampler,
@@ -78,7 +80,7 @@ def _unfinished(
     root: Path,
     config: TrainConfig,
     rows: Sequence[Mapping[str, Any]],
-    curves: Sequence[ReportFigure],
+    pictures: Sequence[ReportFigure],
     facts: Mapping[str, str],
 ) -> str:
     done = max((row["update"] for row in rows if row.get("kind") == "update"), default=0)
@@ -101,7 +103,7 @@ def _unfinished(
         if shown
         else "<p>There was none yet.</p>",
         "<h2>Pictures</h2>",
-        *(picture(figure) for figure in [*curves, *_reliability(root, config)]),
+        *map(picture, pictures),
         "<h2>Made with</h2>",
         table([(text(key), text(value)) for key, value in facts.items()]),
         f"<details><summary>All settings of the run</summary><pre>{text(to_json(config))}</pre></details>",
@@ -111,13 +113,3 @@ def _unfinished(
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _reliability(root: Path, config: TrainConfig) -> list[ReportFigure]:
-    """The calibration of the classifiers, which a run keeps a copy of."""
-    places = {name: root / "classifier" / name / "reliability.png" for name in config.controls}
-    return [
-        ReportFigure(f"Calibration of the classifier of {name}", "Stage 1, on held-out data.", path)
-        for name, path in places.items()
-        if path.is_file()
-    ]

@@ -16,9 +16,10 @@ from ctrl_ray.reporting.distance import distance_rows, plot_distance
 from ctrl_ray.reporting.facts import environment_facts
 from ctrl_ray.reporting.markup import ReportFigure
 from ctrl_ray.reporting.page import Source, render_page
-from ctrl_ray.reporting.pictures import described, picture_file
+from ctrl_ray.reporting.pictures import described, of_stage_1, picture_file
 from ctrl_ray.reporting.sample_grid import GridLine, plot_sample_grid
 from ctrl_ray.reporting.summary import Evaluation, make_summary
+from ctrl_ray.wording import measured_text
 
 REPORT = "report"
 """Its folder within a run's."""
@@ -72,10 +73,7 @@ def write_report(
     )
     (root / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = draw_figures(root, controls, before, after, metrics_rows, images_per_class, summary["after"])
-    pictures += [
-        ReportFigure(title, "Stage 1, on held-out data.", Path(path))
-        for title, path in (classifier_figures or {}).items()
-    ]
+    pictures += of_stage_1(classifier_figures or {})
     page = render_page(
         summary,
         pictures,
@@ -190,7 +188,7 @@ def grid_line(title: str, evaluation: Evaluation, rows: np.ndarray, name: str, a
     values, classes = per_sample["values"].get(name), per_sample["classes"].get(name)
     captions = [""] * len(rows)
     if values is not None:
-        captions = [f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values[rows]]
+        captions = [measured_text(value) for value in values[rows]]
     return GridLine(
         title=title,
         images=[evaluation.samples.images[row] for row in rows],

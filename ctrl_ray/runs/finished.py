@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ctrl_ray.config.json import read_train_config
 from ctrl_ray.embedded import is_embedded
-from ctrl_ray.errors import ConfigError
+from ctrl_ray.errors import ConfigError, CtrlRayError
 from ctrl_ray.offline.prompts import read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.runs.copies import CLASSIFIER
@@ -24,6 +24,14 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
         own = config.evaluation.prompts_file
         return read_prompts(own, config.encoding) if own else training_prompts(config)
     return prompts_of_base(base_model, f"{file} does not exist")
+
+
+def first_prompt(adapter: str | Path, base_model: str) -> str:
+    """The first of `run_prompts`, for an example; '' where they are not known, or no longer there."""
+    try:
+        return run_prompts(adapter, base_model)[0]
+    except CtrlRayError:
+        return ""
 
 
 def prompts_of_base(base_model: str, why: str = "no run says what it was evaluated on") -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from ctrl_ray.runs.outputs import kept_path
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
 _MAY_CHANGE = ("output_dir", "num_updates", "scaling", "rewards", "evaluation", "num_checkpoints_to_keep", "tracker",
                "checkpoint_every_updates", "target_kl", "export_images")  # fmt: skip
 

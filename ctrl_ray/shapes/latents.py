@@ -50,9 +50,10 @@ class PromptedLatents:
         chosen = torch.randint(len(self.latents), (size,), generator=self._generator)
         dropped = torch.rand(size, generator=self._generator) < DROPPED
         prompts = torch.where(dropped, len(PROMPTS), self._prompts[chosen])
-        noise = torch.randn(self.latents[chosen].shape, generator=self._generator)
+        latents = self.latents[chosen]
+        noise = torch.randn(latents.shape, generator=self._generator)
         quantiles = (torch.arange(size) + torch.rand(size, generator=self._generator)) / size
-        return Batch(self.latents[chosen], prompts, noise, quantiles)
+        return Batch(latents, prompts, noise, quantiles)
 
 
 @torch.no_grad()

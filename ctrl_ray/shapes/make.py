@@ -29,7 +29,7 @@ from ctrl_ray.shapes.figures import figures_of_samples, record
 from ctrl_ray.shapes.flow import make_flow, make_flow_figures
 from ctrl_ray.shapes.latents import PromptedLatents, encode
 from ctrl_ray.shapes.text import build_text_encoder, build_tokenizer
-from ctrl_ray.shapes.training import augment, draw_tensors, numbers_of_parameters, to_model_range, train
+from ctrl_ray.shapes.training import augment, draw_tensors, to_model_range, train, train_denoiser
 
 SAMPLING: dict[str, Any] = {"num_inference_steps": 10, "eta": 1.0, "guidance_scale": 1.0}
 """The setting that everything later uses: ten stochastic DDIM steps, no classifier-free guidance."""
@@ -177,12 +177,8 @@ def make_unet(args: argparse.Namespace) -> dict[str, Any]:
             requires_safety_checker=False,
         ).save_pretrained(folder, safe_serialization=True)
 
-    ema, curve = train(
-        modules, loss_of, num_updates=args.unet_updates, learning_rate=1.5e-3, ema_decay=0.999, name="unet",
-        save=save, save_every=1000,
-    )  # fmt: skip
-    save(ema)
-    return {"curve": curve, "parameters": numbers_of_parameters(ema), "latents_std": data.latents.std().item()}
+    figures = train_denoiser(modules, loss_of, save, num_updates=args.unet_updates, learning_rate=1.5e-3, name="unet")
+    return {**figures, "latents_std": data.latents.std().item()}
 
 
 def make_recogniser(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -92,6 +92,28 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (blurred * (0.85 + 0.3 * per_image[0]) + 0.06 * per_image[1] * noise).clamp(0.0, 1.0)
 
 
-def numbers_of_parameters(modules: nn.ModuleDict) -> dict[str, int]:
-    """Of each module."""
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+def train_denoiser(
+    modules: nn.ModuleDict,
+    loss_of: Callable[[], Tensor],
+    save: Callable[[nn.ModuleDict], None],
+    *,
+    num_updates: int,
+    learning_rate: float,
+    name: str,
+) -> dict[str, Any]:
+    """`train` a denoiser and what goes with it, and save its average; the curve, and the number of parameters of each."""
+    ema, curve = train(
+        modules,
+        loss_of,
+        num_updates=num_updates,
+        learning_rate=learning_rate,
+        ema_decay=0.999,
+        name=name,
+        save=save,
+        save_every=1000,
+    )
+    save(ema)
+    return {
+        "curve": curve,
+        "parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in ema.items()},
+    }

@@ -11,14 +11,14 @@ from typing import Any
 
 from ctrl_ray.distributed.sampling import sample_policy
 from ctrl_ray.driver.pre_trained import PreTrained, reference_job, sample_pre_trained
-from ctrl_ray.driver.stages import ADAPTER, Scorer
+from ctrl_ray.driver.stages import Scorer
 from ctrl_ray.evaluation.fidelity import Judges, judges_of
 from ctrl_ray.evaluation.judging import judge
 from ctrl_ray.evaluation.samples import EvaluationSamples, load_samples, save_samples
 from ctrl_ray.planning.preflight import CheckedRun
 from ctrl_ray.reporting.summary import Evaluation
 from ctrl_ray.runs.files import whole_file
-from ctrl_ray.runs.folder import RunFolder
+from ctrl_ray.runs.folder import ADAPTER, RunFolder
 from ctrl_ray.tuning.results.findings import SweepFindings
 from ctrl_ray.tuning.results.trials import SweepTrial, best_trial, finished_trials
 from ctrl_ray.tuning.space import Space

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
-from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
-from tests.policies import make_policy, moved
+from ctrl_ray.config import ControlConfig
+from tests.policies import save_gains_adapter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -34,19 +33,8 @@ CONTROL = ControlConfig(oracle="jpeg_size", thresholds=(1500.0,), unit="bytes")
 @pytest.fixture
 def address(tiny_pipeline: Path, tmp_path: Path) -> Iterator[str]:
     """Of the page that the command serves, until the test ends."""
-    lora = LoraConfig(rank=2)
-    policy = make_policy(tiny_pipeline, {"size": 2}, lora=lora, kind="gains")
-    info = make_adapter_info(
-        base_model=str(tiny_pipeline),
-        base_revision=None,
-        controls={"size": CONTROL},
-        sampler=SamplerConfig(num_steps=2),
-        lora=lora,
-        kind="gains",
-        training={"kl_coef": 1.0, "precision": "fp32"},
-    )
-    save_adapter(tmp_path / "run" / "adapter", moved(policy, by=0.1, seed=0), info)
-    command = [sys.executable, "-m", "ctrl_ray.demo", "--adapter", str(tmp_path / "run" / "adapter"), "--port", "0"]
+    adapter = save_gains_adapter(tmp_path / "run" / "adapter", tiny_pipeline, {"size": CONTROL}, by=0.1)
+    command = [sys.executable, "-m", "ctrl_ray.demo", "--adapter", str(adapter), "--port", "0"]
     with (tmp_path / "log").open("w") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:

@@ -27,7 +27,7 @@ from ctrl_ray.distributed.launch import run_training
 from ctrl_ray.distributed.learner import Learner
 from ctrl_ray.distributed.method import make_method
 from ctrl_ray.driver.pre_trained import PRE_TRAINED_FILE, reference_job
-from ctrl_ray.driver.stages import ADAPTER, fine_tune, prepare_classifiers, rewards_of, train_job
+from ctrl_ray.driver.stages import fine_tune, prepare_classifiers, rewards_of, train_job
 from ctrl_ray.errors import InterruptedRunError, ResourceError
 from ctrl_ray.evaluation.samples import load_samples
 from ctrl_ray.planning.preflight import preflight
@@ -35,7 +35,7 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.build import build_policy
 from ctrl_ray.reporting.tracking import read_metrics
 from ctrl_ray.rewards.protocol import PendingRewards
-from ctrl_ray.runs.folder import RunFolder
+from ctrl_ray.runs.folder import ADAPTER, RunFolder
 from tests.classifiers import save_classifier
 from tests.integration.faulty import Faulty
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
+from ctrl_ray.config import ControlConfig
 from ctrl_ray.demo import Artist, DemoOptions, Drawn, pairs_html
 from ctrl_ray.errors import ConfigError
 from ctrl_ray.oracles import jpeg_size
-from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
-from tests.policies import make_policy, moved
+from tests.policies import save_gains_adapter
 
 SIZE = ControlConfig(oracle="jpeg_size", thresholds=(1500.0,), unit="bytes")
 CONTROLS = {"size": SIZE, "kind": ControlConfig(classes=("x", "y"))}
@@ -23,18 +22,7 @@ CONTROLS = {"size": SIZE, "kind": ControlConfig(classes=("x", "y"))}
 @pytest.fixture(scope="module")
 def adapter(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two controls, one of which an oracle measures, in a run's folder."""
-    lora = LoraConfig(rank=2)
-    policy = make_policy(tiny_pipeline, {"size": 2, "kind": 2}, lora=lora, kind="gains")
-    info = make_adapter_info(
-        base_model=str(tiny_pipeline),
-        base_revision=None,
-        controls=CONTROLS,
-        sampler=SamplerConfig(num_steps=2),
-        lora=lora,
-        kind="gains",
-        training={"kl_coef": 1.0, "precision": "fp32"},
-    )
-    return save_adapter(tmp_path_factory.mktemp("run") / "adapter", moved(policy, by=0.1, seed=0), info)
+    return save_gains_adapter(tmp_path_factory.mktemp("run") / "adapter", tiny_pipeline, CONTROLS, by=0.1)
 
 
 @pytest.fixture(scope="module")

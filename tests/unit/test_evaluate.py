@@ -33,7 +33,7 @@ from ctrl_ray.evaluate import evaluate_adapter
 from ctrl_ray.evaluation.samples import EvaluationSamples
 from ctrl_ray.planning.preflight import _adapter_info
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
-from tests.policies import make_policy
+from tests.policies import make_policy, save_gains_adapter
 
 CONTROLS = {"jpeg_size": ControlConfig(oracle="jpeg_size", thresholds=(1000.0,), unit="bytes")}
 
@@ -120,17 +120,7 @@ def test_the_runs_floor_is_told_in_the_runs_precision_alone(
 def test_some_controls_alone_can_be_asked_for(tiny_pipeline: Path, tmp_path: Path) -> None:
     """The others' labels are null in every sample, in the columns that the policy reads; one that is not there is an error."""
     controls = {**CONTROLS, "hue": ControlConfig(classes=("red", "green", "blue"))}
-    lora = LoraConfig(rank=2)
-    info = make_adapter_info(
-        base_model=str(tiny_pipeline),
-        base_revision=None,
-        controls=controls,
-        sampler=SamplerConfig(num_steps=2),
-        lora=lora,
-        kind="gains",
-        training={"kl_coef": 1.0},
-    )
-    save_adapter(tmp_path, make_policy(str(tiny_pipeline), info.num_classes, lora=lora, kind="gains"), info)
+    save_gains_adapter(tmp_path, tiny_pipeline, controls)
     given: dict[str, Any] = {"prompts": ["a cross"], "classifiers": {"hue": str(tmp_path)}}
     subject = Subject.of_adapter(tmp_path, asked=["hue"], **given)
     assert list(subject.controls) == ["hue"]

@@ -38,9 +38,7 @@ def load_backbone(base_model: str, revision: str | None = None, sampler: Sampler
             f"{', '.join(FAMILIES)} (in {Path(folder) / 'model_index.json'}); give a base model of such a family"
         )
     module, _, family = FAMILIES[name].partition(":")
-    backbone: Backbone = getattr(importlib.import_module(f"{__name__}.{module}"), family)(
-        folder, sampler or SamplerConfig()
-    )
+    backbone: Backbone = getattr(importlib.import_module(f"{__name__}.{module}"), family)(folder, sampler)
     if folder not in _WHOLE and not is_outline(folder):
         backbone.check()
         _WHOLE.add(folder)

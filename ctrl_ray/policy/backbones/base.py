@@ -166,8 +166,8 @@ class DiffusersBackbone:
     """Sub-folders of the other parts that have weights."""
     loading_options: ClassVar[str] = ""
     usage_imports: ClassVar[tuple[str, ...]] = ("from diffusers import DDIMScheduler",)
-    size_settings: ClassVar[tuple[str, ...]] = ("height", "width")
-    """The sampler's settings of size that the family knows."""
+    reads_any_length: ClassVar[bool] = False
+    """Whether the family knows `sampler.max_sequence_length`."""
 
     def __init__(self, folder: str, sampler: SamplerConfig | None = None) -> None:
         """sampler: says the size of images and texts; None: the model's own."""
@@ -231,9 +231,9 @@ class DiffusersBackbone:
                 pixels is None or pixels % unit == 0,
                 f"sampler.{side} is {pixels}, but {name} makes images of multiples of {unit} pixels; give one",
             )
-        length, has_length = self._sampler.max_sequence_length, "max_sequence_length" in self.size_settings
+        length = self._sampler.max_sequence_length
         require(
-            length is None or has_length,
+            length is None or self.reads_any_length,
             f"sampler.max_sequence_length is {length}, but {name} reads texts of one length; leave it out",
         )
 

@@ -43,7 +43,7 @@ class StableDiffusion3(FlowBackbone):
     """
 
     denoiser = "transformer"
-    size_settings = ("height", "width", "max_sequence_length")
+    reads_any_length = True
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:  # type: ignore[override]
