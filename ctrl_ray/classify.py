@@ -19,6 +19,7 @@ from ctrl_ray.config import (
 )
 from ctrl_ray.config.fields import at_least, check_fields
 from ctrl_ray.config.paths import absolute_paths
+from ctrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from ctrl_ray.baselines.noised_classifier import NoisedClassifier
@@ -36,6 +37,9 @@ class ClassifyConfig:
     """Name of the control. A control of the built-in example keeps its settings, unless a flag below changes them."""
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending."""
+    equal_classes: Annotated[int | None, at_least(2)] = None
+    """With --oracle, in the place of thresholds: so many classes, whose borders give each an equal share of the pipeline's
+    samples (without samples: of the decoded images)."""
     oracle: str | None = None
     """What measures the decoded images again: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (`ctrl_ray.classifiers.clip_head`)
     or 'my_module:my_oracle'. One with a parameter `prompt` is told the prompt too."""
@@ -110,6 +114,10 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
     for warning in warning_lines(settings.control, doubts):
         print(warning, flush=True)
     if settings.noised:
+        if settings.equal_classes is not None:
+            raise ConfigError(
+                "--equal-classes chooses thresholds, but --noised needs those of the control; give --thresholds"
+            )
         return _run_noised(settings, config, output_dir)
     sampler = None
     if config.classifier.num_pipeline_samples:
@@ -129,6 +137,7 @@ def run(settings: ClassifyConfig) -> FitResult | NoisedClassifier:
         sample_pipeline=sampler,
         on_bad_row=settings.on_bad_row,
         overwrite=settings.overwrite,
+        equal_classes=settings.equal_classes,
     )
     print(describe(result, settings.control))
     return result
@@ -157,7 +166,7 @@ def train_config(settings: ClassifyConfig) -> TrainConfig:
     shapes = presets.shapes()
     known = shapes.controls if embedded.is_embedded(settings.base_model) else {}
     spec = known.get(settings.control, ControlConfig())
-    if settings.thresholds or settings.classes:
+    if settings.thresholds or settings.classes or settings.equal_classes:
         spec = replace(spec, thresholds=settings.thresholds, classes=settings.classes, label_weights=())
     given = {name: getattr(settings, name) for name in ("oracle", "unit", "column")}
     spec = replace(spec, classifier=None, **{name: value for name, value in given.items() if value is not None})

@@ -53,7 +53,7 @@ class EvaluateOptions:
     max_log_z_samples: Annotated[int, at_least(1)] = 4096
     """The same at most: more are drawn until log Z of every class is known to 0.1 nats."""
     prompts_file: str | None = None
-    """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter."""
+    """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter, or the classifier."""
     encoding: str = "utf-8"
     """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
     seed: Annotated[int, at_least(0)] = 1_000_003

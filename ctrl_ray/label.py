@@ -148,7 +148,8 @@ def describe(data: LabelledData, num_classes: int) -> str:
         control = control_name_of(name)
         words = ["python", "-m", "ctrl_ray.classify", "--data", data.output, "--control", control]
         words += [] if control == name else ["--column", name]
-        if summary.class_counts:
+        oracle = data.oracles.get(name)
+        if summary.class_counts and oracle is None:
             counts = ", ".join(f"{label}: {count}" for label, count in summary.class_counts.items())
             lines.append(f"  integer labels, rows of each: {counts} (below, write your names of them after --classes)")
             words += ["--classes", *map(str, summary.class_counts)]
@@ -159,14 +160,14 @@ def describe(data: LabelledData, num_classes: int) -> str:
                 continue
             borders = [f"{threshold:.10g}" for threshold in thresholds]
             shares = " / ".join(f"{share:.1%}" for share in class_shares(values, thresholds))
-            lines.append(f"  thresholds for {len(thresholds) + 1} classes: {' '.join(borders)} (shares {shares})")
-            if len(thresholds) + 1 < num_classes:
+            lines.append(f"  thresholds for {len(borders) + 1} classes: {' '.join(borders)} (shares {shares})")
+            if len(borders) + 1 < num_classes:
                 why = "so many values are equal" if summary.count >= 2 * num_classes else "there are so few values"
                 lines.append(f"  {why} that {num_classes} classes of equal share do not exist")
-            words += ["--thresholds", *borders]
-        if name in data.oracles:
-            words += ["--oracle", data.oracles[name]]
-            words += ["--classifier.prompt-conditional"] if is_told_prompt(data.oracles[name]) else []
+            # an oracle measures again what the model's VAE makes of the images, and what the model draws
+            words += ["--thresholds", *borders] if oracle is None else ["--equal-classes", str(len(borders) + 1)]
+        if oracle is not None:
+            words += ["--oracle", oracle, *(["--classifier.prompt-conditional"] if is_told_prompt(oracle) else [])]
         else:  # what the pipeline draws cannot be labelled
             words += ["--classifier.num-pipeline-samples", "0"]
         if summary.minimum < summary.maximum:  # one label has nothing to be told from

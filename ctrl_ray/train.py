@@ -13,7 +13,7 @@ import tyro
 
 from ctrl_ray import command
 from ctrl_ray.command import stoppable
-from ctrl_ray.config import ControlConfig, SamplerConfig, TrainConfig
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.config.json import read_train_config
 from ctrl_ray.config.presets import DEFAULT_PRESET, PRESETS, preset
 from ctrl_ray.config.tracker import parse_tracker
@@ -130,11 +130,12 @@ def fit(
         "kl_noise_floor": final.kl_noise_floor,
         "report": str(final.report),
     }
-    _print_end(folder.local, summary, checked.config.sampler, time.monotonic() - started)
+    _print_end(folder.local, summary, checked.config, checked.prompts[0], time.monotonic() - started)
     return Run(folder=folder.local, adapter=folder / ADAPTER, summary=summary)
 
 
-def _print_end(folder: Path, summary: dict[str, Any], sampler: SamplerConfig, seconds: float) -> None:
+def _print_end(folder: Path, summary: dict[str, Any], config: TrainConfig, prompt: str, seconds: float) -> None:
+    from ctrl_ray.driver.next_steps import next_lines, next_steps
     from ctrl_ray.policy.class_loras import CLASSES_FOLDER, switch_off_lines
     from ctrl_ray.reporting.summary_text import closing_lines, format_summary
 
@@ -145,9 +146,10 @@ def _print_end(folder: Path, summary: dict[str, Any], sampler: SamplerConfig, se
     classes = folder / "adapter" / CLASSES_FOLDER
     if classes.is_dir():
         print(f"classes  {classes}: LoRA files for plain diffusers; how, in {folder / 'adapter' / 'README.md'}")
-        if sampler.reference_steps:
-            print("\n".join(f"             {line}" for line in switch_off_lines(sampler)))
-    print(f"time     {seconds / 60:.1f} minutes")
+        if config.sampler.reference_steps:
+            print("\n".join(f"             {line}" for line in switch_off_lines(config.sampler)))
+    print(f"time     {seconds / 60:.1f} minutes\n")
+    print("\n".join(next_lines(next_steps(config, folder / "adapter", prompt))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

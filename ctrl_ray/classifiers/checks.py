@@ -14,16 +14,24 @@ from ctrl_ray.oracles import is_told_prompt, load_oracle
 from ctrl_ray.policy.backbones import load_backbone
 
 
-def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -> None:
+def check_fit(
+    config: TrainConfig, control: str, *, has_sampler: bool = False, equal_classes: int | None = None
+) -> None:
     """Raise ConfigError, DataError or ModelError where the classifier of `control` cannot be fitted.
 
     Reads the data set's footers, its first image, and the control's column where that holds the labels. has_sampler: whether
-    there is something that draws the pipeline's samples.
+    there is something that draws the pipeline's samples. equal_classes: the fit chooses thresholds for so many classes.
     """
     if control not in config.controls:
         raise ConfigError(f"control {control!r} is unknown; the config has {sorted(config.controls)}")
     spec = config.controls[control]
-    if spec.num_classes < 2:
+    if equal_classes is not None and (spec.oracle is None or spec.num_classes):
+        got = f"has {spec.num_classes} classes already" if spec.num_classes else "has no oracle to measure it"
+        raise ConfigError(
+            f"equal_classes is {equal_classes}, but control {control!r} {got}; it chooses the thresholds of a control that an "
+            "oracle measures: give --oracle, and neither --thresholds nor --classes"
+        )
+    if spec.num_classes < 2 and equal_classes is None:
         raise ConfigError(
             f"control {control!r} has {spec.num_classes} classes; expected at least 2: give thresholds for a measured "
             "number, or class names for integer labels"
@@ -34,7 +42,7 @@ def check_fit(config: TrainConfig, control: str, *, has_sampler: bool = False) -
         raise ConfigError(f"classifier.num_pipeline_samples is {num_samples}, but {lacking}; set it to 0, or add one")
     if spec.oracle is not None:
         load_oracle(spec.oracle)
-        if not spec.thresholds:
+        if not spec.thresholds and equal_classes is None:
             raise ConfigError(
                 f"control {control!r} is measured by the oracle {spec.oracle!r} but has no thresholds to make classes "
                 "of its numbers; give thresholds"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrl_ray.config import TrainConfig
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.embedded import is_embedded
 from ctrl_ray.errors import ConfigError, DataError
 from ctrl_ray.offline.images import cover_and_crop
 from ctrl_ray.offline.reading import OnBadRow, iter_rows
 from ctrl_ray.offline.shapes import draw_dataset
+from ctrl_ray.offline.statistics import equal_share_thresholds
 from ctrl_ray.oracles import is_told_prompt, load_oracle, measure
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.decoder import LatentDecoder, to_pixels, to_uint8
@@ -241,7 +243,8 @@ class Examples:
                 labels += rows["labels"]
                 digests += rows["digests"]
                 values += rows["values"]
-        self.span = (min(values), max(values)) if values else None
+        self.values = np.array(values)
+        """What the oracle measured of each row; empty where none did."""
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.num_different = len(set(digests))
         self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
@@ -252,6 +255,30 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The smallest and the largest of the measured numbers; None where there are none."""
+        return (float(self.values.min()), float(self.values.max())) if len(self.values) else None
+
+    def with_equal_shares(self, spec: ControlConfig, num_classes: int) -> ControlConfig:
+        """Label the rows anew by thresholds that give `num_classes` classes equal shares of the pipeline's samples, which the
+        reward will judge, or where there are none of the data; returns the control with them. DataError where so many of the
+        numbers are equal that there are no such thresholds."""
+        values = self.values[self.is_sample] if self.is_sample.any() else self.values
+        thresholds = equal_share_thresholds(values, num_classes)
+        if not thresholds:
+            raise DataError(
+                f"all {len(values)} numbers that {spec.oracle!r} measures are {values[0]:g}: there is nothing to control; give "
+                "other images or another oracle"
+            )
+        if len(thresholds) + 1 < num_classes:
+            raise DataError(
+                f"{len(values)} numbers that {spec.oracle!r} measures, {len(np.unique(values))} of them different, cannot be "
+                f"split into {num_classes} classes of equal share; give --equal-classes {len(thresholds) + 1}, or thresholds"
+            )
+        self.labels = torch.from_numpy(np.searchsorted(thresholds, self.values, side="right"))
+        return replace(spec, thresholds=thresholds)
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, list[str], Tensor]:
         """Images (B, 3, H, W) float32 in [0, 1], prompts, and labels (B,) of these rows."""

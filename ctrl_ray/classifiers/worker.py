@@ -23,7 +23,7 @@ from ctrl_ray.classifiers.calibration import calibration_metrics, measure_temper
 from ctrl_ray.classifiers.classifier import ImageClassifier, new_network
 from ctrl_ray.classifiers.examples import BlockWriter, Examples, SamplePipeline, read_examples
 from ctrl_ray.classifiers.soundness import check_classes, class_rows, evidence
-from ctrl_ray.config import TrainConfig
+from ctrl_ray.config import ControlConfig, TrainConfig
 from ctrl_ray.errors import DataError, NonFiniteError
 from ctrl_ray.offline.reading import OnBadRow
 from ctrl_ray.policy.precision import set_float32_precision
@@ -52,6 +52,8 @@ class FitJob:
     """Where the decoded examples go: storage that all workers share; None: a temporary folder of the only worker."""
     sample_pipeline: SamplePipeline | None = None
     on_bad_row: OnBadRow = "error"
+    equal_classes: int | None = None
+    """Choose thresholds that make so many classes of equal share; None: the control's own."""
     say: Callable[[str], None] = _say_nothing
     """Sends a line of progress to the person who waits."""
 
@@ -76,9 +78,9 @@ def _fit(job: FitJob, folder: Path) -> None:
     set_float32_precision(job.config.scaling.precision)
     torch.set_num_threads(job.config.scaling.num_threads)
     device = ray.train.torch.get_device()
-    examples = _prepare(job, folder, rank, num_workers, device)
+    examples, spec = _prepare(job, folder, rank, num_workers, device)
     torch.manual_seed(job.config.seed)
-    spec, settings = job.config.controls[job.control], job.config.classifier
+    settings = job.config.classifier
     named = spec.network or settings.network
     network, arguments = new_network(named, spec.num_classes, prompt_conditional=settings.prompt_conditional)
     fitter = _Fitter(job, examples, network.to(device), rank, num_workers, device)
@@ -97,8 +99,10 @@ def _fit(job: FitJob, folder: Path) -> None:
     _report(job, classifier, best, examples, logits, labels, rows, rank)
 
 
-def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: torch.device) -> Examples:
-    """Decode and label this worker's blocks, wait for the others, and open all of them."""
+def _prepare(
+    job: FitJob, folder: Path, rank: int, num_workers: int, device: torch.device
+) -> tuple[Examples, ControlConfig]:
+    """Decode and label this worker's blocks, wait for the others, and open all of them; the control with its thresholds."""
     start = time.monotonic()
     writer = BlockWriter(job.config, job.control, folder, device)
     bad_rows_file = None if rank == 0 else str(folder / f"bad_rows-{rank}.jsonl")
@@ -120,6 +124,8 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
             "lie in the same one); give more data, or other shares in classifier.split"
         )
     spec = job.config.controls[job.control]
+    if job.equal_classes is not None:
+        spec = examples.with_equal_shares(spec, job.equal_classes)
     shares = class_rows(examples.labels, spec.num_classes)
     check_classes(job.control, spec, shares, "images", examples.span)
     fitting = class_rows(examples.labels[examples.rows["fitting"]], spec.num_classes)
@@ -130,7 +136,7 @@ def _prepare(job: FitJob, folder: Path, rank: int, num_workers: int, device: tor
             f"{', '.join(f'{count} for {name}' for name, count in counts.items())}; rows of each class: "
             f"{', '.join(f'{name} {count}' for name, count in zip(spec.class_names, shares, strict=True))}"
         )
-    return examples
+    return examples, spec
 
 
 def _progress(job: FitJob) -> Callable[[int], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctrl_ray.comparison.results import interval
 from ctrl_ray.evaluation.metric_names import SCORES
@@ -14,11 +14,12 @@ from ctrl_ray.runs.files import write_whole
 from ctrl_ray.wording import duration, text_table
 
 RESULTS, PAGE, MARKDOWN = "results.json", "report.html", "report.md"
-HEAD = (
+QUALITY = (
     *("method", "knob", "accuracy", "macro-F1", "fidelity", "diversity", "distance, worst class", "distance by class"),
-    *("path KL / nats", "gap / nats", "s an image", "× plain", "forwards", "backwards", "decodes", "decode backwards"),
-    *("training / s", "images"),
+    *("path KL / nats", "gap / nats"),
 )
+COST = ("s an image", "× plain", "forwards", "backwards", "decodes", "decode backwards", "training / s", "images")
+HEAD = QUALITY + COST
 """Columns of the one table."""
 
 
@@ -86,32 +87,48 @@ def training_text(runs: Sequence[Mapping[str, Any]] | None) -> str:
     return ("" if all(run["whole"] for run in runs) else "≥ ") + f"{mean:.0f}"
 
 
-SEVERAL = "Each control, all of them, and the gap of each joint class"
+class Table(NamedTuple):
+    """One of the smaller tables."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
 
 
-def several_controls(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]] | None:
-    """(head, rows) of what several controls are judged by besides; None where there is one, or an older results.json."""
-    first = methods[0]["test"]
-    controls = list(first.get("control_accuracies", {}))
+def several_controls(methods: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What several controls are judged by besides; nothing where there is one, or of an older results.json."""
+    tests = [method["test"] for method in methods]
+    controls = list(tests[0].get("control_accuracies", {}))
     if len(controls) < 2:
-        return None
-    classes = list(first["common_distance"]["classes"])
-    rows = []
-    for method in methods:
-        test = method["test"]
-        each = [number_text(test["control_accuracies"].get(name), None, 3) for name in controls]
-        gaps = [number_text(test["class_gaps"].get(name), None, 1) for name in classes]
-        joint = share_text(test["joint_accuracy"], test["errors"]["joint_accuracy"])
-        rows.append([method["title"], joint, *each, " ".join(gaps)])
-    return ["method", "all right", *(f"{name} right" for name in controls), f"gap / nats: {'; '.join(classes)}"], rows
+        return []
+    titles = [method["title"] for method in methods]
+    shares = [
+        [
+            share_text(test["joint_accuracy"], test["errors"]["joint_accuracy"]),
+            *(number_text(test["control_accuracies"].get(name), None, 3) for name in controls),
+        ]
+        for test in tests
+    ]
+    gaps = [
+        [name, *(number_text(test["class_gaps"].get(name), None, 1) for test in tests)]
+        for name in tests[0]["common_distance"]["classes"]
+    ]
+    return [
+        Table(
+            "Each control, and all of them",
+            ["method", "all right", *(f"{name} right" for name in controls)],
+            [[title, *row] for title, row in zip(titles, shares, strict=True)],
+        ),
+        Table("Nats from the target, of each joint class", ["joint class", *titles], gaps),
+    ]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The whole comparison as Markdown: table, verdicts, how it was made."""
     lines = [f"# {title_of(results)}", "", *table_lines(HEAD, table_rows(results["methods"])), ""]
     lines += [f"- {line}" for line in notes(results)]
-    if several := several_controls(results["methods"]):
-        lines += ["", f"## {SEVERAL}", "", *table_lines(*several)]
+    for part in several_controls(results["methods"]):
+        lines += ["", f"## {part.title}", "", *table_lines(part.head, part.rows)]
     if results["verdicts"]:
         lines += ["", "## Where CTRL wins and where it loses", ""]
         lines += [f"- {verdict_text(verdict)}" for verdict in results["verdicts"]]
@@ -293,19 +310,21 @@ def validation_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def page(results: Mapping[str, Any], folder: Path) -> str:
     """The same as one HTML file, with the pictures inside."""
-    cells = [[text(cell) for cell in row] for row in table_rows(results["methods"])]
+    rows = table_rows(results["methods"])
     wins = [f"<li>{text(verdict_text(verdict))}</li>" for verdict in results["verdicts"]]
     sections = [
         f"<h1>{text(title_of(results))}</h1>",
         f"<ul class='findings'>{''.join(wins)}</ul>" if wins else "",
-        table(cells, HEAD),
+        _columns_html(rows, [*QUALITY, "× plain"]),
         list_html(notes(results)),
-        *_several_html(results["methods"]),
+        *(f"<h2>{text(part.title)}</h2>{_table_html(part)}" for part in several_controls(results["methods"])),
         *(
             picture(ReportFigure(kind, caption, folder / results["figures"][kind], wide=True))
             for kind, caption in CAPTIONS.items()
             if kind in results["figures"]
         ),
+        "<h2>What an image costs, and the training</h2>",
+        _columns_html(rows, ["method", *COST]),
         *(f"<h2>{text(heading)}</h2>{list_html(found)}" for heading, found in _parts(results)),
         "<h2>Made with</h2>",
         table([(text(key), text(value)) for key, value in results["facts"].items()]),
@@ -313,12 +332,14 @@ def page(results: Mapping[str, Any], folder: Path) -> str:
     return html_page(title_of(results), sections)
 
 
-def _several_html(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    several = several_controls(methods)
-    if several is None:
-        return []
-    head, rows = several
-    return [f"<h2>{text(SEVERAL)}</h2>", table([[text(cell) for cell in row] for row in rows], head)]
+def _columns_html(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """Some columns of the one table, which is wider than a page."""
+    columns = [HEAD.index(name) for name in names]
+    return _table_html(Table("", list(names), [[row[column] for column in columns] for row in rows]))
+
+
+def _table_html(part: Table) -> str:
+    return table([[text(cell) for cell in row] for row in part.rows], part.head)
 
 
 CAPTIONS = {

@@ -27,7 +27,7 @@ from ctrl_ray.policy.outputs import black_rows, black_text
 from ctrl_ray.policy.precision import sampling_precision
 from ctrl_ray.reporting.page import Source
 from ctrl_ray.rewards.model import RewardModelSpec
-from ctrl_ray.runs.finished import prompts_of_base, run_classifiers, run_prompts
+from ctrl_ray.runs.finished import classifier_prompts, run_classifiers, run_prompts
 
 _BATCH, _CHUNK = 128, 32
 """Where no run says how many samples and images fit at a time."""
@@ -131,7 +131,7 @@ class Subject:
             controls=controls,
             kl_coef=1.0,
             sampler=sampler,
-            prompts=tuple(prompts) if prompts else prompts_of_base(base_model),
+            prompts=tuple(prompts) if prompts else classifier_prompts(classifiers.values(), base_model),
             classifiers={name: str(Path(folder).resolve()) for name, folder in classifiers.items()},
             precision=sampling_precision(precision, {}, _device()),
             batch_size=batch_size or _BATCH,

@@ -62,6 +62,7 @@ def fit_classifier(
     overwrite: bool = False,
     quiet: bool = False,
     storage_path: str | None = None,
+    equal_classes: int | None = None,
 ) -> FitResult:
     """Fit and calibrate the classifier of one control of `config`, and write it into `output_dir`.
 
@@ -82,6 +83,8 @@ def fit_classifier(
         quiet: Print no progress.
         storage_path: Where the workers leave the classifier for this process to fetch (any path that pyarrow.fs opens),
             when they may run on hosts that do not have `output_dir`.
+        equal_classes: Choose thresholds that give so many classes equal shares of the pipeline's samples (without them: of
+            the decoded images); the control has an oracle and no thresholds then.
 
     Raises:
         ConfigError: The control, its classes, or a combination of settings cannot be fitted.
@@ -92,7 +95,7 @@ def fit_classifier(
         InterruptedRunError: SIGINT or SIGTERM came; nothing of the fit is kept.
     """
     folder = Path(output_dir).expanduser().resolve()
-    check_fit(config, control, has_sampler=sample_pipeline is not None)
+    check_fit(config, control, has_sampler=sample_pipeline is not None, equal_classes=equal_classes)
     if (folder / SETTINGS).exists() and not overwrite:
         raise RunFolderError(f"{folder} already holds a classifier; choose another output folder, or give --overwrite")
     if storage_path is not None and config.classifier.num_workers > 1:
@@ -112,6 +115,7 @@ def fit_classifier(
             folder=str(scratch / "examples") if storage_path is None else None,
             sample_pipeline=sample_pipeline,
             on_bad_row=on_bad_row,
+            equal_classes=equal_classes,
         )
         _run(job, storage_path or str(scratch), folder, quiet)
     return read_result(folder)

@@ -12,6 +12,9 @@ from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.offline.text import UTF_8, lines_of, read_text
 from ctrl_ray.wording import no_file
 
+NO_PROMPT = ("",)
+"""The prompts of a run on data that have none."""
+
 
 def read_prompts(path: str | Path, encoding: str = UTF_8) -> tuple[str, ...]:
     """The non-empty lines of a prompts file; a missing or empty file is a `ConfigError`, one that is no text a `DataError`."""
@@ -25,35 +28,35 @@ def read_prompts(path: str | Path, encoding: str = UTF_8) -> tuple[str, ...]:
 
 
 def training_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """Prompts of the file, else of the data set's column, else the shapes prompts."""
+    """Prompts of the file, else of the data set's column, else the shapes prompts; of a data set without any the empty one.
+
+    The empty prompt, which a pipeline with classifier-free guidance was trained for by dropping prompts, is its law over all
+    of them, p_pre(x) = Σ_c p(c) p_pre(x|c). Raises ConfigError where there is neither a file nor data.
+    """
     if config.prompts_file:
         return read_prompts(config.prompts_file, config.encoding)
     data = data_or_embedded(config.data, config.base_model)
     if is_embedded(data):
         return PROMPTS
-    found = tuple(prompt for prompt in read_prompts_column(data) if prompt) if data else ()
-    if not found:
+    if data is None:
         raise ConfigError(
-            f"there are no prompts to train on: prompts_file is not set and data ({config.data}) has none; "
-            "give --prompts-file with one prompt a line"
+            "there are no prompts to train on: neither prompts_file nor data is set; give --prompts-file with one prompt a line"
         )
-    return found
+    column = read_prompts_column(data) if has_prompts_column(data) else []
+    return tuple(prompt for prompt in column if prompt) or NO_PROMPT
 
 
 def sampling_prompts(config: TrainConfig) -> tuple[tuple[str, ...], str | None]:
-    """Prompts to sample the pre-trained pipeline with for stage 1, and a line to say where there are none.
+    """`training_prompts` to sample the pre-trained pipeline with for stage 1, and a line to say where there are none.
 
-    Without prompts it is the empty one: p_pre(x|""), which a pipeline with classifier-free guidance was trained for by dropping
-    prompts, is its law over all of them, p_pre(x) = Σ_c p(c) p_pre(x|c). What a run will ask the classifier about, p_pre(x|c)
-    of its own prompts, is part of that.
+    What a run will ask the classifier about, p_pre(x|c) of its own prompts, is part of what the empty prompt draws.
     """
-    data = data_or_embedded(config.data, config.base_model)
-    if config.prompts_file or has_prompts(data):
-        return training_prompts(config), None
-    number = config.classifier.num_pipeline_samples
-    return ("",), (
-        f"{data} has no prompts: the {number} samples of the pipeline (classifier.num_pipeline_samples) are drawn with the "
-        "empty prompt; give --prompts-file to draw them with the prompts you will train on"
+    prompts, number = training_prompts(config), config.classifier.num_pipeline_samples
+    if prompts != NO_PROMPT:
+        return prompts, None
+    return prompts, (
+        f"{config.data} has no prompts: the {number} samples of the pipeline (classifier.num_pipeline_samples) are drawn with "
+        "the empty prompt; give --prompts-file to draw them with the prompts you will train on"
     )
 
 

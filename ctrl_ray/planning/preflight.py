@@ -27,7 +27,7 @@ from ctrl_ray.errors import ConfigError
 from ctrl_ray.evaluation.brisque import Brisque
 from ctrl_ray.evaluation.fidelity import check_clip_model
 from ctrl_ray.gradients.adjoint import Calls
-from ctrl_ray.offline.prompts import read_prompts, training_prompts
+from ctrl_ray.offline.prompts import NO_PROMPT, read_prompts, training_prompts
 from ctrl_ray.offline.shapes import PROMPTS
 from ctrl_ray.oracles import load_oracle
 from ctrl_ray.planning.choose import decide
@@ -45,6 +45,11 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.base_model import is_outline
 from ctrl_ray.policy.build import check_init_adapter, policy_controls
 from ctrl_ray.policy.prompt_lengths import cut_prompts
+
+_WITHOUT_PROMPTS = (
+    "prompts    warning: {data} has no prompts: the control is learned for the empty prompt alone; give --prompts-file with "
+    "the prompts that you will draw with"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,7 @@ def preflight(
     too_long = cut_prompts(backbone, unknown)
     lines = [
         *data_lines(config, math.prod(backbone.latent_shape)),
+        *([_WITHOUT_PROMPTS.format(data=config.data)] if prompts == NO_PROMPT else []),
         *(f"prompts    {line}" for line in too_long),
         *lines,
     ]

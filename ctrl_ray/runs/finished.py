@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ctrl_ray.config.json import read_train_config
@@ -19,11 +19,26 @@ def run_prompts(adapter: str | Path, base_model: str) -> tuple[str, ...]:
     ConfigError when there is no such run and the base model is not the shapes pipeline.
     """
     file = Path(adapter).resolve().parent / "config.json"
-    if file.is_file():
-        config = read_train_config(file)
-        own = config.evaluation.prompts_file
-        return read_prompts(own, config.encoding) if own else training_prompts(config)
-    return prompts_of_base(base_model, f"{file} does not exist")
+    return _evaluation_prompts(file) or prompts_of_base(base_model, f"{file} does not exist")
+
+
+def classifier_prompts(classifiers: Iterable[str | Path], base_model: str) -> tuple[str, ...]:
+    """Evaluation prompts of the run that fitted one of these classifiers (RUN/classifier/NAME), else those of the shapes.
+
+    ConfigError when there is no such run and the base model is not the shapes pipeline.
+    """
+    runs = [Path(folder).resolve().parent.parent for folder in classifiers]
+    found = (_evaluation_prompts(run / "config.json") for run in runs)
+    return next((prompts for prompts in found if prompts), ()) or prompts_of_base(base_model)
+
+
+def _evaluation_prompts(file: Path) -> tuple[str, ...]:
+    """Of the run with this config.json; none where it is not there."""
+    if not file.is_file():
+        return ()
+    config = read_train_config(file)
+    own = config.evaluation.prompts_file
+    return read_prompts(own, config.encoding) if own else training_prompts(config)
 
 
 def first_prompt(adapter: str | Path, base_model: str) -> str:

@@ -58,9 +58,10 @@ def test_the_command_draws_labels_and_says_what_is_next(tmp_path: Path, capsys: 
     assert table["jpeg_size"].to_pylist() == [jpeg_bytes(file) for file in drawn]
     assert table["prompt"].to_pylist() == [file.with_suffix(".txt").read_text().strip() for file in drawn]
     printed = capsys.readouterr().out
-    borders = [float(word) for word in printed.split("--thresholds ")[1].split(" --oracle")[0].split()]
+    borders = [float(word) for word in printed.split("thresholds for 4 classes: ")[1].split(" (shares")[0].split()]
     assert borders == pytest.approx(np.quantile(table["jpeg_size"].to_numpy(), (0.25, 0.5, 0.75)), rel=1e-5)
-    assert f"python -m ctrl_ray.classify --data {output} --control jpeg_size --thresholds" in printed
+    line = f"python -m ctrl_ray.classify --data {output} --control jpeg_size --equal-classes 4 --oracle jpeg_size"
+    assert line in printed
     assert command.main(["--images", str(folder), "--output", str(output)]) == 2
     assert "--overwrite" in capsys.readouterr().err
 

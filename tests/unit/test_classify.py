@@ -97,6 +97,7 @@ def test_a_label_that_depends_on_the_prompt_asks_for_a_classifier_that_sees_it(
     assert main([*words, "--overwrite"]) == 0
     assert "warning: classifier of rule: the oracle" in capsys.readouterr().out
     assert [asked["config"].classifier.prompt_conditional for asked in fitted] == [True, False]
+    assert [asked["equal_classes"] for asked in fitted] == [3, 3]
 
 
 def test_numbers_as_names_are_explained(fitted: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +128,9 @@ def test_without_prompts_the_pipeline_is_sampled_with_the_empty_one(
         (["--classes", "a", "b\nc"], "line break"),
         (["--classes", "a", "a"], "twice"),
         (["--thresholds", "500"], "all 6 rows are of class '<500'"),
+        (["--equal-classes", "3"], "has no oracle to measure it"),
+        (["--equal-classes", "3", "--oracle", "jpeg_size", "--thresholds", "5", "7"], "has 3 classes already"),
+        (["--equal-classes", "3", "--oracle", "jpeg_size", "--noised"], "--noised needs those of the control"),
         (["--classes", "a", "b", "c", "--classifier.prompt-conditional"], "'prompt'"),
         (["--classes", "a", "b", "c", "--data", "nowhere.parquet"], "nowhere.parquet"),
         (["--classes", "a", "b", "c", "--control", "my-stars"], "my-stars"),
@@ -166,5 +170,8 @@ def test_a_command_that_label_prints_is_accepted(fitted: list[dict[str, Any]]) -
     assert len(commands) == 3, "where all labels are one there is nothing to fit"
     for number, line in enumerate(commands):
         assert main([*shlex.split(line)[3:], "--base-model", "base", "--output-dir", f"out{number}"]) == 0
-    assert [asked["config"].controls[asked["control"]].num_classes for asked in fitted] == [3, 3, 3]
+    assert [asked["config"].controls[asked["control"]].num_classes for asked in fitted] == [3, 3, 0]
+    assert [asked["equal_classes"] for asked in fitted] == [None, None, 3], (
+        "what the oracle measures is only known later"
+    )
     assert [asked["config"].classifier.num_pipeline_samples for asked in fitted] == [0, 0, 2000]

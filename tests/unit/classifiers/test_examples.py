@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ctrl_ray.classifiers import worker
 from ctrl_ray.classifiers.checks import check_fit
@@ -89,6 +90,35 @@ def test_rows_come_back_by_number_across_blocks(tmp_path: Path) -> None:
     assert prompts == [f"prompt {i}" for i in wanted]
     assert labels.tolist() == [i % 3 for i in wanted]
     assert sorted(np.concatenate(list(examples.rows.values()))) == list(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("num_samples", [0, 5])
+def test_classes_of_equal_share_are_those_of_what_the_pipeline_draws(tmp_path: Path, num_samples: int) -> None:
+    """Without samples of the data. The oracle measures the mean of the image: 0, 40, …, 200 and, of the samples, 60."""
+    control = ControlConfig(oracle=f"{__name__}:brightness", unit="of 255")
+    config = replace(_config(), controls={"kind": control})
+    writer = BlockWriter(config, "kind", tmp_path, torch.device("cpu"))
+    rows = [Example(np.full((8, 8, 3), 40 * i, np.uint8), "", None) for i in range(6)]
+    writer.write_data(rows, 0, 1)
+    drawn = np.stack([np.full((8, 8, 3), 20 * i + 60, np.uint8) for i in range(5)])
+    if num_samples:
+        writer.write_samples(lambda num, seed: [(drawn, [""] * num)], num_samples, 0, 1)
+    examples = Examples(tmp_path, len(rows), num_samples, SHARES, seed=0)
+    spec = examples.with_equal_shares(control, 2)
+    border = 100.0  # the median of 60, 80, …, 140, and of 0, 40, …, 200
+    assert spec == replace(control, thresholds=(border,))
+    measured = [40 * i for i in range(6)] + [20 * i + 60 for i in range(num_samples)]
+    assert examples.labels.tolist() == [int(value >= border) for value in measured]
+    with pytest.raises(DataError, match=r"cannot be split into 9 classes of equal share.*--equal-classes [56]"):
+        examples.with_equal_shares(control, 9)
+    examples.values[:] = 3.0
+    with pytest.raises(DataError, match=r"all \d numbers that 'tests.*:brightness' measures are 3: there is nothing"):
+        examples.with_equal_shares(control, 2)
+
+
+def brightness(image: Image.Image) -> float:
+    """An oracle."""
+    return float(np.asarray(image).mean())
 
 
 def test_a_missing_block_says_what_to_do(tmp_path: Path) -> None:
