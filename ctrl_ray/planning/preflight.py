@@ -139,7 +139,7 @@ def preflight(
     unknown = set() if is_outline(backbone.folder) else {*prompts, *evaluation_prompts} - set(PROMPTS)  # PROMPTS fit
     too_long = cut_prompts(backbone, unknown)
     lines = [
-        *data_lines(config, math.prod(backbone.latent_shape)),
+        *([] if without_data else data_lines(config, math.prod(backbone.latent_shape))),
         *([_WITHOUT_PROMPTS.format(data=config.data)] if prompts == NO_PROMPT else []),
         *(f"prompts    {line}" for line in too_long),
         *lines,
