@@ -38,17 +38,17 @@ class ClassifyConfig:
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending."""
     equal_classes: Annotated[int | None, at_least(2)] = None
-    """With --oracle, in the place of thresholds: so many classes, whose borders give each an equal share of the pipeline's
-    samples (without samples: of the decoded images)."""
+    """With --oracle, instead of thresholds: make this many classes. Their borders give each class an equal share of the
+    pipeline's samples (without samples: of the decoded images)."""
     oracle: str | None = None
     """What measures the decoded images again: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (`ctrl_ray.classifiers.clip_head`)
-    or 'my_module:my_oracle'. One with a parameter `prompt` is told the prompt too."""
+    or 'my_module:my_oracle'. If it has a parameter `prompt`, it gets the prompt too."""
     classes: tuple[str, ...] = ()
     """Class names. You must give them when the column holds integer labels."""
     unit: str | None = None
     """Unit of the measured number. Pictures show it."""
     column: str | None = None
-    """Column of the data set. None: the control's name."""
+    """Column of the data set. None: the column with the control's name."""
     base_model: str = embedded.NAME
     """The model whose VAE decodes the images: 'shapes', a folder in the diffusers format, or a hub id."""
     base_revision: str | None = None
@@ -56,10 +56,10 @@ class ClassifyConfig:
     output_dir: str = "runs/classifier"
     """Folder to write model.safetensors, classifier.json and reliability.png to."""
     prompts_file: str | None = None
-    """File of prompts, one per line, for the pipeline's samples. None: the empty prompt, or where it has them the data
-    set's prompts."""
+    """File of prompts, one per line, for the pipeline's samples. None: the data set's prompts, or
+    the empty prompt if it has none."""
     encoding: str = "utf-8"
-    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
+    """Encoding of prompts_file, such as cp1252. A byte order mark in the file has priority."""
     num_drawn_images: Annotated[int, at_least(1)] = 6000
     """With data 'shapes': how many images are drawn."""
     seed: Annotated[int, at_least(0)] = 0
@@ -69,8 +69,8 @@ class ClassifyConfig:
     overwrite: bool = False
     """Replace a classifier that output_dir already holds."""
     noised: bool = False
-    """Fit a classifier of noised latents instead, p(y|x_t, t), which `--method.name classifier_guidance` needs; in this
-    process, on the images alone."""
+    """Fit p(y|x_t, t), a classifier of noised latents, instead. `--method.name classifier_guidance` needs it. The fit runs in
+    this process, on the labelled images alone."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """Network and fitting."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -26,48 +26,48 @@ _ADAPTER_EXAMPLE = "ctrl=runs/shapes/adapter"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Compare CTRL with every baseline on a preset's task: the same prompts, labels and noise for all, the same number of
-    values of each method's knob, chosen on validation images; judged on noise that was never used. The same command goes on
-    where a comparison was stopped."""
+    """Compare CTRL with every baseline on a preset's task. All methods have the same prompts, labels and noise, and the same
+    number of values for their knob. Validation images choose the value. Methods are judged on noise that was never used. The
+    same command continues a comparison that was stopped."""
 
     preset: str = DEFAULT_PRESET
-    """The task, and CTRL's own run."""
+    """The preset of the task and of CTRL's own run."""
     methods: tuple[str, ...] = ()
-    """Names, such as ctrl dps tds. Empty: all; with --quick those that cost at most 32 plain samples an image."""
+    """Names, such as ctrl dps tds. Empty: all; with --quick the ones that cost at most 32 plain samples an image."""
     seeds: Annotated[int | None, at_least(1)] = None
     """Runs of each method that is trained. None: 3, with --quick 1."""
     quick: bool = False
     """Fewer images, one seed, shorter timing and none of the dearest methods: about 25 minutes on two cores."""
     adapters: tuple[str, ...] = ()
-    """NAME=FOLDER: finished adapters. Of a trained method's name it is judged instead of training that method; another name
-    is a line of its own."""
+    """NAME=FOLDER: finished adapters. If NAME is a trained method, the adapter is judged instead of training that method. Any
+    other name gets its own line."""
     classifier: tuple[str, ...] = ()
     """NAME=FOLDER for a control: a fitted classifier. The others are fitted on the preset's labelled images alone."""
     label_budgets: tuple[Annotated[int, at_least(1)], ...] = ()
-    """Numbers of labelled images, such as 64 256 1024 4096: what CTRL, CFG fine-tuning and classifier guidance reach with so
-    many, with and without prompts, in place of the comparison of all methods."""
+    """Numbers of labelled images, such as 64 256 1024 4096. Instead of comparing all methods, measure what CTRL, CFG
+    fine-tuning and classifier guidance reach with each number, with and without prompts."""
     held_out: bool | None = None
-    """Train CTRL once more without a quarter of the prompts, and judge it on those. None: unless --quick is given."""
+    """Train CTRL once more without a quarter of the prompts, and judge it on those. None: do so unless --quick is given."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the noise."""
     output_dir: str | None = None
     """Folder of results.json, report.md, report.html, and of everything that is drawn and trained. None: runs/compare, with
     --label-budgets runs/label-budgets."""
     base_model: str | None = None
-    """'shapes', a folder in the diffusers format, or a hub id, in the place of the preset's."""
+    """'shapes', a folder in the diffusers format, or a hub id, instead of the preset's."""
     data: str | None = None
-    """Labelled images, a Parquet file or folder, in the place of the preset's."""
+    """Labelled images, a Parquet file or folder, instead of the preset's."""
     dry_run: bool = False
     """Print what would be drawn and what that takes, and stop. Nothing is loaded or fetched."""
     card: str = "A100"
-    """With --dry-run, for a preset on GPUs: the kind of card that is planned for."""
+    """With --dry-run, for a preset on GPUs: the kind of card to plan for."""
     num_cards: Annotated[int, at_least(1)] = 4
-    """With --dry-run: how many of them. The paper had four."""
+    """With --dry-run: how many of these cards. The paper had four."""
     teraflops: Annotated[float | None, above(0)] = None
-    """With --dry-run: 10^12 operations a second that one card (on CPUs: one core) keeps up in the denoiser. None: a share of
-    the card's peak; the cores are measured."""
+    """With --dry-run: 10^12 operations a second that one card (on CPUs: one core) reaches in the denoiser. None: a share of
+    the card's peak; cores are measured."""
     dollars_per_hour: Annotated[float | None, at_least(0)] = None
-    """With --dry-run: what an hour of all cards together costs. None: a remembered price of the cards."""
+    """With --dry-run: what an hour of all cards together costs. None: ctrl_ray's built-in price of the cards."""
 
     def __post_init__(self) -> None:
         check_fields(self)

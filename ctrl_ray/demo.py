@@ -28,8 +28,8 @@ NOTHING = "(no class)"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Open a page on this machine that draws with an adapter: images of the pre-trained model and of the adapter from the same
-    noise, side by side, with what the oracle measures of each."""
+    """Open a page on this machine that draws with an adapter. It shows images of the pre-trained model and of the adapter from
+    the same noise, side by side, with what the oracle measures of each."""
 
     adapter: str
     """Adapter folder, such as RUN/adapter."""
@@ -38,7 +38,7 @@ class DemoOptions:
     device: str | None = None
     """'cpu', 'cuda', 'cuda:1'. None: a GPU where there is one."""
     port: Annotated[int, at_least(0)] = 7860
-    """Of the page, on the loopback address. 0: any that is free."""
+    """Port of the page, on the loopback address. 0: any free port."""
     open_browser: bool = False
     """Open the page in a browser."""
 

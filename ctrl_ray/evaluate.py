@@ -27,7 +27,7 @@ class EvaluateOptions:
     adapter: str | None = None
     """Adapter folder, such as RUN/adapter. Its controls, classes and thresholds are judged."""
     controls: tuple[str, ...] = ()
-    """With --adapter: the names of those of its controls that are asked for; the others are null. Empty: all."""
+    """With --adapter: names of the controls that get a label. The others get the null label. Empty: all get a label."""
     runs: tuple[str, ...] = ()
     """Compare these finished runs instead: accuracy and KL over guidance_strength / kl_coef, as a table and a
     picture."""
@@ -35,9 +35,9 @@ class EvaluateOptions:
     """Judge a method that steers this base model instead (--method.name, --classifier): 'shapes', a folder in the diffusers
     format, or a hub id."""
     method: MethodConfig = field(default_factory=MethodConfig)
-    """With --base-model: how it is steered to its classes, with no adapter."""
+    """With --base-model: how the model is steered to its classes, without an adapter."""
     exponent: tuple[str, ...] = ()
-    """With --base-model: NAME=NUMBER for each control: the target is p_pre(x|c) p(y|x,c)^NUMBER. 1 where it is not named."""
+    """With --base-model: NAME=NUMBER for each control. The target is p_pre(x|c) p(y|x,c)^NUMBER. Default 1."""
     num_steps: Annotated[int | None, at_least(1)] = None
     """With --base-model: denoising steps. None: 10."""
     guidance_scale: Annotated[float | None, at_least(1)] = None
@@ -49,28 +49,28 @@ class EvaluateOptions:
     num_samples: Annotated[int, at_least(1)] = 512
     """Samples before and after. The standard error of an accuracy near 0.9 is 0.013 at 512."""
     log_z_samples: Annotated[int, at_least(1)] = 512
-    """Samples of the pre-trained model that the distance to the target is measured from; at least."""
+    """The fewest samples of the pre-trained model that the distance to the target is measured from."""
     max_log_z_samples: Annotated[int, at_least(1)] = 4096
-    """The same at most: more are drawn until log Z of every class is known to 0.1 nats."""
+    """The most of these samples. More are drawn until log Z of every class is known to 0.1 nats."""
     prompts_file: str | None = None
-    """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter, or the classifier."""
+    """File of prompts to evaluate on, one per line. None: the prompts of the run that made the adapter or classifier."""
     encoding: str = "utf-8"
-    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
+    """Encoding of prompts_file, such as cp1252. A byte order mark in the file has priority."""
     seed: Annotated[int, at_least(0)] = 1_000_003
     """Seed of the noise. Training never uses this one."""
     batch_size: Annotated[int | None, at_least(1)] = None
     """Samples drawn at a time. None: as many as in the evaluations of the run that made the adapter."""
     classifier: tuple[str, ...] = ()
-    """NAME=FOLDER for each control: the classifier whose belief is compared with the truth, and which steers a method. Empty:
-    RUN/classifier/NAME."""
+    """NAME=FOLDER for each control: a classifier. Its predictions are compared with the true classes, and it steers a method.
+    Empty: RUN/classifier/NAME."""
     clip_model: str | None = None
     """Measure clip_score with this CLIP model (folder or hub id, in safetensors). It also judges the prompts where the shapes
     recogniser cannot. None: no clip_score."""
     brisque_model: str | None = None
-    """Folder with `allmodel` and `allrange`, the regression of BRISQUE's authors (`ctrl_ray.evaluation.brisque`): measure
-    brisque. None: no brisque."""
+    """Measure brisque with this folder of `allmodel` and `allrange`, the regression of BRISQUE's authors
+    (`ctrl_ray.evaluation.brisque`). None: no brisque."""
     precision: Precision | None = None
-    """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
+    """Precision of the denoiser. None: on a GPU as in the run that made the adapter, else fp32."""
     output_dir: str | None = None
     """Folder of the report. None: 'report' in the image folder, 'evaluation' (with --controls: 'evaluation-NAMES') beside the
     adapter, or runs/METHOD."""

@@ -23,14 +23,14 @@ class LabelConfig:
     """Measure the images below a folder and write the Parquet data set that the classifier is fitted on."""
 
     images: str
-    """Folder of PNG, JPEG, WebP, TIFF files or others that Pillow opens (HEIC with the plugin pillow-heif), with its
-    sub-folders; local, or any path that pyarrow.fs opens. What is left out is counted."""
+    """Folder of PNG, JPEG, WebP, TIFF or other files that Pillow opens (HEIC with the plugin pillow-heif), with its
+    sub-folders. It is local, or any path that pyarrow.fs opens. Files that are left out are counted."""
     output: str
     """What to write: a Parquet file when the name ends in .parquet, else a folder of Parquet files."""
     controls: tuple[str, ...] = ("jpeg_size",)
     """What to measure: 'jpeg_size' (bytes at JPEG quality 95), 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
     features, `ctrl_ray.classifiers.clip_head`), or your own 'my_module:my_oracle', a function from a PIL image to a number
-    (one with a parameter `prompt` is told the prompt too). Each becomes a column."""
+    (if it has a parameter `prompt`, it gets the prompt too). Each becomes a column."""
     columns: str | None = None
     """Table (.csv or .jsonl) of labels that you already have. Its column 'file' names the image, relative to the
     folder; the other columns hold integer labels or numbers, and may include 'prompt'."""
@@ -45,15 +45,15 @@ class LabelConfig:
     classes: Annotated[int, at_least(2)] = 4
     """The command suggests thresholds for this many classes."""
     encoding: str = "utf-8"
-    """Encoding of the tables and of the prompts beside the images, such as cp1252. A byte order mark says it better."""
+    """Encoding of the tables and of the prompts beside the images, such as cp1252. A file's byte order mark has priority."""
     on_bad_row: Literal["error", "skip"] = "error"
     """'error': stop at the first image or label that cannot be used. 'skip': set it aside in OUTPUT.bad_rows.jsonl
     with the reason, and go on."""
     overwrite: bool = False
     """Replace an output that already exists."""
     draw_shapes: Annotated[int | None, at_least(1)] = None
-    """First draw this many images of the built-in example, with their prompts beside them, into --images: something
-    to try the rest on. The folder must be new or empty."""
+    """First draw this many images of the built-in example, with their prompts beside them, into --images, to try the
+    command on. The folder must be new or empty."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the drawn images."""
 

@@ -14,7 +14,7 @@ from ctrl_ray import command
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Make a run's report anew from its files: of a run that stopped, or of an old one."""
+    """Make a run's report again from its files, for a run that stopped or an old one."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of the run, such as runs/shapes."""

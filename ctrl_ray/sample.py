@@ -33,7 +33,7 @@ class SampleConfig:
     prompts_file: str | None = None
     """Text file with one prompt per line, instead of --prompt."""
     encoding: str = "utf-8"
-    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
+    """Encoding of prompts_file, such as cp1252. A byte order mark in the file has priority."""
     control: tuple[str, ...] = ()
     """NAME=CLASS for each control, such as jpeg_size=2. CLASS is an index or a name. Controls that you do not name
     get the null label."""
@@ -49,7 +49,7 @@ class SampleConfig:
     """Sample from the pre-trained model, for pictures before and after: same noise and settings, no adapter, no
     controls."""
     base_model: str | None = None
-    """Folder or id of the base model. Give it when the model is not where the adapter remembers it, or with no adapter:
+    """Folder or id of the base model. Give it when the model is not where the adapter says, or when there is no adapter:
     with --base, or with --classifier and --candidates or --method.name. 'shapes' ships with the package."""
     num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps. None: as the adapter was trained."""
@@ -62,21 +62,21 @@ class SampleConfig:
     adapter_scale: float = 1.0
     """Scale of what the adapter adds. 1: as trained."""
     candidates: Annotated[int, at_least(1)] = 1
-    """Draw so many candidates for each image and keep one, by its exact weight for the target: slower by about twice this
-    number, and exact in the limit. Needs --control and a classifier. Works with an adapter, and with --base-model alone
-    (no training)."""
+    """Draw this many candidates for each image and keep one, by its exact weight for the target. Sampling takes about twice
+    this number times as long, and is exact in the limit. It needs --control and a classifier, and works with an adapter or
+    with --base-model alone (no training)."""
     method: MethodConfig = field(default_factory=MethodConfig)
-    """Steer the pre-trained model of --base-model to --control by the classifiers, with no adapter and no training."""
+    """Steer the pre-trained model of --base-model to --control with the classifiers, without adapter or training."""
     classifier: tuple[str, ...] = ()
-    """NAME=FOLDER for each control that weighs candidates or steers a method. Empty: the classifier that travels with the
-    adapter."""
+    """NAME=FOLDER for each control: the classifier that weighs candidates or steers a method. Empty: the classifier that is
+    stored with the adapter."""
     exponent: tuple[str, ...] = ()
-    """NAME=NUMBER for each control: candidates and methods draw for p_pre(x|c) p(y|x,c)^NUMBER. Empty: guidance_strength /
-    kl_coef of the adapter, 1 without an adapter."""
+    """NAME=NUMBER for each control: the target of candidates and methods is p_pre(x|c) p(y|x,c)^NUMBER. Empty:
+    guidance_strength / kl_coef of the adapter, or 1 without an adapter."""
     device: str | None = None
     """torch device. None: a GPU if there is one."""
     precision: Precision | None = None
-    """Precision of the denoiser. None: on a GPU that of the run that made the adapter, else fp32."""
+    """Precision of the denoiser. None: on a GPU as in the run that made the adapter, else fp32."""
     overwrite: bool = False
     """Replace the images of an earlier run in output_dir."""
 

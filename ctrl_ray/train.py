@@ -163,8 +163,8 @@ class Arguments:
     dry_run: bool = False
     """Check everything that needs no cluster, print the plan and stop."""
     machines: str | None = None
-    """With --dry-run: plan for these machines, which need not be there: MACHINESxGPUSxMEMORY, as 4x8x80GB, 1x1xL40S, or
-    several kinds as 3x8x80GB,1x4x80GB."""
+    """With --dry-run: plan for these machines, which need not be there. MACHINESxGPUSxMEMORY, such as 4x8x80GB or 1x1xL40S;
+    several kinds: 3x8x80GB,1x4x80GB."""
     refit_classifier: bool = False
     """Fit the classifiers from data even where the settings name a fitted one."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -179,7 +179,7 @@ class Arguments:
     """The sweep file, such as tune_spaces/kl_guidance.py. It has PRESET, METRIC, MODE and space(), and may have
     points(), scheduler() and search()."""
     num_samples: int | None = None
-    """How many trials to draw. None: 16. A grid is run through once."""
+    """How many trials to draw. None: 16. A grid runs each of its points once."""
     max_concurrent: int | Literal["auto"] = "auto"
     """At most this many trials at a time. auto: as many as have room beside the reward pool."""
     output_dir: str | None = None

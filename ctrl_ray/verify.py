@@ -42,7 +42,7 @@ _OF_ONE_PROBLEM = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """Train on problems with a known answer, with the code that trains image pipelines, and compare the results with
-    the answers; or compare a finished run's adapter with exact samples of its target."""
+    the answers. Or compare a finished run's adapter with exact samples of its target."""
 
     problem: (
         Literal["gaussian", "mixture", "component", "logistic", "two-controls", "dimension", "prompt-dependent"] | None
@@ -56,7 +56,7 @@ class VerifyOptions:
     stds: Annotated[tuple[float, ...] | None, above(0)] = None
     """Standard deviations of the components."""
     weights: Annotated[tuple[float, ...] | None, at_least(0)] = None
-    """Weights of the components. They are normalised. prompt-dependent: those of every prompt."""
+    """Weights of the components. They are normalised. prompt-dependent: the same for every prompt."""
     reward_slope: float | None = None
     """logistic, mixture, two-controls: p(y|x) = sigmoid(slope · x). prompt-dependent: sigmoid(slope · x ± 2)."""
     reward_target: float | None = None
@@ -70,12 +70,12 @@ class VerifyOptions:
     num_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps."""
     kernel: Literal["ddim", "flow"] = "ddim"
-    """Of every problem: DDIM on the noise schedule of Stable Diffusion, or flow matching, shifted as SD3 does."""
+    """Sampler of every problem: DDIM on the noise schedule of Stable Diffusion, or flow matching, shifted as in SD3."""
     sde: FlowSDE | None = None
-    """Of --kernel flow: where a step's noise comes from. The default is ancestral, DDIM's step in other variables; for the
+    """With --kernel flow: where a step's noise comes from. The default is ancestral, DDIM's step in other variables. For the
     others choose eta too (Flow-GRPO's is 0.7)."""
     eta: Annotated[float | None, above(0)] = None
-    """Stochasticity. Below 1 (flow_grpo: the root of 2) the sampler remembers its initial noise and misses the target."""
+    """Stochasticity. Below 1 (flow_grpo: below the root of 2) the sampler remembers its initial noise and misses the target."""
     dimension: Annotated[int | None, at_least(1)] = None
     """Number of independent coordinates. The reward depends on the first one (two-controls: on the first two;
     prompt-dependent: on all, which are repeats of one training)."""
@@ -100,18 +100,18 @@ class VerifyOptions:
     """With --error-budget: how many labelled samples the classifier is fitted on."""
     adapter: str | None = None
     """Instead of solving problems, compare the samples of this adapter with exact samples of its target, class by class.
-    Rejection from the pre-trained model makes them."""
+    The exact samples come from the pre-trained model by rejection."""
     pipeline: Literal["shapes"] | None = None
-    """Without --adapter: first train one on the shapes, with the preset shapes-exact (about an hour), and compare it."""
+    """Without --adapter: first train one on the shapes, with the preset shapes-exact (about an hour), then compare it."""
     num_samples: Annotated[int, at_least(16)] = 2048
     """With --adapter: samples of each joint class (a class of every control), on each side."""
     max_pool_samples: Annotated[int | None, at_least(20)] = None
-    """With --adapter: pre-trained samples at most. Drawing ends before, when every class has enough exact samples. None:
-    8 × num_samples × joint classes."""
+    """With --adapter: the most pre-trained samples to draw. Drawing ends earlier when every class has enough exact samples.
+    None: 8 × num_samples × joint classes."""
     prompts_file: str | None = None
     """With --adapter: file of prompts, one per line. None: the prompts of the run that made the adapter."""
     encoding: str = "utf-8"
-    """Encoding of prompts_file, such as cp1252. A byte order mark says it better."""
+    """Encoding of prompts_file, such as cp1252. A byte order mark in the file has priority."""
     classifier: tuple[str, ...] = ()
     """With --adapter: NAME=FOLDER for each control, the classifier it was trained with. Empty: RUN/classifier/NAME."""
     json: bool = False

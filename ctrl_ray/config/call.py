@@ -12,7 +12,7 @@ from ctrl_ray.config.values import require
 
 @dataclass(frozen=True, kw_only=True)
 class CallConfig:
-    """As diffusers' pipelines call them. None: as the adapter was trained, or as the base model is."""
+    """Named as in diffusers' pipelines. None: as the adapter was trained, or as the base model is."""
 
     num_inference_steps: Annotated[int | None, at_least(1)] = None
     """Denoising steps."""

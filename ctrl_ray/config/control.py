@@ -90,9 +90,9 @@ class ControlConfig:
     kl_coef = 1 it is the exponent itself. Higher: more accurate, more KL, less diverse."""
     oracle: str | None = None
     """What measures the true value of an image: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
-    features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number; one with a
-    parameter `prompt` is told the prompt too). None: nothing does; then only a classifier can judge the accuracy after
-    training."""
+    features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number; if it
+    has a parameter `prompt`, it gets the prompt too). None: nothing measures it, and only a classifier can judge the
+    accuracy after training."""
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending: class i is [thresholds[i-1], thresholds[i]). Empty: the data
     column already holds integer labels."""
@@ -102,11 +102,11 @@ class ControlConfig:
     unit: str = ""
     """Unit of the measured number, such as 'bytes'. Pictures show it."""
     column: str | None = None
-    """Column of the offline data set. None: the control's name."""
+    """Column of the offline data set. None: the column with the control's name."""
     classifier: str | None = None
     """Folder of a fitted classifier. None: stage 1 fits one from `data`."""
     network: str | None = None
-    """Network of the classifier that stage 1 fits, such as 'clip:NAME_OR_FOLDER'. None: classifier.network."""
+    """Network of the classifier that stage 1 fits, such as 'clip:NAME_OR_FOLDER'. None: the one in classifier.network."""
     label_weights: Annotated[tuple[float, ...], at_least(0)] = ()
     """How often training draws each class, as relative weights. Empty: all classes equally often."""
 
@@ -162,10 +162,10 @@ class ClassifierConfig:
     """Give the classifier the prompt too. It needs the prompt when the same image gets another label under another
     prompt: thresholds or annotators that differ by prompt, or the label "does it match its prompt?". Without it the
     classifier learns the average over prompts, and the policy misses its target by what `python -m ctrl_ray.verify
-    --problem prompt-dependent` shows. Where the image alone decides the label, leave it off: it needs fewer images."""
+    --problem prompt-dependent` shows. Leave it off where the image alone decides the label: the fit then needs fewer images."""
     ignore_prompts: bool = False
-    """Read the labelled images as pairs (x, y), as if they had no prompts. CFG fine-tuning then learns the label beside the
-    empty prompt alone."""
+    """Read the labelled images as pairs (x, y), as if they had no prompts. CFG fine-tuning then learns the label with
+    the empty prompt only."""
     epochs: Annotated[int, at_least(1)] = 12
     """Passes over the fitting split. The epoch with the lowest negative log-likelihood on the selection split is
     kept."""
@@ -178,13 +178,13 @@ class ClassifierConfig:
     max_images: Annotated[int | None, at_least(1)] = None
     """Use at most this many rows of the data set. None: all."""
     num_pipeline_samples: Annotated[int, at_least(0)] = 0
-    """Also fit on this many samples of the pre-trained pipeline, labelled by the oracle, because the reward will
-    judge images of this kind. The control needs an oracle for it."""
+    """Also fit on this many samples of the pre-trained pipeline, because the reward will judge images of this kind. The
+    oracle labels them, so the control needs one."""
     split: Annotated[tuple[float, float, float], above(0)] = (0.8, 0.1, 0.1)
     """Shares of the rows for fitting, for choosing the epoch, and for temperature scaling."""
     decode: bool = True
-    """Pass every image through the pipeline's VAE first, and measure its label again where there is an oracle. The
-    reward sees only decoded images."""
+    """Pass every image through the pipeline's VAE first, because the reward sees only decoded images. An oracle, if there
+    is one, measures the label again."""
     num_workers: Annotated[int, at_least(1)] = 1
     """Ray Train workers that fit the classifier."""
 

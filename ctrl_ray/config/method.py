@@ -36,45 +36,45 @@ class MethodConfig:
     """A method of `ctrl_ray.baselines`. An option that is None has the method's own default."""
 
     name: MethodName = "plain"
-    """'plain': nothing steers. Whole samples that are kept or not: 'best_of_n', 'rejection' (exact). A push at each step:
-    'dps' (reconstruction guidance), 'mpgd', 'tfg', 'classifier_guidance' (by a classifier of noised latents). Particles,
-    weighed and resampled: 'smc', 'tds', 'fk_steering' (exact as their number grows), 'svdd'."""
+    """'plain': no steering. Keep or drop whole samples: 'best_of_n', 'rejection' (exact). Push each step: 'dps'
+    (reconstruction guidance), 'mpgd', 'tfg', 'classifier_guidance' (by a classifier of noised latents). Weigh and resample
+    particles: 'smc', 'tds', 'fk_steering' (exact as their number grows), 'svdd'."""
     reference_steps: Annotated[int, at_least(0)] = 1
-    """How many of the last denoising steps nothing steers. They have so little noise that a push there costs a large KL and
-    gains nothing."""
+    """The method does not steer this many of the last denoising steps. They have so little noise that a push there costs a
+    large KL and gains nothing."""
     scale: Annotated[float | None, at_least(0)] = None
-    """dps, tds, tfg: strength of the gradient through the denoiser. mpgd: of that in x_0. classifier_guidance: of that of log
-    p(y|x_t)^exponent. Default 1, the nominal one."""
+    """Strength of a gradient. dps, tds, tfg: the gradient through the denoiser. mpgd: the gradient in x_0.
+    classifier_guidance: the gradient of log p(y|x_t)^exponent. Default 1, the nominal one."""
     num_particles: Annotated[int | None, at_least(1)] = None
     """Paths of each image at a time: samples (best_of_n: 4), particles (smc, tds, fk_steering: 4), candidates of a step (svdd:
-    8). The cost is so many times plain sampling's."""
+    8). The cost is this many times plain sampling's."""
     max_tries: Annotated[int | None, at_least(1)] = None
-    """rejection: samples at most for an image. Default 256."""
+    """rejection: the most samples drawn for an image. Default 256."""
     window: tuple[float, float] | None = None
-    """dps, mpgd, tfg, classifier_guidance: shares of the steps, noise first, between which the sampler is guided. Default
-    0 1: all."""
+    """dps, mpgd, tfg, classifier_guidance: guide the steps between these two shares of the way from noise (0) to image (1).
+    Default 0 1: all steps."""
     noised_classifier: tuple[str, ...] | None = None
-    """classifier_guidance: NAME=FOLDER of each control's classifier of noised latents, which `python -m ctrl_ray.classify
-    --noised` writes."""
+    """classifier_guidance: NAME=FOLDER of each control's classifier of noised latents. `python -m ctrl_ray.classify --noised`
+    writes it."""
     step_size: Literal["plain", "guidance"] | None = None
-    """mpgd: 'guidance' measures the step by the classifier-free guidance of the prompt, whatever the gradient's size. Default
-    plain."""
+    """mpgd: 'guidance' makes the step as large as the prompt's classifier-free guidance (times scale), whatever the gradient's
+    size. Default plain."""
     mean_scale: Annotated[float | None, at_least(0)] = None
     """tfg: strength of the gradient in x_0. Default 1."""
     smoothing: Annotated[float | None, at_least(0)] = None
-    """tfg: noise on x_0 that the reward is averaged over. Default 0.01."""
+    """tfg: the noise on x_0 over which the reward is averaged. Default 0.01."""
     num_smoothed: Annotated[int | None, at_least(1)] = None
-    """tfg: how many of these noises. Default 4."""
+    """tfg: how many draws of this noise. Default 4."""
     num_iterations: Annotated[int | None, at_least(1)] = None
-    """tfg: gradient steps in x_0 at each step. Default 4."""
+    """tfg: gradient steps in x_0 at each denoising step. Default 4."""
     num_recurrences: Annotated[int | None, at_least(1)] = None
-    """tfg: how often a step is taken, noised again in between. Default 1."""
+    """tfg: how many times each denoising step is taken, with new noise in between. Default 1."""
     temperature: Annotated[float | None, at_least(0)] = None
-    """svdd: α of the softmax over candidates. 0: the best one. Default 1."""
+    """svdd: α of the softmax over candidates. 0: take the best one. Default 1."""
     every: Annotated[int | None, at_least(1)] = None
     """fk_steering: steps between two potentials. Default 5."""
     potential: Literal["difference", "max", "add"] | None = None
-    """fk_steering: what particles are compared by on the way; the target is the same. Default difference."""
+    """fk_steering: how particles are compared on the way. The target is the same for all. Default difference."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -21,26 +21,26 @@ class SamplerConfig:
     """Denoising steps. The denoiser calls per sample grow in proportion."""
     eta: Annotated[float, at_least(0)] = 1.0
     """Stochasticity, up to 1. The theory needs a sampler that forgets its initial noise; 1 does so (nearly). 0 is
-    refused with a KL, because its steps have no density. Of flow_sde 'flow_grpo' the noise level (0.7 in Flow-GRPO, √2
-    forgets), of 'constant' the noise itself: those may be larger."""
+    refused where there is a KL, because its steps have no density. With flow_sde 'flow_grpo' it is the noise level (0.7 in
+    Flow-GRPO, √2 forgets), with 'constant' the noise itself: both may be larger."""
     flow_sde: FlowSDE = "ancestral"
-    """Of base models that were trained by flow matching: where a step's noise comes from. 'ancestral' is DDIM's step in
-    other variables, and forgets its initial noise at eta 1. 'cps', 'flow_grpo' and 'constant' are those of other trainers, for
-    adapters from elsewhere."""
+    """For base models that were trained by flow matching: where a step's noise comes from. 'ancestral' is DDIM's step in
+    other variables, and forgets its initial noise at eta 1. Other trainers use 'cps', 'flow_grpo' and 'constant': take them
+    for adapters from elsewhere."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of the prompt. 1.0 switches it off; any other value doubles the denoiser's work."""
     control_scale: float | None = None
     """A guidance scale for the label alone (three denoiser branches). None: prompt and label share guidance_scale."""
     null_branch: NullBranch = "pre_trained"
-    """With a guidance_scale other than 1: whose the unconditional branch is. 'pre_trained': without prompt and label, as in
-    the paper. 'class': without prompt but with the label, as tools do that know an exported class as an ordinary LoRA."""
+    """With a guidance_scale other than 1: what the unconditional branch gets. 'pre_trained': no prompt and no label, as in
+    the paper. 'class': no prompt but the label, as in tools that load an exported class as an ordinary LoRA."""
     height: Annotated[int | None, at_least(1)] = None
-    """Of the images, in pixels; with width. None: what the base model was trained for. Fewer take less memory and time."""
+    """Height of the images in pixels. Give width too. None: the base model's own size. Fewer take less memory and time."""
     width: Annotated[int | None, at_least(1)] = None
-    """Of the images, in pixels; with height."""
+    """Width of the images in pixels. Give height too."""
     max_sequence_length: Annotated[int | None, at_least(1)] = None
-    """Stable Diffusion 3: tokens of the T5, or of zeros in its place. None: 256, as diffusers' pipeline. Fewer are faster, if
-    the base model was trained with fewer or prompts are short."""
+    """Stable Diffusion 3: number of tokens of the T5, or of zeros in its place. None: 256, as in diffusers' pipeline. Fewer are
+    faster. Take fewer if the base model was trained with fewer, or if prompts are short."""
     reference_steps: Annotated[int, at_least(0)] = 0
     """The pre-trained model takes this many of the last denoising steps, in training and in sampling. They are a
     fixed part of the reward. The last step or two have so little noise that any deviation there costs a large KL and
@@ -92,12 +92,12 @@ AdapterKind = Literal["gains", "embedding", "both"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
-    """How a label reaches the denoiser. With `full_finetune` it is by control embeddings, whatever is set here."""
+    """How a label reaches the denoiser. With `full_finetune` control embeddings are used, whatever is set here."""
 
     kind: AdapterKind = "embedding"
-    """'gains': each class turns the ranks of LoRA up, down or round; without a label the policy is the pre-trained model,
-    bit for bit, and every class is exported as a LoRA file that plain diffusers loads. 'embedding': the paper's label
-    embedding, added to the time embedding, beside one LoRA for all classes. 'both': gains and the embedding."""
+    """'gains': each class scales the ranks of LoRA by its own gains, positive or negative. Without a label the policy is the
+    pre-trained model, bit for bit. Every class is exported as a LoRA file that plain diffusers loads. 'embedding': the
+    paper's label embedding, added to the time embedding, beside one LoRA for all classes. 'both': gains and the embedding."""
 
     def __post_init__(self) -> None:
         check_fields(self, "adapter")

@@ -23,7 +23,7 @@ from ctrl_ray.config import (
 from ctrl_ray.errors import ConfigError
 
 DEFAULT_PRESET = "shapes"
-"""What the main job and sweeps start from where nothing is said."""
+"""Where the main job and sweeps start when no preset is given."""
 
 JPEG_SIZE_THRESHOLDS = (2677.0, 3218.0, 3622.0)
 """Bytes. Quartiles of the JPEG size under the shipped pipeline (10 steps, eta 1, no guidance)."""
@@ -147,8 +147,8 @@ def shapes_exact() -> TrainConfig:
 
 
 def shapes_cfg() -> TrainConfig:
-    """`shapes` by the baseline CFG fine-tuning: same images, LoRA's places and rank, and a label embedding. The strength of the
-    label, --sampler.control-scale, is to be chosen on a validation set."""
+    """`shapes` by the baseline CFG fine-tuning: same images, LoRA's places and rank, and a label embedding. Choose the
+    strength of the label, --sampler.control-scale, on a validation set."""
     return dataclasses.replace(as_cfg(shapes()), output_dir="runs/shapes-cfg")
 
 
@@ -211,9 +211,9 @@ def sdxl() -> TrainConfig:
 
 
 def sd35_medium() -> TrainConfig:
-    """Stable Diffusion 3.5 medium on GPUs, at 512 pixels a side; add --control and --data. Its 40 steps are those of an ODE;
-    with the noise that training needs, look at plain samples first (`python -m ctrl_ray.sample --base`), and take more steps if
-    they want it."""
+    """Stable Diffusion 3.5 medium on GPUs, at 512 pixels a side; add --control and --data. Its 40 steps are those of an ODE,
+    but training needs noise. Look at plain samples first (`python -m ctrl_ray.sample --base`), and take more steps if they
+    need them."""
     base = stable_diffusion()
     return dataclasses.replace(
         base,

@@ -19,8 +19,8 @@ class RewardPoolConfig:
     min_actors: Annotated[int | None, at_least(0)] = None
     """The pool never shrinks below this number. None: num_actors."""
     max_actors: Annotated[int | None, at_least(0)] = None
-    """The pool never grows above this number. None: num_actors. Leave room for them: a pool that grows takes what is
-    free."""
+    """The pool never grows above this number. None: num_actors. Leave room for these actors: a growing pool takes
+    what is free."""
     grow_after_s: Annotated[float, above(0)] = 5.0
     """Add an actor when requests have waited for busy actors for this long without a break."""
     shrink_after_s: Annotated[float, above(0)] = 60.0
@@ -31,10 +31,10 @@ class RewardPoolConfig:
     """torch threads of an actor on the CPU. None: cpus_per_actor, rounded up."""
     gpus_per_actor: Annotated[float | Auto, at_least(0)] = 0.0
     """GPUs that Ray reserves for an actor. With a fraction, several actors share one GPU, or an actor shares it with a
-    worker (scaling.gpus_per_worker). 'auto': so small a share that all actors have room beside a worker on any card."""
+    worker (scaling.gpus_per_worker). 'auto': a share so small that all actors fit beside a worker on any card."""
     placement: Literal["pack", "spread"] = "pack"
     """'pack' is Ray's default: half of a node is filled before the next one is used. 'spread' distributes the actors
-    over all nodes, so that a lost node takes fewer of them along."""
+    over all nodes, so that you lose fewer of them with a node."""
     node_resource: str | None = None
     """Put actors only on nodes that have this custom Ray resource; each actor takes 0.001 of it. Give it to CPU
     nodes only, and the pool stays off GPU nodes. None: any node."""
@@ -87,13 +87,13 @@ class ScalingConfig:
 
     num_workers: Annotated[int | Auto, at_least(1)] = 1
     """Ray Train workers. Each is one DeepSpeed rank with one GPU (or cpus_per_worker CPUs). 'auto': as many as fit
-    the cluster beside the reward pool, and have a group of the global batch each."""
+    the cluster beside the reward pool, but at most one for each group of the global batch."""
     use_gpu: bool = False
     """A GPU for each worker. False trains on the CPU with gloo."""
     gpus_per_worker: float | Auto = 1.0
     """With use_gpu: the share of its GPU that Ray reserves for a worker, above 0.5 because a card can hold one worker only.
-    What is left of each card is for reward actors and asynchronous evaluation. It is a reservation and limits neither
-    memory nor speed. 'auto': the whole card, or what small shares of those leave."""
+    The rest of each card is for reward actors and asynchronous evaluation. A reservation limits neither memory nor
+    speed. 'auto': the whole card, or what is left beside small shares for those two."""
     cpus_per_worker: Annotated[float, above(0)] = 1.0
     """CPUs that Ray reserves for a worker."""
     threads_per_worker: Annotated[int | None, at_least(1)] = None
@@ -112,13 +112,13 @@ class ScalingConfig:
     memory, and the denoiser's last norm and convolution stay float32. Rounding counts as KL: each run measures how much
     (kl_noise_floor) and prints it. fp16 rounds 8 times finer than bf16, and its cotangents are scaled."""
     gradient_checkpointing: bool | Auto = False
-    """Recompute activations in the backward pass: less memory, about one more forward per step. 'auto': where it makes
-    the update faster by the planner's model, because a larger micro-batch fits."""
+    """Recompute activations in the backward pass: less memory, about one more forward per step. 'auto': on where
+    the planner's model says that the larger micro-batch, which then fits, makes the update faster."""
     max_failures: Annotated[int, at_least(0)] = 3
     """How many times the run restarts from its last checkpoint after it has lost a worker, before it gives up."""
     min_workers: int | None = None
-    """Elastic training: when nodes are lost, go on with as few workers as this; when nodes return, grow back to
-    num_workers. The global batch and its samples stay the same. None: always num_workers."""
+    """Elastic training: when nodes are lost, go on with fewer workers, at least this many; when nodes return, grow
+    back to num_workers. The global batch and its samples stay the same. None: always num_workers."""
     resize_check_s: Annotated[float, at_least(0)] = 60.0
     """Elastic training: seconds between two checks whether the group can grow. When it grows, it goes back to the
     last checkpoint."""

@@ -37,42 +37,42 @@ class TrainConfig:
     """File of prompts to train on, one per line. None: the prompt column of the data set, or the prompts of the
     built-in example."""
     encoding: str = "utf-8"
-    """Encoding of the files of prompts, such as cp1252. A byte order mark says it better."""
+    """Encoding of the files of prompts, such as cp1252. A byte order mark in the file has priority."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of every random draw, together with (update, sample id, purpose)."""
     training_method: TrainingMethod = "ctrl"
-    """'ctrl': the paper's method. 'cfg', which it is compared with: the denoiser is fitted to the images and labels of `data`,
-    for classifier-free guidance of the label (sampler.control_scale). An update draws no trajectory and asks no classifier:
-    estimator and label_draws play no part. It needs prompts beside the labels."""
+    """'ctrl': the paper's method. 'cfg', a baseline: fit the denoiser to the images and labels of `data`, for classifier-free
+    guidance of the label (sampler.control_scale). An update of 'cfg' draws no trajectory and asks no classifier, so estimator
+    and label_draws have no effect. It needs prompts beside the labels."""
     num_updates: Annotated[int, at_least(1)] = 60
     """Optimizer updates."""
     global_batch_size: Annotated[int, at_least(1)] = 64
-    """Trajectories per update (training_method cfg: images), over all workers. Where it does not divide, some workers have one
-    group more."""
+    """Trajectories per update (training_method cfg: images), over all workers. If the groups do not divide evenly, some
+    workers have one more."""
     micro_batch_size_per_worker: Annotated[int | Auto, at_least(1)] = 32
     """Trajectories that a worker holds at a time. One micro-batch is scored while the next one is sampled. 'auto': the
-    largest that fits its memory, made even over the micro-batches of an update."""
+    largest that fits the worker's memory, made even over the micro-batches of an update."""
     group_size: Annotated[int, at_least(1)] = 1
     """This many consecutive samples share prompt and label. The estimator 'reinforce' compares them with each other."""
     kl_coef: Annotated[float, at_least(0)] = 1.0
     """beta: weight of the KL to the pre-trained model, in nats. Lower: more reward, more KL."""
     latent_reduction: Literal["sum", "mean"] = "sum"
-    """How the KL is reduced over latent dimensions. 'sum' is the method's. 'mean' is the public reference code's;
-    its exponent depends on the number of latent dimensions."""
+    """How the KL is reduced over latent dimensions. 'sum': as in the method. 'mean': as in the public reference code;
+    the exponent then depends on the number of latent dimensions."""
     control_dropout: Annotated[float | Auto, share(without_1=True)] = "auto"
     """Share of samples that get the null label (strength 0), so that the policy without a label stays the reference. 'auto':
-    0 for one control with adapter.kind gains, which add nothing without a label, else 0.1. Several controls need it with gains
-    too: the policy with a label of one of them is to ignore the others."""
+    0 for one control with adapter.kind gains (gains add nothing without a label), else 0.1. Several controls need it with
+    gains too: a policy that gets the label of one control must ignore the others."""
     label_draws: Literal["independent", "systematic"] = "independent"
-    """How an update's labels are drawn. 'systematic': every class as often as its share says, to one, in a random order; less
-    noise where batches are small."""
+    """How an update's labels are drawn. 'systematic': each class as often as its share says, give or take one, in random
+    order. This has less noise when batches are small."""
     target_kl: Annotated[float | None, above(0)] = None
     """Stop early when the KL of an evaluation is above this many nats. The best checkpoint below it is exported. It must
     be at least twice the kl_noise_floor, which the run measures when it starts."""
     full_finetune: bool = False
     """Train every weight of the denoiser instead of LoRA. A frozen copy stays in memory as the reference."""
     init_adapter: str | None = None
-    """Adapter folder to go on from. A control that it does not have is added to it."""
+    """Adapter folder to start from. A control that the adapter does not have is added to it."""
     checkpoint_every_updates: Annotated[int, at_least(1)] = 10
     """Updates between two checkpoints. A crash loses at most this many."""
     num_checkpoints_to_keep: Annotated[int, at_least(1)] = 2
@@ -80,9 +80,9 @@ class TrainConfig:
     export_images: Annotated[int, at_least(0)] = 8
     """Images per class in the report and in the tracker."""
     tracker: str = "aim"
-    """What curves and pictures are written to besides metrics.jsonl and the report: 'aim' (output_dir/aim), 'tensorboard'
-    (event files in output_dir/tensorboard), or 'none'; 'aim://HOST:PORT' is a tracking server, 'aim:FOLDER' another repository,
-    which no other process writes to. Where Aim is not installed, TensorBoard stands in."""
+    """Where curves and pictures go besides metrics.jsonl and the report: 'aim' (output_dir/aim), 'tensorboard' (event files in
+    output_dir/tensorboard), or 'none'. 'aim://HOST:PORT' is a tracking server. 'aim:FOLDER' is another repository; no other
+    process may write to it. Where Aim is not installed, TensorBoard takes its place."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The sampler that the policy is trained for."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)

@@ -15,7 +15,7 @@ class Tracker(NamedTuple):
 
     kind: TrackerKind
     repo: str | None
-    """Of Aim: another repository than RUN/aim, a folder or 'aim://HOST:PORT'."""
+    """For Aim, a repository other than RUN/aim: a folder or 'aim://HOST:PORT'."""
 
     @property
     def title(self) -> str:

@@ -24,16 +24,16 @@ class EstimatorConfig:
     """last_k: how many of the last steps have a gradient (0 means 1). adjoint_matching: how many steps are matched
     (0 means all); fewer are cheaper."""
     keep_graphs: bool | Auto = False
-    """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then computes no forward
-    again; with adapter.kind gains policy and reference are one forward too. Less time, and the activations of all steps
-    at once: for small denoisers. 'auto': where the other settings allow it and the memory is known to suffice."""
+    """full: keep the graph of every denoising step from the rollout to the adjoint pass, which then repeats no forward. With
+    adapter.kind gains, policy and reference also share one forward. It saves time but holds the activations of all steps at
+    once: for small denoisers. 'auto': on where the other settings allow it and the memory is known to suffice."""
     max_drift: Annotated[float, at_least(0)] = 0.0
-    """The longest drift, in standard deviations of a denoising step's noise, that one trajectory may ask of a step. The best
-    drifts are short. The few trajectories that miss their class ask for huge ones, and are nearly all of the gradient's
-    variance. Biased while it binds: the lower, the less KL and the less accuracy. 0: no bound."""
+    """The longest drift that one trajectory may ask of a denoising step, in standard deviations of the step's noise. The best
+    drifts are short. The few trajectories that miss their class ask for huge ones, and make nearly all of the gradient's
+    variance. The bound adds bias: the lower it is, the less KL and the less accuracy. 0: no bound."""
     final_max_drift: Annotated[float, at_least(0)] = 0.0
-    """The bound grows geometrically to this over the run, so that what misses its class is brought in when the learning rate is
-    small. 0: it stays at max_drift."""
+    """The bound grows geometrically to this value over the run, so that samples which miss their class are corrected when the
+    learning rate is small. 0: it stays at max_drift."""
     full_probability: Annotated[float, share(without_0=True)] = 0.3
     """random_suffix: probability that the gradient goes through the whole trajectory. Higher: less variance, more
     denoiser calls."""
