@@ -91,11 +91,10 @@ class ControlConfig:
     oracle: str | None = None
     """What measures the true value of an image: 'jpeg_size', 'colourfulness', 'clip_head:FILE' (a score by a head on CLIP's
     features, `ctrl_ray.classifiers.clip_head`) or 'my_module:my_oracle' (a function from a PIL image to a number; if it
-    has a parameter `prompt`, it gets the prompt too). None: nothing measures it, and only a classifier can judge the
-    accuracy after training."""
+    has a parameter `prompt`, it gets the prompt too). None: nothing measures it, and the report leaves the accuracy empty."""
     thresholds: tuple[float, ...] = ()
     """Class borders of a measured number, ascending: class i is [thresholds[i-1], thresholds[i]). Empty: the data
-    column already holds integer labels."""
+    column already holds integer labels or class names."""
     classes: tuple[str, ...] = ()
     """Class names, one for each output of the classifier. Empty with thresholds: the names are made from the
     thresholds."""

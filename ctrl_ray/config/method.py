@@ -47,7 +47,8 @@ class MethodConfig:
     classifier_guidance: the gradient of log p(y|x_t)^exponent. Default 1, the nominal one."""
     num_particles: Annotated[int | None, at_least(1)] = None
     """Paths of each image at a time: samples (best_of_n: 4), particles (smc, tds, fk_steering: 4), candidates of a step (svdd:
-    8). The cost is this many times plain sampling's."""
+    8). The cost is at least this many times plain sampling's, and several times more where each step decodes or
+    differentiates: on the built-in example smc with 8 costs 46, tds with 4 costs 32, svdd with 8 costs 38.""" ""
     max_tries: Annotated[int | None, at_least(1)] = None
     """rejection: the most samples drawn for an image. Default 256."""
     window: tuple[float, float] | None = None

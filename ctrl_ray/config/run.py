@@ -30,7 +30,7 @@ class TrainConfig:
     """The controls by name. Several can be combined."""
     data: str | None = None
     """Offline data set for stage 1, a Parquet file or folder. 'shapes': the images of the built-in example are
-    drawn."""
+    drawn. None: every control names a fitted classifier, and the prompts are those of prompts_file."""
     num_drawn_images: Annotated[int, at_least(1)] = 6000
     """With data 'shapes': how many images are drawn."""
     prompts_file: str | None = None
