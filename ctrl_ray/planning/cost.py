@@ -210,11 +210,16 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: Cluste
         found = estimate(config, work, rate, machine, scoring_flops_per_s=scoring)
         text = (
             f"             {found.num_machines} × {machine.name:<14}({machine.num_gpus} × {machine.gpu}, "
-            f"{machine.gpu_bytes >> 30} GiB)  {duration(found.update_s):>10} an update {duration(found.run_s):>12} in all"
-            f"  ${found.dollars:,.0f}"
+            f"{machine.gpu_bytes >> 30} GiB)  "
         )
+        cards, used = found.num_machines * machine.num_gpus, cards_needed(config)
         if needed > USABLE * machine.gpu_bytes:
-            text += f"  does not fit: a card needs {needed / 2**30:.1f} GiB"
+            text += f"does not fit: a card needs {needed / 2**30:.1f} GiB"
+        else:
+            text += (
+                f"{duration(found.update_s):>10} an update {duration(found.run_s):>12} in all  ${found.dollars:,.0f}"
+            )
+            text += f"  uses {used} of its {cards} cards" if used < cards else ""
         lines.append(text)
     lines.append(
         "             assumed: machines up from the first to the last minute, no network wait, scoring in "

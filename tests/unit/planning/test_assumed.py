@@ -53,4 +53,6 @@ def test_the_plan_of_an_outline_needs_no_weights(tiny_pipeline: Path, capsys: py
     )
     assert "what it made; it takes 469.4 MiB before anything else is there, and goes" in printed  # 123,060,480 × 4
     assert "4 nodes, 32 CPUs, 4 GPUs of 22.4 GiB, stated and not looked for" in printed
-    assert "in all" in printed and "fits       yes" in printed
+    assert "fits       yes" in printed
+    assert "4 × g6e.2xlarge" in printed and "in all" in printed
+    assert [line.partition("uses ")[2] for line in printed.splitlines() if "8 × H100" in line] == ["4 of its 8 cards"]
