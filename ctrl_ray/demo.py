@@ -270,7 +270,6 @@ def serve(artist: Artist, options: DemoOptions) -> tuple[Any, str]:
         )
     except OSError as error:
         raise ConfigError(f"port {options.port} is taken ({error}); give another --port, or 0 for any") from error
-    print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
     return page, str(address)
 
 
@@ -294,9 +293,12 @@ def _main(argv: Sequence[str]) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ConfigError("the page needs Gradio, which is not installed; pip install 'ctrl-ray[demo]'") from error
-    page, _ = serve(Artist(options), options)
+    page, address = serve(Artist(options), options)
     try:
+        print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
         page.block_thread()
+    except KeyboardInterrupt:
+        pass  # as was said
     finally:
         page.close()
 

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.full
 
 FEW = ["--evaluation.log-z-samples", "16", "--evaluation.max-log-z-samples", "16", "--evaluation.num-pairs", "0"]
 SHORT = ["--num-updates", "2", "--evaluation.every-updates", "0", "--evaluation.final-num-samples", "16", *FEW]
+FIT = ["--num-drawn-images", "600", "--classifier.epochs", "2", "--classifier.num-pipeline-samples", "64"]
 LINES = ["sample", "a page", "is it right?", "compare", "your photos"]
 OF_EVALUATE = ["--num-samples", "16", "--log-z-samples", "16", "--max-log-z-samples", "16"]
 
@@ -72,7 +73,7 @@ def run_block(found: Block, *more: str) -> None:
 def first_run(ray_session: None, place: Path) -> dict[str, str]:
     """README's first command; what the end of the run says is next."""
     (command,) = own_commands(block("README.md: python3 -m venv").commands())
-    arguments = [*command[1], *SHORT, "--tracker", "none"]
+    arguments = [*command[1], *SHORT, *FIT, "--tracker", "none"]
     printed = _printed(["python", "-m", f"ctrl_ray.{command[0]}", *arguments], RAY_ADDRESS=_address())
     return _next(printed)
 
@@ -135,13 +136,17 @@ def test_python(first_run: dict[str, str], place: Path, monkeypatch: pytest.Monk
     few = EvaluationConfig(every_updates=0, final_num_samples=16, log_z_samples=16, max_log_z_samples=16, num_pairs=0)
 
     def short(name: str) -> TrainConfig:
-        return dataclasses.replace(preset(name), num_updates=2, evaluation=few, tracker="none")
+        config = preset(name)
+        classifier = dataclasses.replace(config.classifier, epochs=2, num_pipeline_samples=64)
+        return dataclasses.replace(
+            config, num_updates=2, num_drawn_images=600, classifier=classifier, evaluation=few, tracker="none"
+        )
 
     monkeypatch.setattr(ctrl_ray, "preset", short)
     run = _execute("README.md: config = ")["run"]
     assert 0 <= run.summary["after"]["accuracy"] <= 1 and (place / "runs" / "stronger" / "report").is_dir()
     steered = _execute("ctrl_ray/baselines/README.md: pipe = ", FOLDER="runs/shapes/classifier/jpeg_size")
-    assert steered["pipe"].controls["jpeg_size"].num_classes == 4
+    assert len(steered["pipe"].controls["jpeg_size"]) == 4
     stock = _execute("ctrl_ray/policy/README.md: pipe = ", BASE="BASE3")
     assert isinstance(stock["pipe"].scheduler, ctrl_ray.AncestralFlowScheduler)
 
