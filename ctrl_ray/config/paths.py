@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 
 from ctrl_ray.config import ControlConfig, TrainConfig
@@ -21,13 +22,19 @@ def absolute_path(path: str) -> str:
     if not path.strip():
         raise ConfigError("a path is empty; expected the path of a file or folder, or a URI")
     try:
-        return str(Path(path).expanduser().resolve())
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:  # RuntimeError: an unknown user after '~', or links in a circle
+        return str(_followed(Path(path).expanduser()))
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: an unknown user after '~'
         raise ConfigError(f"{path!r} is no path ({error}); expected the path of a file or folder, or a URI") from error
+
+
+def _followed(path: Path) -> Path:
+    """From the root, links followed; OSError for links in a circle, of which Python 3.13's `resolve` says nothing."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+    return path.resolve()
 
 
 def absolute_model(base_model: str) -> str:

@@ -32,26 +32,30 @@ def decode_text(data: bytes, source: str, encoding: str = UTF_8) -> str:
         data, encoding = data.removeprefix(codecs.BOM_UTF8), UTF_8
     try:
         text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        if encoding == _UTF_16:
-            raise DataError(f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8") from error
-        line = len(lines_of(data[: error.start].decode(encoding, errors="replace") + "."))
-        byte = data[error.start : error.start + 1]
-        guess = byte.decode(_CODE_PAGE, errors="ignore") if encoding == UTF_8 else ""
-        meant = f", which is {guess!r} in the Windows code page {_CODE_PAGE}" if guess else ""
-        option = f", or give --encoding {_CODE_PAGE}" if guess else ", or give another --encoding"
-        name = "UTF-8" if encoding == UTF_8 else encoding
-        raise DataError(
-            f"{source}, line {line}: not {name} (byte 0x{byte.hex()}{meant}); save it as UTF-8{option}"
-        ) from error
-    except UnicodeError as error:  # codecs that are no code pages, such as idna
-        raise DataError(
-            f"{source} is not {encoding} ({error}); save it as UTF-8, or give another --encoding"
-        ) from error
+    except UnicodeError as error:
+        raise DataError(_what_is_wrong(data, source, encoding, error)) from error
     if "\0" in text:
         why = "" if encoding == _UTF_16 else ", as UTF-16 without a byte order mark does"
         raise DataError(f"{source} holds zero bytes{why}; save it as UTF-8")
     return text
+
+
+def _what_is_wrong(data: bytes, source: str, encoding: str, error: UnicodeError) -> str:
+    if encoding == _UTF_16:
+        return f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8"
+    try:
+        before = data[: getattr(error, "start", 0)].decode(encoding, errors="replace")
+    except UnicodeError:  # codecs that are no code pages, such as idna; older Pythons give their errors no start
+        before = None
+    if before is None or not isinstance(error, UnicodeDecodeError):
+        return f"{source} is not {encoding} ({error}); save it as UTF-8, or give another --encoding"
+    byte = data[error.start : error.start + 1]
+    guess = byte.decode(_CODE_PAGE, errors="ignore") if encoding == UTF_8 else ""
+    meant = f", which is {guess!r} in the Windows code page {_CODE_PAGE}" if guess else ""
+    option = f", or give --encoding {_CODE_PAGE}" if guess else ", or give another --encoding"
+    name = "UTF-8" if encoding == UTF_8 else encoding
+    line = len(lines_of(before + "."))
+    return f"{source}, line {line}: not {name} (byte 0x{byte.hex()}{meant}); save it as UTF-8{option}"
 
 
 def _check_encoding(encoding: str) -> None:
