@@ -31,7 +31,7 @@ from ctrl_ray.config.presets import preset
 from tests.classifiers import save_classifier
 from tests.documents import ROOT, Block, block, own_commands
 
-pytestmark = pytest.mark.full
+full = pytest.mark.full
 
 FEW = ["--evaluation.log-z-samples", "16", "--evaluation.max-log-z-samples", "16", "--evaluation.num-pairs", "0"]
 SHORT = ["--num-updates", "2", "--evaluation.every-updates", "0", "--evaluation.final-num-samples", "16", *FEW]
@@ -90,6 +90,7 @@ def _address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+@full
 @pytest.mark.timeout(900)
 def test_the_first_run_says_what_to_do_next(first_run: dict[str, str], place: Path) -> None:
     """Each line runs as it is printed, but for sizes; the page is left again, and the comparison of half an hour is planned."""
@@ -115,6 +116,7 @@ def _look_at_the_page(line: str) -> None:
         assert server.wait(60) == 0
 
 
+@full
 @pytest.mark.timeout(900)
 def test_samples(first_run: dict[str, str], place: Path) -> None:
     """Of candidates without training, and of a method that steers."""
@@ -128,6 +130,7 @@ def test_samples(first_run: dict[str, str], place: Path) -> None:
     assert "gap" in json.loads((place / "runs" / "dps" / "summary.json").read_text())["after"]
 
 
+@full
 @pytest.mark.timeout(900)
 def test_python(first_run: dict[str, str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling, a run, a sweep, a method, a scheduler for stock pipelines."""
@@ -159,22 +162,40 @@ def _execute(name: str, **filled: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.timeout(900)
-def test_own_photos(ray_session: None, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "added",
+    [
+        pytest.param(
+            [["--classifier.num-pipeline-samples", "128"], [*SHORT, "--tracker", "none"]], marks=full, id="short"
+        ),
+        pytest.param([[], []], marks=pytest.mark.slow, id="unchanged"),
+    ],
+)
+@pytest.mark.timeout(3600)
+def test_own_photos(ray_session: None, place: Path, capsys: pytest.CaptureFixture[str], added: list[list[str]]) -> None:
     """Twelve photos without prompts become an adapter by the three commands of README, and what is next runs too."""
-    (place / "data.parquet").unlink(missing_ok=True)
+    for left in ("data.parquet", "runs/classifier", "runs/mine"):
+        _remove(place / left)
     label, classify, train = block("README.md: python -m ctrl_ray.label").commands()
     assert block("ctrl_ray/offline/README.md: python -m ctrl_ray.label").commands() == [label, classify, train]
     run(label)
-    run(classify, "--classifier.num-pipeline-samples", "128")
+    run(classify, *added[0])
     capsys.readouterr()
-    run(train, *SHORT, "--tracker", "none")
+    run(train, *added[1])
     steps = _next(capsys.readouterr().out)
     assert list(steps) == LINES
     run(steps["sample"])
     run(steps["compare"], *OF_EVALUATE)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@full
 def test_plans(place: Path) -> None:
     """For machines that are not there; and without the model, a control or data, in processes that know no Ray. A plan for
     this machine needs a card."""
