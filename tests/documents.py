@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("[a-z]*/**/README.md")])
+_FOLDERS = ("ctrl_ray", "tune_spaces", "cluster", "tests")  # not runs/, whose adapters have a README of their own
+DOCUMENTS = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(file for name in _FOLDERS for file in (ROOT / name).rglob("README.md")),
+    ]
+)
 
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.M | re.S)
 _RECORDED = ("python", "python3", "pip", "ray", "sbatch", "kubectl", "bash")
