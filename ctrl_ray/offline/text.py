@@ -43,12 +43,13 @@ def decode_text(data: bytes, source: str, encoding: str = UTF_8) -> str:
 def _what_is_wrong(data: bytes, source: str, encoding: str, error: UnicodeError) -> str:
     if encoding == _UTF_16:
         return f"{source} begins as UTF-16 and is not ({error}); save it as UTF-8"
+    no_place = f"{source} is not {encoding} ({error}); save it as UTF-8, or give another --encoding"
+    if not isinstance(error, UnicodeDecodeError):  # codecs that are no code pages, such as idna before Python 3.13
+        return no_place
     try:
-        before = data[: getattr(error, "start", 0)].decode(encoding, errors="replace")
-    except UnicodeError:  # codecs that are no code pages, such as idna; older Pythons give their errors no start
-        before = None
-    if before is None or not isinstance(error, UnicodeDecodeError):
-        return f"{source} is not {encoding} ({error}); save it as UTF-8, or give another --encoding"
+        before = data[: error.start].decode(encoding, errors="replace")
+    except UnicodeError:  # since then, idna replaces nothing
+        return no_place
     byte = data[error.start : error.start + 1]
     guess = byte.decode(_CODE_PAGE, errors="ignore") if encoding == UTF_8 else ""
     meant = f", which is {guess!r} in the Windows code page {_CODE_PAGE}" if guess else ""

@@ -203,7 +203,7 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: Cluste
             f"             {who}: {_flops_text(work.scoring_flops)} of decoding an update (counted), "
             f"{work.scoring_flops / work.update_flops:.1%} of a worker's"
         )
-    needed = max(use.bytes for use in card_uses(plan, config, facts))
+    needed, used = max(use.bytes for use in card_uses(plan, config, facts)), cards_needed(config)
     for machine in AWS_MACHINES:
         scoring = GPU_UTILISATION * machine.flops("fp32" if precision == "fp32" else "tf32")
         rate = GPU_UTILISATION * machine.flops(precision)
@@ -212,13 +212,13 @@ def estimate_lines(config: TrainConfig, plan: RunPlan, work: Work, facts: Cluste
             f"             {found.num_machines} × {machine.name:<14}({machine.num_gpus} × {machine.gpu}, "
             f"{machine.gpu_bytes >> 30} GiB)  "
         )
-        cards, used = found.num_machines * machine.num_gpus, cards_needed(config)
         if needed > USABLE * machine.gpu_bytes:
             text += f"does not fit: a card needs {needed / 2**30:.1f} GiB"
         else:
             text += (
                 f"{duration(found.update_s):>10} an update {duration(found.run_s):>12} in all  ${found.dollars:,.0f}"
             )
+            cards = found.num_machines * machine.num_gpus
             text += f"  uses {used} of its {cards} cards" if used < cards else ""
         lines.append(text)
     lines.append(
