@@ -136,7 +136,7 @@ def fit(
 
 def _print_end(folder: Path, summary: dict[str, Any], config: TrainConfig, prompt: str, seconds: float) -> None:
     from ctrl_ray.driver.next_steps import next_lines, next_steps
-    from ctrl_ray.policy.class_loras import CLASSES_FOLDER, switch_off_lines
+    from ctrl_ray.policy.class_loras import CLASSES_FOLDER
     from ctrl_ray.reporting.summary_text import closing_lines, format_summary
 
     print(f"\n{format_summary(summary, _END_METRICS)}")
@@ -146,8 +146,6 @@ def _print_end(folder: Path, summary: dict[str, Any], config: TrainConfig, promp
     classes = folder / "adapter" / CLASSES_FOLDER
     if classes.is_dir():
         print(f"classes  {classes}: LoRA files for plain diffusers; how, in {folder / 'adapter' / 'README.md'}")
-        if config.sampler.reference_steps:
-            print("\n".join(f"             {line}" for line in switch_off_lines(config.sampler)))
     print(f"time     {seconds / 60:.1f} minutes\n")
     print("\n".join(next_lines(next_steps(config, folder / "adapter", prompt))))
 

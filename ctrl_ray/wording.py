@@ -12,6 +12,12 @@ def no_file(path: Path) -> str:
     return "is a folder" if path.is_dir() else "does not exist"
 
 
+def counted(number: float, noun: str) -> str:
+    """'1 worker', '2.5 GPUs', '3 micro-batches'."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:g} {noun}" + ("" if number == 1 else plural)
+
+
 def duration(seconds: float) -> str:
     """'45 s', '3 m 05 s' or '2 h 10 m'."""
     minutes, rest = divmod(round(seconds), 60)

@@ -17,6 +17,7 @@ from ctrl_ray.cluster.autoscaler import Growth, growth
 from ctrl_ray.cluster.connection import connected, names_cluster
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.errors import ResourceError
+from ctrl_ray.wording import counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ClusterFacts:
     def described(self) -> str:
         """'2 nodes, 16 CPUs, 4 GPUs'."""
         cpus, gpus = sum(node.cpus for node in self.nodes), sum(node.gpus for node in self.nodes)
-        return f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {cpus:g} CPUs, {gpus:g} GPUs"
+        return f"{counted(len(self.nodes), 'node')}, {counted(cpus, 'CPU')}, {counted(gpus, 'GPU')}"
 
 
 def cluster_facts() -> ClusterFacts:
@@ -153,22 +154,20 @@ def check_resources(
         if amount > have + more + 1e-9:
             has = f"{where} has {have:g}" + (f", and its autoscaler may add {more:g}" if may_grow.node_types else "")
             raise ResourceError(
-                f"the run needs {amount:g} {kind}s ({_shares(config, kind)}), but {has}; lower scaling.num_workers or "
+                f"the run needs {counted(amount, kind)} ({_shares(config, kind)}), but {has}; lower scaling.num_workers or "
                 "rewards.num_actors, or use a larger cluster"
             )
 
 
 def _shares(config: TrainConfig, kind: str) -> str:
-    """'2 workers × 1 + 1 reward actors × 0.5', of CPUs or GPUs."""
+    """'2 workers × 1 + 1 reward actor × 0.5', of CPUs or GPUs."""
     scaling, rewards, beside = config.scaling, config.rewards, config.evaluation
-    workers = f"{scaling.num_workers} workers"
+    workers, actors = counted(scaling.fixed_num_workers, "worker"), counted(rewards.num_actors, "reward actor")
     if kind == "CPU":
-        share = (
-            f"{workers} × {scaling.cpus_per_worker:g} + {rewards.num_actors} reward actors × {rewards.cpus_per_actor:g}"
-        )
+        share = f"{workers} × {scaling.cpus_per_worker:g} + {actors} × {rewards.cpus_per_actor:g}"
     else:
         on_cards = "" if scaling.gpus_per_worker == 1 else f" × {scaling.gpus_per_worker:g}, a card for each"
-        share = f"{workers}{on_cards} + {rewards.num_actors} reward actors × {rewards.fixed_gpus_per_actor:g}"
+        share = f"{workers}{on_cards} + {actors} × {rewards.fixed_gpus_per_actor:g}"
     if beside.asynchronous:
         share += f" + {beside.num_cpus if kind == 'CPU' else beside.num_gpus:g} for asynchronous evaluation"
     return share

@@ -16,6 +16,7 @@ from ctrl_ray.errors import ResourceError
 from ctrl_ray.planning.fits import PlanOf, memory_fit
 from ctrl_ray.planning.placement import place_workers, share_cards, shares_cards
 from ctrl_ray.planning.plan import num_branches
+from ctrl_ray.wording import counted
 
 CHECKPOINTING_SLOWDOWN = 1.3
 """Time of an update with gradient checkpointing over that without, at the same micro-batch (counted operations)."""
@@ -66,7 +67,7 @@ def _decide_workers(config: TrainConfig, facts: ClusterFacts | None) -> tuple[Tr
     if room < 1:
         raise ResourceError(
             f"scaling.num_workers is auto, but {facts.where} ({facts.described}) has no room for a worker of "
-            f"{_per_worker(config)} beside {rewards.num_actors} reward actors; lower rewards.num_actors or "
+            f"{_per_worker(config)} beside {counted(rewards.num_actors, 'reward actor')}; lower rewards.num_actors or "
             "scaling.cpus_per_worker, use a larger cluster, or plan for machines that are not there with --dry-run "
             "--machines 4x8x80GB"
         )
@@ -247,6 +248,6 @@ def _first_that_fits(
 
 def _per_worker(config: TrainConfig) -> str:
     if not config.scaling.use_gpu:
-        return f"{config.scaling.cpus_per_worker:g} CPUs"
+        return counted(config.scaling.cpus_per_worker, "CPU")
     share = config.scaling.fixed_gpus_per_worker
-    return "one GPU" if share == 1 else f"{share:g} GPUs"
+    return "one GPU" if share == 1 else counted(share, "GPU")

@@ -11,7 +11,7 @@ from ctrl_ray.cluster.resources import ClusterFacts
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.planning.placement import actors_on_a_card, on_node, shares_cards
 from ctrl_ray.planning.plan import RunPlan
-from ctrl_ray.wording import size_text
+from ctrl_ray.wording import counted, size_text
 
 PROCESS_BYTES = 700 * 2**20
 """Resident memory of a process that has imported torch, diffusers, DeepSpeed and Ray, before any tensor of ours."""
@@ -48,9 +48,9 @@ def card_uses(plan: RunPlan, config: TrainConfig, facts: ClusterFacts | None) ->
     who, needed = "a worker", plan.memory.peak + GPU_CONTEXT_BYTES
     uses = []
     if actors and shares_cards(config):
-        who, needed = f"{who} and {_count(actors, 'reward actor')} on one card", needed + theirs
+        who, needed = f"{who} and {counted(actors, 'reward actor')} on one card", needed + theirs
     elif actors:
-        uses.append(CardUse(f"{_count(actors, 'reward actor')} on one card", theirs))
+        uses.append(CardUse(f"{counted(actors, 'reward actor')} on one card", theirs))
     beside = config.evaluation
     if beside.asynchronous and 0 < beside.num_gpus <= 1 - config.scaling.fixed_gpus_per_worker + 1e-9:
         who, needed = f"{who}, with an asynchronous evaluation", needed + plan.evaluation_bytes + GPU_CONTEXT_BYTES
@@ -78,7 +78,7 @@ def memory_fit(plan: RunPlan, config: TrainConfig, facts: ClusterFacts | None) -
             wanted = workers * (plan.memory.peak + PROCESS_BYTES) + actors * (plan.actor_bytes + PROCESS_BYTES)
             if not have or wanted / node.memory_bytes > needed / have:
                 needed, have = wanted, node.memory_bytes
-                who = f"{_count(workers, 'worker')} and {_count(actors, 'reward actor')} on one node"
+                who = f"{counted(workers, 'worker')} and {counted(actors, 'reward actor')} on one node"
     if not have:
         return MemoryFit("unknown", f"no node of {facts.where} has room for a worker")
     return _compare(needed, have, who, facts.where)
@@ -151,7 +151,3 @@ def _changes(config: TrainConfig, facts: ClusterFacts | None) -> Iterator[tuple[
     if shares_cards(config):
         alone = rewarded(num_actors=0, min_actors=None, max_actors=None)
         yield "rewards.num_actors 0 (each worker scores its own samples)", alone
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

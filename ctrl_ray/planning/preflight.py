@@ -45,6 +45,7 @@ from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.base_model import is_outline
 from ctrl_ray.policy.build import check_init_adapter, policy_controls
 from ctrl_ray.policy.prompt_lengths import cut_prompts
+from ctrl_ray.wording import counted
 
 _WITHOUT_PROMPTS = (
     "prompts    warning: {data} has no prompts: the control is learned for the empty prompt alone; give --prompts-file with "
@@ -272,10 +273,10 @@ def _shares(config: TrainConfig) -> str:
     workers, size = config.scaling.fixed_num_workers, config.fixed_micro_batch_size
     fewest, most = config.worker_shares
     if fewest == most and most % size == 0:
-        return f"{workers} workers × {config.num_micro_batches} micro-batches × {size}"
+        return f"{counted(workers, 'worker')} × {counted(config.num_micro_batches, 'micro-batch')} × {size}"
     shares = f"{most}" if fewest == most else f"{fewest} or {most}"
     rounds = config.num_micro_batches
-    text = f"{workers} workers × {shares}, in {rounds} micro-batch{'es' * (rounds != 1)} of at most {size}"
+    text = f"{counted(workers, 'worker')} × {shares}, in {counted(rounds, 'micro-batch')} of at most {size}"
     idle = 1 - config.global_batch_size / (workers * most)
     return text + (f" ({idle:.0%} of their time is waiting for those with {most})" if idle else "")
 
@@ -319,9 +320,8 @@ def _summary(
         f"{forwards * config.global_batch_size:,.0f} and {backwards * config.global_batch_size:,.0f} an update",
         "KL floor   measured when the run starts: what rounding reads as KL; target_kl must be at least twice that",
         *plan,
-        f"cluster    {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs"
-        + (f" (shares of {cards_needed(config)} cards)" if shares_cards(config) else "")
-        + f": {workers} training workers, "
-        f"{config.rewards.num_actors} reward actors",
+        f"cluster    {counted(needed['CPU'], 'CPU')} and {counted(needed['GPU'], 'GPU')}"
+        + (f" (shares of {counted(cards_needed(config), 'card')})" if shares_cards(config) else "")
+        + f": {counted(workers, 'training worker')}, {counted(config.rewards.num_actors, 'reward actor')}",
     ]
     return "\n".join(lines)

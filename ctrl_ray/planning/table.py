@@ -8,7 +8,7 @@ from ctrl_ray.planning.choose import open_values
 from ctrl_ray.planning.fits import MemoryFit
 from ctrl_ray.planning.placement import actors_on_a_card, shares_cards
 from ctrl_ray.planning.plan import MemoryPlan, RunPlan, keeps_means
-from ctrl_ray.wording import size_text
+from ctrl_ray.wording import counted, size_text
 
 _INDENT = " " * 13
 
@@ -84,7 +84,7 @@ def _rows(memory: MemoryPlan, config: TrainConfig) -> list[tuple[str, int, str]]
     steps, batches = config.sampler.num_steps + 1, min(2, config.num_micro_batches)
     stage = config.scaling.zero_stage
     means = f" and {steps - 1} means" if keeps_means(config) else ""
-    path = f"{batches} micro-batches × {steps} latents{means}"
+    path = f"{counted(batches, 'micro-batch')} × {steps} latents{means}"
     kept_latents = path if config.draws_trajectories else "clean, noise, noised"
     return [
         ("weights, frozen", memory.frozen_weights, ""),

@@ -81,7 +81,7 @@ def write_usage(
         f'pipe.load_lora_weights("{CLASSES_FOLDER}", weight_name="{class_file(first, 0)}")',
     ]
     if sampler.reference_steps:
-        lines += ["", *switch_off_lines(sampler), ""]
+        lines += ["", *_switch_off_lines(sampler), ""]
     options = "".join(f", {name}={value}" for name, value in sampler.call_options().items())
     callback = ", callback_on_step_end=pre_trained_at_last" if sampler.reference_steps else ""
     lines += [
@@ -113,7 +113,7 @@ def write_usage(
     file.write_text("\n".join(lines), encoding="utf-8")
 
 
-def switch_off_lines(sampler: SamplerConfig) -> list[str]:
+def _switch_off_lines(sampler: SamplerConfig) -> list[str]:
     """The three lines that leave a stock pipeline's last `reference_steps` to the pre-trained model."""
     return [
         "def pre_trained_at_last(pipe, step, time, tensors):",

@@ -24,6 +24,7 @@ from ctrl_ray.rewards.client import PooledRewards
 from ctrl_ray.rewards.dispatcher import RewardDispatcher
 from ctrl_ray.rewards.model import RewardModel, RewardModelSpec
 from ctrl_ray.rewards.telemetry import PoolStats, together
+from ctrl_ray.wording import counted
 
 WORKERS_A_DISPATCHER = 128
 """They ask a dispatcher for a twentieth of what it can pass on, and a burst of all of them has gone in about a second
@@ -201,11 +202,11 @@ def _resources(config: RewardPoolConfig) -> str:
         named = (
             f" and {resources.get(config.node_resource, 0):g} {config.node_resource}" if config.node_resource else ""
         )
-        return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs{named}"
+        return f"{counted(resources.get('CPU', 0), 'CPU')} and {counted(resources.get('GPU', 0), 'GPU')}{named}"
 
     return (
-        f"the reward pool asks for {config.num_actors} actors with {config.cpus_per_actor:g} CPUs and "
-        f"{config.fixed_gpus_per_actor:g} GPUs each; the cluster has {shown(ray.cluster_resources())}, of which "
+        f"the reward pool asks for {counted(config.num_actors, 'actor')} with {counted(config.cpus_per_actor, 'CPU')} and "
+        f"{counted(config.fixed_gpus_per_actor, 'GPU')} each; the cluster has {shown(ray.cluster_resources())}, of which "
         f"{shown(ray.available_resources())} are free"
     )
 

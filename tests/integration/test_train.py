@@ -105,7 +105,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     monkeypatch.delattr(ray, "init")
     run = ctrl_ray.fit(config, dry_run=True)
     text = capsys.readouterr().out
-    assert "8 trajectories per update = 1 workers × 2 micro-batches × 4; 24 prompts" in text
+    assert "8 trajectories per update = 1 worker × 2 micro-batches × 4; 24 prompts" in text
     assert "30 forwards and 20 backwards; 240 and 160 an update" in text
     assert "3 classes, guidance_strength 1 / kl_coef 1" in text
     for part in ("weights, frozen", "weights, trainable", "gradients", "optimizer moments", "activations of one step",

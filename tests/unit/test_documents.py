@@ -29,7 +29,6 @@ IS_RUN_BY = {
     "README.md: python -m pytest": ITSELF,
     "README.md: pipe = ": _PYTHON,
     "README.md: python -m ctrl_ray.label": _PHOTOS,
-    "README.md: config = ": _PYTHON,
     "CONTRIBUTING.md: python3 -m venv": ITSELF,
     "cluster/README.md: run=": CLUSTER,
     "cluster/README.md: export RAY_API_SERVER_ADDRESS": _SUBMITTED,

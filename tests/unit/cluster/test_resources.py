@@ -41,7 +41,7 @@ def test_workers_on_shares_still_have_a_card_each() -> None:
     )
     check_resources(config, {"CPU": 8.0, "GPU": 2.0}, "the cluster")
     with pytest.raises(
-        ResourceError, match=r"needs 2 GPUs \(2 workers × 0\.6, a card for each \+ 1 reward actors × 0\.4\)"
+        ResourceError, match=r"needs 2 GPUs \(2 workers × 0\.6, a card for each \+ 1 reward actor × 0\.4\)"
     ):
         check_resources(config, {"CPU": 8.0, "GPU": 1.7}, "the cluster")
 

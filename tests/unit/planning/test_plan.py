@@ -562,7 +562,7 @@ def test_auto_is_recorded_as_asked_and_resumes(
     )
     plan = preflight(config)
     assert plan.config.scaling.num_workers == 12 and plan.config.micro_batch_size_per_worker == 1
-    assert "12 workers × 1 micro-batches × 1" in plan.summary and "decided    12 workers: room for" in plan.summary
+    assert "12 workers × 1 micro-batch × 1" in plan.summary and "decided    12 workers: room for" in plan.summary
     folder = RunFolder(config.output_dir)
     folder.prepare(plan.asked, resume=False)
     stored = train_config_from_json((tmp_path / "run" / "config.json").read_text())

@@ -60,7 +60,7 @@ def test_a_plan_of_labelled_images_speaks_of_no_trajectory() -> None:
     config = replace(config, sampler=replace(config.sampler, control_scale=2.0), rewards=local)
     text = preflight(config).summary
     for line in (
-        "batch      64 labelled images per update = 1 workers × 1 micro-batches × 64; 24 prompts",
+        "batch      64 labelled images per update = 1 worker × 1 micro-batch × 64; 24 prompts",
         "sampler    DDIM, 64 × 64 pixels, 10 steps, eta 1, guidance_scale 1, control_scale 2",
         "denoiser   per sample and update 1 forwards and 1 backwards; 64 and 64 an update",
         "data       6,000 labelled images, encoded at the first update: every worker keeps 5.9 MiB of latents in host memory",
