@@ -98,8 +98,10 @@ class _Samples:
 
 
 def _learner(job: TrainJob, adapter: Path) -> Learner:
-    """A learner that only samples: the adapter's policy in the place of the engine."""
-    config = dataclasses.replace(job.config, init_adapter=None)
+    """A learner that only samples: the adapter's policy in the place of the engine. For so few calls nothing is compiled."""
+    config = dataclasses.replace(
+        job.config, init_adapter=None, scaling=dataclasses.replace(job.config.scaling, compile=False)
+    )
     rank = Rank(0, 1, torch.device("cuda" if config.evaluation.num_gpus else "cpu"))
     encoder = load_prompts(job, rank)
     policy = build_policy(config, job.controls)

@@ -62,6 +62,8 @@ def build_policy(
         load_into_policy(config.init_adapter, policy)
     if config.scaling.fixed_gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if config.scaling.compile and not empty:
+        policy.compile_blocks()
     return policy
 
 

@@ -28,6 +28,9 @@ from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 LORA_NAME = "default"
 """peft's name of our LoRA in a denoiser, which may hold others beside it."""
 
+_REPEATED_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
+"""diffusers' classes of the blocks that a denoiser has many of, in all families; nearly all of its operations are theirs."""
+
 
 class ControlledPolicy(TrainablePolicy):
     """Policy and reference over one frozen backbone; owns every trainable parameter, so that one engine shards them.
@@ -170,6 +173,25 @@ class ControlledPolicy(TrainablePolicy):
         for denoiser in (self.denoiser, self.reference_denoiser):
             if denoiser is not None:
                 denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile make the denoiser's repeated blocks faster, each shape for itself; the first calls take minutes.
+
+        A block calls its LoRA with it. What stays outside, embeddings and the first and last layers, is a small share.
+        """
+        from torch._dynamo import config as dynamo  # a second to import
+
+        blocks = [
+            module
+            for denoiser in (self.denoiser, self.reference_denoiser)
+            if denoiser is not None
+            for module in denoiser.modules()
+            if type(module).__name__ in _REPEATED_BLOCKS
+        ]
+        # every block, for policy and reference, with a graph and without, at the batch of training and that of an evaluation
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(blocks))
+        for block in blocks:
+            block.compile(backend=backend, dynamic=False)
 
     def enable_cotangent_scaling(self) -> None:
         """Scale what is back-propagated through the denoiser, and nothing that is seen outside of it, as fp16 needs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -211,15 +211,27 @@ def test_a_trajectory_asks_for_no_longer_drift_than_the_bound(tiny_pipeline: str
     assert (gradient([1000.0, 1.0, 1.0])[0] - expected).norm() > expected.norm()
 
 
+def _compile_blocks(policy: ControlledPolicy) -> None:
+    policy.compile_blocks("aot_eager")  # torch's own operations, so that no number may change
+
+
+def _both(policy: ControlledPolicy) -> None:
+    policy.enable_gradient_checkpointing()
+    _compile_blocks(policy)
+
+
 @pytest.mark.full
-def test_gradient_checkpointing_keeps_gradients(tiny_pipeline: str) -> None:
-    """The recomputation must run in the mode (policy or reference) of its own forward."""
+@pytest.mark.parametrize("change", [ControlledPolicy.enable_gradient_checkpointing, _compile_blocks, _both])
+def test_checkpointed_and_compiled_blocks_keep_gradients(
+    tiny_pipeline: str, change: Callable[[ControlledPolicy], None]
+) -> None:
+    """A recomputation, or what was compiled, must run in the mode (policy or reference) of its own forward."""
     results = []
-    for checkpointed in (False, True):
+    for changed in (False, True):
         policy, kernel, inputs = _setup(tiny_pipeline, 3, Guidance(1.5))
-        if checkpointed:
+        if changed:
             policy = _perturbed_policy(tiny_pipeline)
-            policy.enable_gradient_checkpointing()
+            change(policy)
         noise = keyed_noise(0, 0, [0, 1, 2], policy.latent_shape, kernel.num_steps)
         trajectory = rollout(policy, kernel, inputs, lambda p, n=noise: n(p).double())
         full_pass(

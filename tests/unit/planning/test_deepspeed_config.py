@@ -47,6 +47,8 @@ def test_sharding_and_offload_as_deepspeed_wants_them() -> None:
         ScalingConfig(zero_stage=0, offload="optimizer")
     with pytest.raises(ConfigError, match=r"'optimizer_and_parameters' needs scaling.zero_stage 3; got 2"):
         ScalingConfig(zero_stage=2, offload="optimizer_and_parameters")
+    with pytest.raises(ConfigError, match=r"compile is true with scaling.zero_stage 3"):
+        ScalingConfig(zero_stage=3, compile=True)
     with pytest.raises(ConfigError, match=r"SGD has no decoupled weight decay"):
         OptimizerConfig(name="sgd", weight_decay=0.1)
 

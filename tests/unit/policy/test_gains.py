@@ -270,6 +270,22 @@ def test_folded_gains_predict_the_same_for_one_set_of_labels(tiny_pipeline: str,
         assert torch.equal(policy(latents, time, inputs, reference=False).prediction, expected)
 
 
+@pytest.mark.full
+@torch.no_grad()
+def test_compiled_blocks_follow_the_labels(tiny_pipeline: str) -> None:
+    """The reference, two sets of labels and folded weights, in turns, by torch's own operations: bit for bit as without."""
+    latents, time, condition = _given(tiny_pipeline)
+    plain, compiled = _move(_policy(tiny_pipeline)), _move(_policy(tiny_pipeline))
+    compiled.compile_blocks("aot_eager")
+    mixed, same = (Inputs(condition, torch.tensor(rows)) for rows in ([[1, 0], [0, 2]], [[2, 1], [2, 1]]))
+    for inputs, reference in ((mixed, False), (mixed, True), (same, False), (mixed, False)):
+        expected = plain(latents, time, inputs, reference=reference).prediction
+        assert torch.equal(compiled(latents, time, inputs, reference=reference).prediction, expected)
+        with plain.folded(inputs), compiled.folded(inputs):
+            expected = plain(latents, time, inputs, reference=reference).prediction
+            assert torch.equal(compiled(latents, time, inputs, reference=reference).prediction, expected)
+
+
 def test_gains_are_not_folded_where_that_would_change_what_is_computed(tiny_pipeline: str) -> None:
     """Samples of different labels, a graph, guidance, weights of 16 bits, other kinds: bit for bit as without."""
     latents, time, condition = _given(tiny_pipeline)
