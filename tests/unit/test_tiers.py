@@ -13,9 +13,13 @@ from tests.tiers import TIERS, tier_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _chosen(expression: str, tier: str | None) -> bool:
-    """Whether `-m expression` takes a test of this tier; pytest's grammar is Python's."""
-    return bool(eval(expression, {"__builtins__": {}}, {mark: mark == tier for mark in TIERS}))
+FOLDERS = ("unit", "integration", "multihost")
+
+
+def _chosen(expression: str, tier: str | None, folder: str | None = None) -> bool:
+    """Whether `-m expression` takes a test of this tier and this folder, whose name is a mark; pytest's grammar is Python's."""
+    marks = {mark: mark == folder for mark in FOLDERS} | {mark: mark == tier for mark in TIERS}
+    return bool(eval(expression, {"__builtins__": {}}, marks))
 
 
 def _by_default(config: pytest.Config) -> str:
@@ -42,8 +46,8 @@ def test_tiers_are_known_marks_and_ci_runs_three_of_them(pytestconfig: pytest.Co
     run = {
         (tier, folder)
         for chosen, folders in runs
-        for tier, folder in product((None, *TIERS), ("unit", "integration", "multihost"))
-        if _chosen(chosen.strip('"') or _by_default(pytestconfig), tier)
+        for tier, folder in product((None, *TIERS), FOLDERS)
+        if _chosen(chosen.strip('"') or _by_default(pytestconfig), tier, folder)
         and (not folders or f"tests/{folder}" in folders.split())
     }
     must = {(tier, folder) for tier in (None, "full") for folder in ("unit", "integration")} | {
