@@ -28,8 +28,8 @@ from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
 LORA_NAME = "default"
 """peft's name of our LoRA in a denoiser, which may hold others beside it."""
 
-_REPEATED_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")
-"""diffusers' classes of the blocks that a denoiser has many of, in all families; nearly all of its operations are theirs."""
+_REPEATED_BLOCKS = ("ResnetBlock2D", "TransformerBlock")
+"""Ends of diffusers' names of the blocks that a denoiser has many of; nearly all of its operations are theirs."""
 
 
 class ControlledPolicy(TrainablePolicy):
@@ -186,7 +186,7 @@ class ControlledPolicy(TrainablePolicy):
             for denoiser in (self.denoiser, self.reference_denoiser)
             if denoiser is not None
             for module in denoiser.modules()
-            if type(module).__name__ in _REPEATED_BLOCKS
+            if type(module).__name__.endswith(_REPEATED_BLOCKS)
         ]
         # every block, for policy and reference, with a graph and without, at the batch of training and that of an evaluation
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(blocks))
