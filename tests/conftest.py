@@ -141,6 +141,14 @@ def tiny_3_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_3_pipeline(tmp_path_factory.mktemp("tiny_3") / "pipeline")
 
 
+@pytest.fixture(scope="session")
+def tiny_aura_flow_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of AuraFlow. Read only."""
+    from tests.tiny import make_tiny_aura_flow
+
+    return make_tiny_aura_flow(tmp_path_factory.mktemp("tiny_aura_flow") / "pipeline")
+
+
 @pytest.fixture
 def figures() -> Iterator[dict[str, Figure]]:
     """The matplotlib figures that the test saves, by the name of their files."""

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -32,6 +34,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WORDS = (
@@ -139,6 +143,38 @@ def make_tiny_3_pipeline(folder: str | Path, *, seed: int = 0, t5: bool = True) 
             tokenizer_3=_t5_tokenizer() if t5 else None,
             transformer=_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def make_tiny_aura_flow(folder: str | Path, *, seed: int = 0) -> Path:
+    """The same of AuraFlow: joint and single blocks, one T5 whose every layer has its own positions."""
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = UMT5Config(
+            vocab_size=64, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+        transformer = AuraFlowTransformer2DModel(
+            sample_size=LATENT_SHAPE[-1],
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=40,
+            caption_projection_dim=16,
+            pos_embed_max_size=64,
+        )
+        for name, module in transformer.named_modules():  # by which a block's output is weighed
+            if name.endswith(("norm1.linear", "norm1_context.linear")):
+                _scale(module, 10.0)
+        pipeline = AuraFlowPipeline(
+            vae=_vae(),
+            text_encoder=UMT5EncoderModel(config).eval(),
+            tokenizer=_t5_tokenizer(),
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

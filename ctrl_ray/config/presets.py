@@ -225,6 +225,20 @@ def sd35_medium() -> TrainConfig:
     )
 
 
+def auraflow() -> TrainConfig:
+    """AuraFlow on GPUs, at 768 pixels a side; add --control and --data. Look at plain samples first (`python -m ctrl_ray.sample
+    --base`): training needs noise at every step, which its own sampler, an ODE, has not."""
+    base = stable_diffusion()
+    return dataclasses.replace(
+        base,
+        output_dir="runs/auraflow",
+        base_model="fal/AuraFlow-v0.3",
+        sampler=SamplerConfig(num_steps=50, eta=1.0, guidance_scale=3.5, height=768, width=768, reference_steps=1),
+        lora=dataclasses.replace(base.lora, target_modules=_JOINT_LAYERS),
+        evaluation=dataclasses.replace(base.evaluation, batch_size=8),
+    )
+
+
 def paper_compressibility() -> TrainConfig:
     """The paper's single-task experiment: Stable Diffusion 1.5 controlled by the JPEG size of its 512-px images, in four
     classes with borders at 60, 85 and 110 kB (1000 bytes each; Pillow, quality 95). Add --data with labelled images.
@@ -309,6 +323,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "stable-diffusion": stable_diffusion,
     "sdxl": sdxl,
     "sd3.5-medium": sd35_medium,
+    "auraflow": auraflow,
     "paper-compressibility": paper_compressibility,
     "paper-multi-task": paper_multi_task,
 }

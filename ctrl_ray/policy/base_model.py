@@ -13,6 +13,7 @@ OUTLINES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "fal/AuraFlow-v0.3": "auraflow",
 }
 """Hub id to the folder of its configurations within OUTLINES_FOLDER."""
 

@@ -29,6 +29,7 @@ CONTROL = ControlConfig(oracle="jpeg_size", thresholds=(1455.0, 1472.0, 1491.0),
     [
         ("tiny_xl_pipeline", 2, {"height": 32, "width": 48}),
         ("tiny_3_pipeline", 3, {"height": 48, "width": 32, "max_sequence_length": 8}),
+        ("tiny_aura_flow_pipeline", 1, {"height": 32, "width": 48, "max_sequence_length": 6}),
     ],
 )
 def test_a_family_trains_resumes_and_samples(

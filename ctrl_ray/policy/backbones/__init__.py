@@ -18,6 +18,7 @@ FAMILIES = {
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3:StableDiffusion3",
+    "AuraFlowPipeline": "aura_flow:AuraFlow",
 }
 """`_class_name` of model_index.json to 'module:class' of this package."""
 _WHOLE: set[str] = set()

@@ -86,7 +86,7 @@ def bench(tiny_pipeline: Path, folders: dict[str, Path]) -> Bench:
     return Bench(tiny_pipeline, folders)
 
 
-@pytest.mark.parametrize("family", ["tiny_pipeline", "tiny_xl_pipeline", "tiny_3_pipeline"])
+@pytest.mark.parametrize("family", ["tiny_pipeline", "tiny_xl_pipeline", "tiny_3_pipeline", "tiny_aura_flow_pipeline"])
 def test_the_gradient_is_that_of_the_whole_computation(
     family: str, folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:

@@ -102,12 +102,14 @@ def test_adjoint_pass_equals_autograd_through_the_whole_graph(tiny_pipeline: str
         ("tiny_xl_pipeline", 1e-9),
         # its RMS norms and the embedding of its time compute in float32, whatever the latents' type
         ("tiny_3_pipeline", 1e-5),
+        # so does the embedding of its time, and its norms
+        ("tiny_aura_flow_pipeline", 1e-5),
     ],
 )
 def test_the_gradient_of_every_family(
     family: str, tolerance: float, guidance: Guidance, request: pytest.FixtureRequest
 ) -> None:
-    """The same for Stable Diffusion XL, and for Stable Diffusion 3, whose last step is the reference's."""
+    """The same for Stable Diffusion XL, and for Stable Diffusion 3 and AuraFlow, whose last step is the reference's."""
     _check_gradient(request.getfixturevalue(family), guidance, tolerance)
 
 

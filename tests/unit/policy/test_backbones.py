@@ -136,7 +136,12 @@ def test_images_of_another_size_have_other_latents(tiny_pipeline: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "denoiser"),
-    [("stable-diffusion", 859_520_964), ("sdxl", 2_567_463_684), ("sd3.5-medium", 2_243_171_520)],
+    [
+        ("stable-diffusion", 859_520_964),
+        ("sdxl", 2_567_463_684),
+        ("sd3.5-medium", 2_243_171_520),
+        ("auraflow", 6_858_605_568),
+    ],
 )
 def test_the_outline_of_a_known_model_is_of_its_size(name: str, denoiser: int) -> None:
     """Parameters of the published weights, from configurations alone."""
