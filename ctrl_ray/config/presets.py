@@ -120,7 +120,9 @@ def shapes_flow() -> TrainConfig:
         output_dir="runs/shapes-flow",
         base_model=embedded.FLOW_NAME,
         sampler=dataclasses.replace(base.sampler, max_sequence_length=embedded.FLOW_TEXT_TOKENS),
-        num_updates=300,
+        num_updates=480,
+        evaluation=dataclasses.replace(base.evaluation, every_updates=240),
+        checkpoint_every_updates=80,
         lora=dataclasses.replace(base.lora, target_modules=(*_JOINT_LAYERS, "ff.net.0.proj", "ff.net.2")),
     )
 
