@@ -37,7 +37,7 @@ def test_a_family_trains_resumes_and_samples(
 ) -> None:
     """Guided, label gains, images that are not square, two updates of two workers with a stop between, from end to end. The
     adapter draws other images than the pre-trained model with the class and the same without; the class's file is a LoRA of the
-    stock pipeline; candidates and a steered baseline draw; and another run may go on from the adapter."""
+    stock pipeline; candidates draw; and another run may go on from the adapter."""
     pipeline: Path = request.getfixturevalue(family)
     save_classifier(tmp_path / "classifier", "jpeg_size", CONTROL)
     config = dataclasses.replace(
@@ -67,8 +67,6 @@ def test_a_family_trains_resumes_and_samples(
     assert np.array_equal(draw(), plain)
     assert np.abs(draw(controls={"jpeg_size": 3}) - plain).max() > 1e-4
     draw(controls={"jpeg_size": 3}, num_candidates=2)
-    steered = ctrl_ray.MethodConfig(name="dps", scale=1.0)
-    assert np.abs(draw(controls={"jpeg_size": 3}, method=steered) - plain).max() > 1e-4
     stock = load_backbone(str(pipeline)).load_pipeline()
     stock.load_lora_weights(run.adapter / "classes", weight_name="jpeg_size=3.safetensors")
     assert stock.get_active_adapters()
