@@ -169,6 +169,7 @@ def make_tiny_aura_flow(folder: str | Path, *, seed: int = 0) -> Path:
         for name, module in transformer.named_modules():  # by which a block's output is weighed
             if name.endswith(("norm1.linear", "norm1_context.linear")):
                 _scale(module, 10.0)
+        _scale(transformer.proj_out, 5.0)  # that two updates show
         pipeline = AuraFlowPipeline(
             vae=_vae(),
             text_encoder=UMT5EncoderModel(config).eval(),
