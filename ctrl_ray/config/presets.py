@@ -230,14 +230,11 @@ def sd35_medium() -> TrainConfig:
 def auraflow() -> TrainConfig:
     """AuraFlow on GPUs, at 768 pixels a side; add --control and --data. Look at plain samples first (`python -m ctrl_ray.sample
     --base`): training needs noise at every step, which its own sampler, an ODE, has not."""
-    base = stable_diffusion()
     return dataclasses.replace(
-        base,
+        sd35_medium(),
         output_dir="runs/auraflow",
         base_model="fal/AuraFlow-v0.3",
         sampler=SamplerConfig(num_steps=50, eta=1.0, guidance_scale=3.5, height=768, width=768, reference_steps=1),
-        lora=dataclasses.replace(base.lora, target_modules=_JOINT_LAYERS),
-        evaluation=dataclasses.replace(base.evaluation, batch_size=8),
     )
 
 

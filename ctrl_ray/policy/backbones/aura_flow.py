@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.policy.backbones.base import Row
 from ctrl_ray.policy.backbones.flow import FlowBackbone
 from ctrl_ray.policy.backbones.text import Features, TextEncoder, load_text_parts
 from ctrl_ray.policy.pipeline_files import check_tokenizer
 
 TEXT_TOKENS = 256
 """As diffusers' pipeline takes them where it is not told another number."""
-_OF_SAMPLE = ("time_step_proj.", "norm1.linear", "norm1_context.linear", "norm_out.linear")
-"""Layers whose rows are samples: of the time, and what scales and shifts a block by it."""
 
 
 class AuraFlow(FlowBackbone):
@@ -28,18 +25,13 @@ class AuraFlow(FlowBackbone):
     A condition has 'text', the T5's last hidden states, zero where a prompt has ended.
     """
 
-    denoiser = "transformer"
     frozen_parts = ("text_encoder", "vae")
-    reads_any_length = True
+    rows_of_samples = ("time_step_proj.", *FlowBackbone.rows_of_samples)
 
     @property
     def text_tokens(self) -> int:
         """How many the transformer sees of a prompt."""
         return self._sampler.max_sequence_length or TEXT_TOKENS
-
-    def size_unit(self) -> int:
-        """Whole patches."""
-        return self.pixels_per_latent() * int(self.component_config(self.denoiser)["patch_size"])
 
     @property
     def pipeline_class(self) -> Any:
@@ -54,12 +46,6 @@ class AuraFlow(FlowBackbone):
         from diffusers import AuraFlowTransformer2DModel
 
         return AuraFlowTransformer2DModel
-
-    @property
-    def trained_shape(self) -> tuple[int, ...]:
-        """(channels, height, width)."""
-        config = self.component_config(self.denoiser)
-        return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
 
     def prepare_call(self, pipeline: Any, sampler: SamplerConfig, generator: torch.Generator) -> dict[str, Any]:
         """See `Backbone`: with the size, for the pipeline's own is 1024 pixels whatever its transformer says."""
@@ -125,22 +111,10 @@ class AuraFlow(FlowBackbone):
         )[0]
         return output
 
-    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
-        """The last projection; the norm before it has no weights of its own."""
-        return [denoiser.get_submodule("proj_out")]
-
     def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
         """The time embedding."""
         module: Any = denoiser.get_submodule("time_step_proj")
         return module, module.linear_2.out_features
-
-    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
-        """Every linear layer."""
-        return {
-            name: "sample" if any(f".{part}" in f".{name}" for part in _OF_SAMPLE) else "token"
-            for name, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear)
-        }
 
 
 class _MaskedT5(TextEncoder):

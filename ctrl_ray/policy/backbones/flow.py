@@ -1,25 +1,53 @@
-"""What the families that were trained by flow matching share: their chain of steps."""
+"""What the families that were trained by flow matching share: their chain of steps, and a transformer over patches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from ctrl_ray.config import SamplerConfig
 from ctrl_ray.diffusion.flow import FlowKernel
-from ctrl_ray.policy.backbones.base import DiffusersBackbone, NoiseLevels
+from ctrl_ray.policy.backbones.base import DiffusersBackbone, NoiseLevels, Row
 from ctrl_ray.policy.flow_schedule import check_flow_schedule, flow_kernel, flow_scheduler
 from ctrl_ray.policy.flow_scheduler import AncestralFlowScheduler
 
 
 class FlowBackbone(DiffusersBackbone):
-    """A `DiffusersBackbone` whose network predicts a velocity."""
+    """A `DiffusersBackbone` whose network, a transformer over patches, predicts a velocity."""
+
+    denoiser = "transformer"
+    reads_any_length = True
+    rows_of_samples: ClassVar[tuple[str, ...]] = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+    """Layers whose rows are samples: what scales and shifts a block by the time; a family adds those of the time itself."""
 
     usage_imports = ("import ctrl_ray  # its scheduler: diffusers has none with noise at every step",)
+
+    def size_unit(self) -> int:
+        """Whole patches."""
+        return self.pixels_per_latent() * int(self.component_config(self.denoiser)["patch_size"])
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        config = self.component_config(self.denoiser)
+        return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
+
+    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The last projection; the norm before it has no weights of its own."""
+        return [denoiser.get_submodule("proj_out")]
+
+    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
+        """Every linear layer and convolution."""
+        return {
+            name: "sample" if any(f".{part}" in f".{name}" for part in self.rows_of_samples) else "token"
+            for name, module in denoiser.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
 
     def check_schedule(self, config: Mapping[str, Any], whose: str) -> None:
         """See `Backbone`."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ctrl_ray.embedded import FLOW_PIPELINE, FLOW_TEXT_TOKENS
 from ctrl_ray.errors import ModelError
-from ctrl_ray.policy.backbones.base import Row
 from ctrl_ray.policy.backbones.flow import FlowBackbone
 from ctrl_ray.policy.backbones.text import (
     TOKENIZER_OF,
@@ -31,8 +30,6 @@ _CLIPS = ("text_encoder", "text_encoder_2")
 _T5 = "text_encoder_3"
 T5_TOKENS = 256
 """As diffusers' pipeline takes them where it is not told another number; without a T5 there are so many zeros."""
-_OF_SAMPLE = ("time_text_embed.", "norm1.linear", "norm1_context.linear", "norm_out.linear")
-"""Layers whose rows are samples: of the time, the pooled text, and what scales and shifts a block by them."""
 
 
 class StableDiffusion3(FlowBackbone):
@@ -42,8 +39,7 @@ class StableDiffusion3(FlowBackbone):
     the T5's; and 'pooled', what both CLIPs project.
     """
 
-    denoiser = "transformer"
-    reads_any_length = True
+    rows_of_samples = ("time_text_embed.", *FlowBackbone.rows_of_samples)
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -66,10 +62,6 @@ class StableDiffusion3(FlowBackbone):
         own = FLOW_TEXT_TOKENS if self.folder == str(FLOW_PIPELINE) else T5_TOKENS
         return self._sampler.max_sequence_length or own
 
-    def size_unit(self) -> int:
-        """Whole patches."""
-        return self.pixels_per_latent() * int(self.component_config(self.denoiser)["patch_size"])
-
     @property
     def pipeline_class(self) -> Any:
         """`StableDiffusion3Pipeline`."""
@@ -83,12 +75,6 @@ class StableDiffusion3(FlowBackbone):
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel
-
-    @property
-    def trained_shape(self) -> tuple[int, ...]:
-        """(channels, height, width)."""
-        config = self.component_config(self.denoiser)
-        return (int(config["in_channels"]), int(config["sample_size"]), int(config["sample_size"]))
 
     def check(self) -> None:
         """See `Backbone`: a text-to-image transformer, and parts of one model."""
@@ -178,22 +164,10 @@ class StableDiffusion3(FlowBackbone):
         )[0]
         return output
 
-    def output_layers(self, denoiser: nn.Module) -> Sequence[nn.Module]:
-        """The last projection; the norm before it has no weights of its own."""
-        return [denoiser.get_submodule("proj_out")]
-
     def embedding_point(self, denoiser: nn.Module) -> tuple[nn.Module, int]:
         """The time embedding."""
         module: Any = denoiser.get_submodule("time_text_embed.timestep_embedder")
         return module, module.linear_2.out_features
-
-    def adapted_layers(self, denoiser: nn.Module) -> dict[str, Row]:
-        """Every linear layer and convolution."""
-        return {
-            name: "sample" if any(f".{part}" in f".{name}" for part in _OF_SAMPLE) else "token"
-            for name, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-        }
 
     def _encoders(self) -> list[str]:
         return [*_CLIPS, *([_T5] if self.has_t5 else [])]
