@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AuraFlowPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 import ctrl_ray
 from ctrl_ray import ControlledPipeline
 from ctrl_ray.config import ControlConfig, LoraConfig, SamplerConfig
 from ctrl_ray.diffusion.steps import Guidance
 from ctrl_ray.errors import ConfigError, ModelError
-from ctrl_ray.gradients.rollout import rollout
 from ctrl_ray.policy.adapter import make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.pipeline_sampler import PipelineSampler
 from ctrl_ray.policy.protocol import Inputs
 from tests.configs import tiny_run
+from tests.families import check_rows_of_adapted_layers, check_start, check_stock_flow_draws
 from tests.policies import make_policy, moved
 from tests.tiny import edit_json
 
@@ -111,26 +110,11 @@ def test_the_policy_is_the_reference_at_the_start(folder: Path, kind: Any, guida
     policy = make_policy(folder, {"size": 3}, lora=LORA, kind=kind)
     latents, time, condition = given(folder)
     inputs = Inputs(condition, torch.tensor([[0], [2]]), guidance)
-    with torch.no_grad():
-        ours, ref = (policy(latents, time, inputs, reference=reference).prediction for reference in (False, True))
-        assert torch.equal(ours, ref)
-        after = moved(policy, by=0.1, seed=3)(latents, time, inputs, reference=False).prediction
-        assert not torch.allclose(after, ref, atol=1e-3)
-        assert torch.equal(policy(latents, time, inputs, reference=True).prediction, ref)
+    check_start(policy, latents, time, inputs)
 
 
 def test_rows_of_adapted_layers_are_samples_or_tokens(folder: Path) -> None:
-    """Checked by running the transformer: a layer whose rows are samples sees (batch, width)."""
-    policy = make_policy(folder, {"size": 2}, lora=None)
-    seen: dict[str, int] = {}
-    stated = load_backbone(str(folder)).adapted_layers(policy.denoiser)
-    for name in stated:
-        layer: nn.Module = policy.denoiser.get_submodule(name)
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0].dim()}))
-    latents, time, condition = given(folder)
-    policy(latents, time, Inputs(condition, torch.full((2, 1), 2)), reference=False)
-    assert seen.keys() == stated.keys() and {"sample", "token"} == set(stated.values())
-    assert {name for name, rows in stated.items() if rows == "sample"} == {n for n, dim in seen.items() if dim == 2}
+    check_rows_of_adapted_layers(folder)
 
 
 @pytest.mark.full
@@ -159,30 +143,7 @@ def test_a_class_is_a_lora_of_the_stock_pipeline(folder: Path, tmp_path: Path) -
     ).sample
     ours = policy(latents, time, inputs, reference=False).prediction
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
-
-    stored = json.loads((tmp_path / "adapter.json").read_text())["scheduler"]
-    pipe.scheduler = ctrl_ray.AncestralFlowScheduler.from_config(stored)
-    pipe.scheduler.generator = torch.Generator().manual_seed(1)
-    generator, kernel = torch.Generator().manual_seed(1), policy.backbone.make_kernel(sampler, stored)
-    steps = [torch.randn(2, 4, 4, 4, generator=generator) for _ in range(3)]
-    path = rollout(policy, kernel, inputs, lambda index: latents if index == 0 else steps[index - 1])
-
-    def pre_trained_at_last(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
-        if step == 2:
-            pipe.disable_lora()
-        return tensors
-
-    drawn = pipe(
-        list(PROMPTS),
-        latents=latents.clone(),
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        height=32,
-        width=32,
-        output_type="latent",
-        callback_on_step_end=pre_trained_at_last,
-    ).images
-    torch.testing.assert_close(drawn, path.clean_latents, rtol=1e-4, atol=1e-4)
+    check_stock_flow_draws(pipe, tmp_path, policy, sampler, inputs, latents, height=32, width=32)
     assert "height=32, width=32, " in (tmp_path / "README.md").read_text()
 
 

@@ -10,14 +10,13 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from torch import nn
 
 from ctrl_ray.config import LoraConfig, SamplerConfig
 from ctrl_ray.config.presets import preset
 from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.backbones import load_backbone, text
 from ctrl_ray.policy.base_model import is_here, is_outline, outline_of, resolve_base_model
-from ctrl_ray.policy.protocol import Inputs
+from tests.families import check_rows_of_adapted_layers
 from tests.policies import make_policy
 from tests.pretend_device import pretend_device
 
@@ -88,18 +87,7 @@ def test_an_empty_denoiser_has_the_shapes_of_the_real_one(tiny_pipeline: Path) -
 
 
 def test_rows_of_adapted_layers_are_samples_or_tokens(tiny_pipeline: Path) -> None:
-    """Checked by running the denoiser: a layer whose rows are samples sees (batch, width)."""
-    backbone = load_backbone(str(tiny_pipeline))
-    policy = make_policy(tiny_pipeline, {"size": 2}, lora=None)
-    seen: dict[str, int] = {}
-    stated = backbone.adapted_layers(policy.denoiser)
-    for name in stated:
-        layer: nn.Module = policy.denoiser.get_submodule(name)
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0].dim()}))
-    inputs = Inputs(backbone.load_encoder().encode(["a red circle"] * 3), torch.full((3, 1), 2))
-    policy(torch.zeros(3, 4, 4, 4), torch.tensor(500), inputs, reference=False)
-    assert seen.keys() == stated.keys() and {"sample", "token"} == set(stated.values())
-    assert {name for name, rows in stated.items() if rows == "sample"} == {n for n, dim in seen.items() if dim == 2}
+    check_rows_of_adapted_layers(tiny_pipeline)
 
 
 def test_the_kernel_takes_an_adapters_schedule(tiny_pipeline: Path) -> None:

@@ -19,6 +19,7 @@ from ctrl_ray.errors import ConfigError, ModelError
 from ctrl_ray.policy.adapter import load_into_policy, make_adapter_info, save_adapter
 from ctrl_ray.policy.backbones import load_backbone
 from ctrl_ray.policy.protocol import Inputs
+from tests.families import check_start
 from tests.policies import make_policy, moved
 from tests.tiny import edit_json, make_tiny_xl_pipeline
 
@@ -113,13 +114,7 @@ def test_the_policy_is_the_reference_at_the_start(folder: Path, kind: Any, guida
     policy = make_policy(folder, COUNTS, lora=LoraConfig(rank=2, alpha=2.0), kind=kind)
     latents, time, condition = given(folder)
     inputs = Inputs(condition, torch.tensor([[0, 1], [2, 0]]), guidance)
-    with torch.no_grad():
-        ours, ref = (policy(latents, time, inputs, reference=reference).prediction for reference in (False, True))
-        assert torch.equal(ours, ref)
-        assert not torch.allclose(
-            moved(policy, by=0.1, seed=3)(latents, time, inputs, reference=False).prediction, ref, atol=1e-3
-        )
-        assert torch.equal(policy(latents, time, inputs, reference=True).prediction, ref)
+    check_start(policy, latents, time, inputs)
 
 
 @pytest.mark.full
