@@ -46,6 +46,8 @@ def options(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) 
         patch.setattr(plan, "QUICK", TINY)
         patch.setattr(lines, "QUICK", Counts(64, 64))
         patch.setattr(lines, "FEWEST_UPDATES", 2)
+        for name in set(lines.LINES) - {"ctrl", "guidance"}:
+            patch.delitem(lines.LINES, name)
         yield CompareOptions(
             preset="tiny",
             quick=True,
@@ -56,8 +58,13 @@ def options(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def over_budgets(options: CompareOptions) -> Asked:
-    """One budget of 24 images."""
-    asked = dataclasses.replace(options, label_budgets=(24,), output_dir=f"{options.output_dir}-budgets")
+    """One budget of 24 images; CFG fine-tuning's run is tested in test_train.py."""
+    asked = dataclasses.replace(
+        options,
+        label_budgets=(24,),
+        methods=("ctrl", "classifier_guidance"),
+        output_dir=f"{options.output_dir}-budgets",
+    )
     return asked, compare(asked)
 
 
@@ -70,7 +77,7 @@ def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: py
     """A classifier on so many images, a run and a noised classifier of each, one report; asked again, nothing is fitted, and a
     folder that has the rows alone gets the same report."""
     asked, results = over_budgets
-    assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("cfg", 24), ("guidance", 24)]
+    assert [(row["line"], row["budget"]) for row in results["rows"]] == [("ctrl", 24), ("guidance", 24)]
     folder = Path(asked.folder)
     for row in results["rows"]:
         assert row["test"]["num_images"] == 64 and len(row["validation"]) == 3
@@ -80,7 +87,7 @@ def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: py
     rows = fitted["calibration"]["num_rows"]
     assert sum(rows[split] for split in ("fitting", "selection", "temperature")) == 24
     assert (folder / "label_budgets.png").stat().st_size > 0
-    assert set(results["ratios"]) == {"cfg", "guidance"}
+    assert set(results["ratios"]) == {"guidance"}
     kept = folder / "rows"
     elsewhere = dataclasses.replace(asked, output_dir=f"{asked.output_dir}-elsewhere")
     shutil.copytree(kept, Path(elsewhere.folder) / "rows")
@@ -90,7 +97,7 @@ def test_label_budgets_end_to_end_and_again(over_budgets: Asked, monkeypatch: py
     assert numbers(compare(elsewhere)) == numbers(results)
     monkeypatch.setattr(drawing, "sample_policy", None)
     assert numbers(compare(asked)) == numbers(results)
-    assert len(list(kept.iterdir())) == 3
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_a_comparison_end_to_end_and_again(

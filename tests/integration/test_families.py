@@ -19,7 +19,7 @@ from ctrl_ray.reporting.tracking import read_metrics
 from tests.classifiers import save_classifier
 from tests.configs import tiny_run
 
-pytestmark = [pytest.mark.integration, pytest.mark.full, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
 CONTROL = ControlConfig(oracle="jpeg_size", thresholds=(1455.0, 1472.0, 1491.0), unit="bytes", guidance_strength=2.0)
 
@@ -27,9 +27,14 @@ CONTROL = ControlConfig(oracle="jpeg_size", thresholds=(1455.0, 1472.0, 1491.0),
 @pytest.mark.parametrize(
     ("family", "zero_stage", "size"),
     [
-        ("tiny_xl_pipeline", 2, {"height": 32, "width": 48}),
-        ("tiny_3_pipeline", 3, {"height": 48, "width": 32, "max_sequence_length": 8}),
-        ("tiny_aura_flow_pipeline", 1, {"height": 32, "width": 48, "max_sequence_length": 6}),
+        pytest.param("tiny_xl_pipeline", 2, {"height": 32, "width": 48}, marks=pytest.mark.slow),
+        pytest.param(
+            *("tiny_3_pipeline", 3, {"height": 48, "width": 32, "max_sequence_length": 8}), marks=pytest.mark.full
+        ),
+        pytest.param(
+            *("tiny_aura_flow_pipeline", 1, {"height": 32, "width": 48, "max_sequence_length": 6}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_family_trains_resumes_and_samples(

@@ -234,7 +234,7 @@ def _check_last_good(folder: Path, updates: int) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed(config: TrainConfig, whole: dict[str, Tensor], tmp_path: Path) -> None:
     """SIGKILL of the command on a Ray that goes on: the same command with --resume does the rest."""
     folder = tmp_path / "run"

@@ -24,7 +24,7 @@ from ctrl_ray.tuning.trial import seconds_before
 from tests.clusters import ROOT
 from tests.registered import registered_updates
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.slow
 
 STRENGTH = "controls.jpeg_size.guidance_strength"
 SWEEP_FILE = f'''

@@ -54,5 +54,11 @@ def test_tiers_are_known_marks_and_ci_runs_three_of_them(pytestconfig: pytest.Co
         ("multihost", "multihost")
     }
     assert must <= run and not {tier for tier, _ in run} & {"slow", "gpu"}
+    halves = re.findall(r" tests/integration/test_\[(!?)([a-z]-[a-z])\]\*\.py", ci)
+    assert (
+        len(halves) == 2
+        and {first for first, _ in halves} == {"", "!"}
+        and len({letters for _, letters in halves}) == 1
+    )
     told = (ROOT / "CONTRIBUTING.md").read_text()
     assert all(f"python -m pytest -m {tier}" in told for tier in TIERS)
