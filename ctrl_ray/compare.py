@@ -35,7 +35,7 @@ class CompareOptions:
     methods: tuple[str, ...] = ()
     """Names, such as ctrl dps tds. Empty: all; with --quick the ones that cost at most 32 plain samples an image."""
     seeds: Annotated[int | None, at_least(1)] = None
-    """Runs of each method that is trained. None: 3, with --quick 1."""
+    """Runs of each method that is trained. None: 3, with --quick 1; of the further lines of --label-budgets 1."""
     quick: bool = False
     """Fewer images, one seed, shorter timing and none of the dearest methods: about 25 minutes on two cores."""
     adapters: tuple[str, ...] = ()

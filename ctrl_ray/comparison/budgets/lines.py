@@ -32,21 +32,25 @@ class Line:
     """Whether the labelled images come with their prompts, else as pairs (x, y)."""
     num_samples: int = 0
     """Samples of the pre-trained model beside the labelled images."""
+    once: bool = False
+    """Trained with the first seed alone, unless a number of seeds is asked for: what other labels change is told apart by fewer
+    runs than how many labels a method needs."""
 
 
 LINES: dict[str, Line] = {
     "ctrl": Line(title="CTRL, pairs (x, y)", method="ctrl"),
-    "ctrl-prompts": Line(title="CTRL, with prompts", method="ctrl", with_prompts=True),
+    "ctrl-prompts": Line(title="CTRL, with prompts", method="ctrl", with_prompts=True, once=True),
     "ctrl-samples": Line(
         title=f"CTRL, pairs and {NUM_SAMPLES} samples of the model that the oracle labels",
         method="ctrl",
         num_samples=NUM_SAMPLES,
+        once=True,
     ),
     "cfg": Line(title="CFG fine-tuning, with prompts", method="cfg", with_prompts=True),
-    "cfg-pairs": Line(title="CFG fine-tuning, pairs (x, y)", method="cfg"),
+    "cfg-pairs": Line(title="CFG fine-tuning, pairs (x, y)", method="cfg", once=True),
     "guidance": Line(title="classifier guidance, pairs (x, y)", method="classifier_guidance"),
     "guidance-prompts": Line(
-        title="classifier guidance, with prompts", method="classifier_guidance", with_prompts=True
+        title="classifier guidance, with prompts", method="classifier_guidance", with_prompts=True, once=True
     ),
 }
 """Name to line, in the order in which they are run."""
@@ -62,7 +66,7 @@ class BudgetPlan:
     budgets: tuple[int, ...]
     """Numbers of labelled images, ascending."""
     seeds: tuple[int, ...]
-    """Each draws other images, and trains once on each budget."""
+    """Each draws other images, and trains once on each budget. Lines that are trained `once` have the first alone."""
     plan: Plan
     """The pre-trained model, then every line at every budget."""
 
@@ -77,8 +81,8 @@ class BudgetPlan:
 
     def to_text(self) -> str:
         """What is printed before anything is drawn."""
-        runs = sum(METHODS[LINES[line].method].training is not None for line in self.lines)
-        total = runs * len(self.budgets) * len(self.seeds)
+        trained = [plan for plan in self.plan.methods if plan.method.training is not None]
+        total = sum(len(plan.seeds) for plan in trained)
         head = (
             f"labelled images {', '.join(map(str, self.budgets))}; {len(self.seeds)} seeds; {total} runs of training\n"
         )
@@ -102,7 +106,7 @@ def make_budget_plan(
         budgets: Numbers of labelled images.
         num_steps: Denoising steps of the preset's sampler.
         num_classes: Joint classes.
-        num_seeds: None: 3, with `quick` 1.
+        num_seeds: None: 3, with `quick` or for a line that is trained `once` 1.
         has_oracle: Whether every control has one; else no samples of the model can be labelled.
 
     Raises:
@@ -139,7 +143,10 @@ def make_budget_plan(
 
     plans = [made("plain", METHODS["plain"].title, "plain", ())]
     plans += [
-        made(f"{name}-{budget}", f"{LINES[name].title}, {budget} images", LINES[name].method, seeds)
+        made(
+            *(f"{name}-{budget}", f"{LINES[name].title}, {budget} images", LINES[name].method),
+            seeds[:1] if LINES[name].once and num_seeds is None else seeds,
+        )
         for name in wanted
         for budget in ordered
     ]

@@ -106,7 +106,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         "every classifier is fitted on so many labelled images, its three splits inside of them; CFG fine-tuning sees the same "
         "images and labels; each seed draws other ones",
         "distance: to exact samples of the target that a classifier on all labelled images gives, over the noise floor of as "
-        f"many exact samples; {results['common_test']} images, mean over {results['num_seeds']} seeds (range)",
+        f"many exact samples; {results['common_test']} images, mean over {results['num_seeds']} seeds (range; "
+        "without one: one seed)",
         f"knobs: chosen for each line and budget by the {results['criterion']}",
         "ECE and NLL: of the classifier, on samples of the pre-trained model",
         made_with(results),

@@ -144,7 +144,7 @@ class _Row:
         plan = self.plan
         runs: list[TrainedRun] = []
         sources, calibration = [], []
-        for seed in self.budgets.seeds:
+        for seed in plan.seeds:
             source, own, figures = self._source(seed)
             sources.append(source)
             runs += own
@@ -182,7 +182,7 @@ class _Row:
         """Of all seeds, with classifiers that are fitted; [] where nothing is to be trained."""
         if METHODS[self.line.method].training is None or self.file.is_file():
             return []
-        return [self._run(seed) for seed in self.budgets.seeds]
+        return [self._run(seed) for seed in self.plan.seeds]
 
     def _run(self, seed: int) -> TrainConfig:
         bench, training = self.bench, METHODS[self.line.method].training

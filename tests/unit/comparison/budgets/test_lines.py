@@ -17,15 +17,18 @@ def plan(*budgets: int, methods: tuple[str, ...] = (), **changes: Any):
     return make_budget_plan(methods, budgets, num_steps=10, num_classes=4, **changes)
 
 
-def test_every_line_is_run_at_every_budget_with_three_seeds() -> None:
+def test_every_line_is_run_at_every_budget_and_the_first_of_each_method_with_three_seeds() -> None:
     whole = plan(256, 64)
     assert whole.lines == tuple(LINES) and whole.budgets == (64, 256) and whole.seeds == (0, 1, 2)
     assert whole.plain.name == "plain" and whole.plain.seeds == ()
     assert len(whole.plan.methods) == 1 + 2 * len(LINES)
     assert whole.of("cfg", 256).name == "cfg-256" and whole.of("ctrl", 64).name == "ctrl-64"
-    assert whole.of("cfg", 256).copies == 3
+    assert whole.of("cfg", 256).copies == 3 and whole.of("cfg-pairs", 256).copies == 1
+    assert [name for name in whole.lines if whole.of(name, 64).seeds == (0, 1, 2)] == ["ctrl", "cfg", "guidance"]
     assert {len(method.values) for method in whole.plan.methods[1:]} == {3}
-    assert "30 runs of training" in whole.to_text()  # five lines train a policy
+    assert "18 runs of training" in whole.to_text()  # five lines train a policy, two of them with every seed
+    asked = plan(256, 64, num_seeds=2)
+    assert {asked.of(name, 64).seeds for name in asked.lines} == {(0, 1)} and "20 runs of training" in asked.to_text()
 
 
 def test_a_quick_plan_has_a_line_of_each_method_and_one_seed() -> None:
