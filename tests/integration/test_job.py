@@ -27,8 +27,6 @@ from ctrl_ray.runs.folder import RunFolder
 from tests.clusters import ROOT, Head, started_head
 from tests.configs import tiny_run
 
-pytestmark = pytest.mark.full
-
 _UPDATES = 40  # of a fraction of a second each: a stop has time to arrive
 _WHICH_PACKAGE = "import ctrl_ray; print('the package is', ctrl_ray.__file__)"
 _WITHOUT_INIT = """
@@ -100,6 +98,7 @@ def _status(cluster: Head, name: str) -> str:
     return cluster.ray("job", "status", name).stdout
 
 
+@pytest.mark.slow
 def test_a_job_is_stopped_and_resumed_from_what_is_in_s3(
     cluster: Head, bucket: pyarrow.fs.S3FileSystem, config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -172,6 +171,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.full
 def test_no_way_in_without_the_token(cluster: Head, tmp_path: Path) -> None:
     """A wrong one and none: the job CLI, the HTTP API and `ray.init` refuse; ours says why and what to do, at once."""
     with ThreadPoolExecutor(2) as executor:
@@ -214,6 +214,7 @@ def _train(folder: Path, environment: Mapping[str, str]) -> subprocess.Completed
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
 
 
+@pytest.mark.full
 def test_a_run_on_a_cluster_that_is_not_there_says_so(tmp_path: Path) -> None:
     """A dead address, and addresses of other services."""
     expected = {

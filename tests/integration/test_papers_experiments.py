@@ -16,7 +16,7 @@ from tests.configs import on_a_cpu, tiny_experiment
 from tests.tiny import make_tiny_clip, make_tiny_head
 from tests.unit.evaluation.helpers import write_model
 
-pytestmark = [pytest.mark.full, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 def test_two_controls_from_labels_to_the_report(tiny_pipeline: Path, tmp_path: Path) -> None:

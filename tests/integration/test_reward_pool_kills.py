@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration import reward_pool_kills
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.slow
 
 _ROOT = Path(__file__).resolve().parents[2]
 

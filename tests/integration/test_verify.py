@@ -120,7 +120,7 @@ def _trained(case: Case, engine: type[PlainEngine] = PlainEngine, **effort: floa
     [
         "full",
         pytest.param("sticking_the_landing", marks=pytest.mark.full),
-        pytest.param("random_suffix", marks=pytest.mark.full),
+        pytest.param("random_suffix", marks=pytest.mark.slow),
         pytest.param("adjoint_matching", marks=pytest.mark.full),
     ],
 )
@@ -139,7 +139,7 @@ def test_last_k_lands_where_it_must() -> None:
     assert (reached.mean, reached.std) == pytest.approx((0.760, 0.621), abs=0.02)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_eta_below_one_misses_the_target_though_not_its_own_optimum() -> None:
     """eta 0.3 remembers the initial noise: mean 1.131 where the target has 1.581."""
     case = gaussian()
@@ -163,7 +163,7 @@ def test_a_flow_reaches_its_optimum_which_is_the_tilt_where_it_forgets(sde: Any,
     assert solution.tilt.mean - reached.mean == pytest.approx(missed, abs=0.006)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_dimension_unless_the_kl_is_a_mean() -> None:
     """T6 at 10 steps: 1 and 16 coordinates agree; the mean over coordinates makes the exponent 16 times as large."""
     results = {}
@@ -213,7 +213,7 @@ class _RedrawnEngine(PlainEngine):
         return output
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_truncation_that_is_drawn_anew_at_every_step_misses() -> None:
     """It reaches another fixed point: the mean overshoots, the KL and the objective are far worse."""
     torch.manual_seed(0)
