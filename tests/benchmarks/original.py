@@ -15,15 +15,16 @@ on the same policy, prompts, labels, noise and reward model of `shapes`, in turn
 ratio is the median over the turns of an update's samples per second over those of the better original in the same turn. Peak
 bytes are counted in one more update, those of weights left out.
 
-2026-11-29, one thread of an Intel Xeon with another run beside it, batch 32, three turns: samples/s (and × the better original):
+2026-11-29, one thread of an Intel Xeon, another run beside it, batch 32, three turns: samples/s (× the better original):
 
     steps  guidance   original     not checkpointed   ours         ours, graphs kept
     10     1          1.85 (.26)   6.73               5.06 (.76)   7.28 (1.08)
     10     3           .82 (.23)   3.63               2.43 (.77)   3.63 (1.02)
+    20     1           .50 (.24)   2.14               1.42 (.67)   2.01 (.90)
 
-Without its checkpoints the original makes the calls that ours makes, two forwards and two backwards of the denoiser a step. So no
-order of them is much faster; what is left is how fast a call is, and convolutions run at 55 of the core's 98 GFLOP/s. Tried on
-`shapes`, in pairs:
+Without its checkpoints the original makes the calls that ours makes, two forwards and two backwards of the denoiser a step. So
+no order of them is much faster; what is left is how fast a call is, and convolutions run at 55 of the core's 98 GFLOP/s. Tried
+on `shapes`, in pairs:
 
     graphs kept from the rollout (`estimator.keep_graphs`)        1.4 to 1.5 × as fast; kept where memory is there
     LoRA on the policy's half of one batch with the reference's   1.03 ×; not kept
