@@ -168,6 +168,9 @@ class WaitingBackbone(StableDiffusion):
 
 
 class _NoText:
+    def only(self, prompts: Sequence[str]) -> _NoText:
+        return self
+
     def encode(self, prompts: Sequence[str]) -> Condition:
         text = {"text": torch.zeros(len(prompts), 1, 1)}
         return Condition(tuple(prompts), text, text)
@@ -203,7 +206,7 @@ class WaitingRewards:
 def waiting_worker(card: Card, job: TrainJob) -> None:
     """`train_worker` on a card that is not there."""
 
-    def load(folder: str, revision: str | None = None) -> WaitingBackbone:
+    def load(folder: str, revision: str | None = None, sampler: SamplerConfig | None = None) -> WaitingBackbone:
         backbone = WaitingBackbone(folder)
         backbone.card = card
         return backbone
@@ -317,6 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", default="H100", help="of those that the planner knows")
     parser.add_argument("--updates", type=int, default=5)
     arguments = parser.parse_args(argv)
+    if arguments.updates < 3:
+        parser.error("--updates: 3 at least, the time of a checkpoint is told from those of the others")
     card = Card.named(arguments.card)
     print(
         f"{arguments.card}: forward {card.forward:.4f} s, backward {card.backward:.4f} s, scoring {card.score:.4f} s; an "
