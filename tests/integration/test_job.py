@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
 
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.config.json import to_json
@@ -77,6 +79,10 @@ def config(tiny_pipeline: Path, base_config: TrainConfig) -> TrainConfig:
     )
 
 
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors") | load_file(folder / "control_embeddings.safetensors")
+
+
 def _submit(
     cluster: Head,
     config_file: Path,
@@ -99,27 +105,32 @@ def _status(cluster: Head, name: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_job_is_stopped_and_resumed_from_what_is_in_s3(
+def test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_run(
     cluster: Head, bucket: pyarrow.fs.S3FileSystem, config: TrainConfig, tmp_path: Path
 ) -> None:
-    """That a stop changes no bit is in test_train.py; here it goes by `ray job`, and the run goes on from S3 alone."""
+    """Bitwise, on CPU with a deterministic pool. The stopped one writes to S3, and goes on from what is there alone."""
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    output = _stop_and_resume(cluster, bucket, file)
-    ours = [line for line in output.splitlines() if line.startswith(("update ", "run ", "job "))]
-    assert f"update {_UPDATES}/{_UPDATES} · reward" in output
+    with ThreadPoolExecutor(1) as executor:
+        uninterrupted = executor.submit(_submit, cluster, file, str(tmp_path / "whole"), name="whole")
+        _stop_and_resume(cluster, bucket, file)
+        whole = uninterrupted.result()
+    assert "succeeded" in whole, whole
+    ours = [line for line in whole.splitlines() if line.startswith(("update ", "run ", "job "))]
+    assert f"update {_UPDATES}/{_UPDATES} · reward" in whole
     assert not any(_CONTROL_CHARACTER.search(line) for line in ours), ours
-    assert re.search(r"^run +stopped, written to ", output, re.M) and re.search(r"^job +resumed: ", output, re.M)
-    assert "perhaps too few" not in output, "cluster/job.yaml gives the stop enough time"
+    assert re.search(r"^run +whole, written to ", whole, re.M) and re.search(r"^job +whole: ", whole, re.M)
+    assert "perhaps too few" not in whole, "cluster/job.yaml gives the stop enough time"
 
     pyarrow.fs.copy_files("runs/stopped", str(tmp_path / "stopped"), source_filesystem=bucket)
     assert (tmp_path / "stopped" / "report" / "report.html").is_file()
-    assert (tmp_path / "stopped" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    expected, reached = _adapter(tmp_path / "whole" / "adapter"), _adapter(tmp_path / "stopped" / "adapter")
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(expected[name], reached[name]) for name in expected)
 
 
-def _stop_and_resume(cluster: Head, bucket: pyarrow.fs.S3FileSystem, file: Path) -> str:
-    """The stop leaves a checkpoint and says how to go on; the head's own copy of the run is lost in between. What the job
-    that went on printed."""
+def _stop_and_resume(cluster: Head, bucket: pyarrow.fs.S3FileSystem, file: Path) -> None:
+    """The stop leaves a checkpoint and says how to go on; the head's own copy of the run is lost in between."""
     uri = "s3://runs/stopped"
     copy = RunFolder(uri).local
     shutil.rmtree(copy, ignore_errors=True)  # of a test run that was killed: its rows would be taken for this job's
@@ -137,7 +148,6 @@ def _stop_and_resume(cluster: Head, bucket: pyarrow.fs.S3FileSystem, file: Path)
     assert package and "/working_dir_files/" in package[1], again  # what was submitted, not what is installed here
     shutil.rmtree(copy)
     assert f"resumed after update {done[1]}" in again and "succeeded" in again, again
-    return again
 
 
 def _stop(cluster: Head, name: str) -> None:

@@ -23,7 +23,7 @@ _FIRST_RUN, _PYTHON, _PHOTOS = (
     f"{_HERE}::test_{name}" for name in ("the_first_run_says_what_to_do_next", "python", "own_photos")
 )
 _SAMPLES, _PLANS = (f"{_HERE}::test_{name}" for name in ("samples", "plans"))
-_SUBMITTED = f"{_JOB}::test_a_job_is_stopped_and_resumed_from_what_is_in_s3"
+_SUBMITTED = f"{_JOB}::test_a_job_is_stopped_resumed_and_ends_with_the_adapter_of_an_uninterrupted_run"
 IS_RUN_BY = {
     "README.md: python3 -m venv": _FIRST_RUN,
     "README.md: python -m pytest": ITSELF,

@@ -126,7 +126,7 @@ def make_budget_plan(
     if not has_oracle:
         wanted = [name for name in wanted if not LINES[name].num_samples]
     if quick and not methods:
-        wanted = ["ctrl", "cfg", "guidance"]
+        wanted = [name for name in wanted if not LINES[name].once]
     counts = (QUICK if quick else FULL).rounded(num_classes)
     seeds = training_seeds(num_seeds, quick)
     ordered = tuple(sorted(budgets))

@@ -44,7 +44,7 @@ def label_ratios(
     Args:
         budgets: n, ascending.
         ours: (n, seeds) distances to the target.
-        theirs: The same of the other method; where one has fewer seeds, the first ones of both are compared.
+        theirs: The same of the other method.
 
     Returns:
         'budget'; 'ratio', the median over seeds, with 'low' and 'high', the extremes; 'bounds' of the seeds, as in `Needed`: a
@@ -52,8 +52,9 @@ def label_ratios(
     """
     rows = []
     for budget, distances in zip(budgets, ours, strict=True):
-        curves = zip(*theirs, strict=True)
-        found = [images_needed(distance, budgets, curve) for distance, curve in zip(distances, curves, strict=False)]
+        found = [
+            images_needed(distance, budgets, curve) for distance, curve in zip(distances, zip(*theirs), strict=True)
+        ]
         ratios = sorted(one.images / budget for one in found)
         rows.append(
             {

@@ -70,7 +70,7 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
         "seed": question.seed,
         "pre_trained": over_seeds(numbers),
         "rows": rows,
-        "ratios": _ratios(budgets, rows),
+        "ratios": ratios_of(budgets, rows),
         "facts": environment_facts(),
         "seconds": time.monotonic() - started,
     }
@@ -79,8 +79,9 @@ def run_budgets(question: Question, budgets: BudgetPlan, train: Train, say: Call
     return write(question.folder, results, report.markdown, report.page)
 
 
-def _ratios(budgets: BudgetPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Of each other line the labels that it needs for CTRL's distance; only where all distances are known."""
+def ratios_of(budgets: BudgetPlan, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each other line the labels that it needs for CTRL's distance, with the seeds that it has; only where all distances are
+    known."""
     worst: dict[str, list[list[float]]] = {}
     for line in budgets.lines:
         each = [[seed["common_distance"]["worst"] for seed in row["seeds"]] for row in rows if row["line"] == line]
@@ -90,7 +91,7 @@ def _ratios(budgets: BudgetPlan, rows: list[dict[str, Any]]) -> dict[str, list[d
     if ours is None:
         return {}
     return {
-        line: label_ratios(budgets.budgets, ours, theirs)
+        line: label_ratios(budgets.budgets, [each[: len(theirs[0])] for each in ours], theirs)
         for line, theirs in worst.items()
         if LINES[line].method != "ctrl"
     }

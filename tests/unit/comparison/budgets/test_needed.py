@@ -47,8 +47,3 @@ def test_ratios_pair_the_seeds_and_keep_their_extremes() -> None:
     (middle,) = [found for found in label_ratios((16, 64, 256), ours, theirs) if found["budget"] == 16]
     assert (middle["ratio"], middle["low"], middle["high"]) == (pytest.approx(4.0), 1.0, pytest.approx(4.0))
     assert middle["bounds"] == ["=", "=", "<="]
-
-
-def test_a_line_with_one_seed_is_compared_with_our_first() -> None:
-    (only,) = label_ratios((64, 256), [[10.0, 1.0], [5.0, 1.0]], [[20.0], [10.0]])[:1]
-    assert (only["ratio"], only["bounds"]) == (pytest.approx(4.0), ["="])
