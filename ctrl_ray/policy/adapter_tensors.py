@@ -13,7 +13,8 @@ from torch import Tensor
 from ctrl_ray.errors import ModelError
 from ctrl_ray.policy.adapter_info import AdapterInfo, adapter_folder
 from ctrl_ray.policy.control.gains import GAINS
-from ctrl_ray.policy.controlled import LORA_NAME, ControlledPolicy
+from ctrl_ray.policy.controlled import ControlledPolicy
+from ctrl_ray.policy.lora import LORA_NAME
 from ctrl_ray.policy.pipeline_files import check_safetensors, weight_files
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

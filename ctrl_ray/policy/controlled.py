@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,12 +20,10 @@ from ctrl_ray.policy.backbones.base import Backbone
 from ctrl_ray.policy.control.embeddings import ControlEmbeddings
 from ctrl_ray.policy.control.gains import add_label_gains, folded_weights, label_gains
 from ctrl_ray.policy.cotangent_scale import CotangentScale
+from ctrl_ray.policy.lora import LORA_NAME, add_lora
 from ctrl_ray.policy.peft_internals import switch_adapter
 from ctrl_ray.policy.precision import half_dtype, keep_in_float32
 from ctrl_ray.policy.protocol import Inputs, TrainablePolicy
-
-LORA_NAME = "default"
-"""peft's name of our LoRA in a denoiser, which may hold others beside it."""
 
 _REPEATED_BLOCKS = ("ResnetBlock2D", "TransformerBlock")
 """Ends of diffusers' names of the blocks that a denoiser has many of; nearly all of its operations are theirs."""
@@ -74,7 +71,8 @@ class ControlledPolicy(TrainablePolicy):
             denoiser.requires_grad_(False)
         self.lora, self.kind = lora, kind
         if lora is not None and kind == "embedding":
-            _add_lora(backbone, denoiser, lora, seed)
+            _targets(backbone, denoiser, lora)
+            add_lora(denoiser, lora, seed)
         elif lora is not None:
             targets = _targets(backbone, denoiser, lora)
             add_label_gains(targets, num_classes, lora.rank, seed)
@@ -311,23 +309,3 @@ def _targets(backbone: Backbone, denoiser: nn.Module, lora: LoraConfig) -> dict[
             f"names; the last parts of those are {', '.join(endings)}"
         )
     return {name: denoiser.get_submodule(name) for name in found}
-
-
-def _add_lora(backbone: Backbone, denoiser: Any, lora: LoraConfig, seed: int) -> None:
-    _targets(backbone, denoiser, lora)
-    config = PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.target_modules),
-        lora_dropout=0.0,
-        init_lora_weights="gaussian",
-    )
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)  # peft draws from the global generator; every rank must draw the same
-        denoiser.add_adapter(config, adapter_name=LORA_NAME)
-    finally:
-        torch.set_rng_state(state)
-    for name, parameter in denoiser.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
