@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from ctrl_ray.collector import collect_seldom
 from ctrl_ray.config.values import named_values as named_values
 from ctrl_ray.errors import (
     ConfigError,
@@ -70,6 +71,7 @@ def run(body: Body, argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _show_what_can_be_shown(stream)
     _do_without_a_home()
+    collect_seldom()
     try:
         with _sigterm_interrupts():
             return body(sys.argv[1:] if argv is None else argv) or 0

@@ -47,6 +47,9 @@ def _prepare_environment() -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MPLBACKEND": "Agg",
+        # Ray's log monitor would look ten times a second for new files among the hundreds of a session.
+        "LOG_NAME_UPDATE_INTERVAL_S": "2",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         # Bounds for every Ray that a test, or a command that it runs, starts without saying more.
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(300 * 2**20),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import cloudpickle
 
+from ctrl_ray.collector import collect_seldom_in_workers
 from ctrl_ray.errors import naming_memory
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class RewardActor:
     def __init__(self, given: bytes) -> None:
         """given: (RewardModelSpec, a model to use instead of loading it or None), pickled by the driver so that the
         pool's dispatcher can pass it on unread."""
+        collect_seldom_in_workers()
         import torch
 
         from ctrl_ray.policy.precision import set_float32_precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -41,6 +42,25 @@ def test_a_head_is_found_and_answers() -> None:
     assert ray_internals.ask_head(address, 10.0) == ray_internals.HeadAnswer(alive=True)
     nobody = ray_internals.ask_head("127.0.0.1:1", 10.0)
     assert (nobody.alive, nobody.token_refused) == (False, False) and nobody.reason.startswith("UNAVAILABLE: ")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_process_that_ray_starts_collects_seldom_once_it_has_something_of_ours_to_load() -> None:
+    """Whoever imports the same elsewhere keeps the thresholds that they have."""
+
+    def after_import() -> int:
+        package = importlib.import_module("ctrl_ray.distributed")
+        before = gc.get_threshold()
+        try:
+            gc.set_threshold(600)
+            importlib.reload(package)
+            return gc.get_threshold()[0]
+        finally:
+            gc.set_threshold(*before)
+
+    task: Any = ray.remote(after_import).options(num_cpus=0)
+    assert ray.get(task.remote()) == 50_000
+    assert after_import() == 600
 
 
 @pytest.mark.usefixtures("ray_session")
