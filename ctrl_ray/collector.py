@@ -22,5 +22,7 @@ def collect_seldom() -> None:
 def collect_seldom_in_workers() -> None:
     """If Ray started this process for a task or an actor; a user's own process is left as it is."""
     ray = sys.modules.get("ray")
-    if ray is not None and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+    if ray is None or not ray.is_initialized():  # to ask for more would start a Ray
+        return
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
         collect_seldom()

@@ -52,6 +52,7 @@ def _prepare_environment() -> None:
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         # Bounds for every Ray that a test, or a command that it runs, starts without saying more.
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(300 * 2**20),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each worker group; tests that need it say so
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",

@@ -320,6 +320,7 @@ def _run_on_two_nodes(scenario: str, config: TrainConfig, folder: Path) -> Rows:
     file.write_text(to_json(dataclasses.replace(config, scaling=elastic)))
     quick = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.3",
         "RAY_health_check_initial_delay_ms": "2000",
         "RAY_health_check_period_ms": "1000",

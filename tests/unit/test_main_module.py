@@ -62,6 +62,14 @@ def test_importing_the_commands_loads_nothing_heavy() -> None:
     assert set(loaded) & set(HEAVY) <= {"tyro"}
 
 
+def test_importing_what_computes_starts_no_ray() -> None:
+    """Where Ray is imported already; and the process collects garbage as before."""
+    packages = "ctrl_ray.classifiers, ctrl_ray.distributed, ctrl_ray.rewards.actor"
+    code = f"import gc, ray; before = gc.get_threshold(); import {packages}; "
+    ended = _python("-c", code + "print(ray.is_initialized(), gc.get_threshold() == before)")
+    assert ended.stdout.split() == ["False", "True"], ended.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_is_its_module(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The same help, to the letter."""

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from ctrl_ray.cluster import local_ray
-from ctrl_ray.cluster.local_ray import check_environment, init_ray
+from ctrl_ray.cluster.local_ray import check_environment, init_ray, start_local_ray
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.ray_internals import silent_token_notice, socket_path
 
@@ -99,6 +99,21 @@ def test_a_ray_that_does_not_come_up_is_one_message(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ResourceError, match=says):
         init_ray("Ray did not start", "Try again.")
     assert ended == ["shutdown"]
+
+
+@pytest.mark.parametrize(("said", "meanwhile"), [(None, "0"), ("1", "1")])
+def test_rays_own_processes_watch_for_no_preemption(
+    said: str | None, meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says so; a cluster that this process joins later has its watcher."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.delenv(name)
+    if said is not None:
+        monkeypatch.setenv(name, said)
+    seen: list[str | None] = []
+    monkeypatch.setattr(ray, "init", lambda **options: seen.append(os.environ.get(name)))
+    start_local_ray(2, verbose=False)
+    assert seen == [meanwhile] and os.environ.get(name) == said
 
 
 def test_a_handler_of_sigterm_outlives_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
