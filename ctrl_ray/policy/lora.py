@@ -42,32 +42,63 @@ class _Joined(nn.Module):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         output = self.base_layer(x, *args, **kwargs)
-        down, up = self.lora_A[LORA_NAME], self.lora_B[LORA_NAME].get_parameter("weight")
-        return self._added(output, x.to(output.dtype), down, up.to(output.dtype), self.scaling[LORA_NAME])
-
-    @staticmethod
-    def _added(output: Tensor, x: Tensor, down: Any, up: Tensor, scale: float) -> Tensor:
-        raise NotImplementedError
+        # modules are called, though one function could read all weights: ZeRO-3 gathers a module's when it is called
+        inner = self.lora_A[LORA_NAME](x.to(output.dtype))
+        adapted: Tensor = self.lora_B[LORA_NAME](inner, output, self.scaling[LORA_NAME])
+        return adapted
 
 
 class _JoinedLinear(_Joined, peft_lora.Linear):
-    @staticmethod
-    def _added(output: Tensor, x: Tensor, down: Any, up: Tensor, scale: float) -> Tensor:
-        """output (..., out), x (..., in), up (out, rank)."""
-        inner = F.linear(x, down.weight.to(x.dtype))
-        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scale).view_as(output)
+    pass
 
 
 class _JoinedConv2d(_Joined, peft_lora.Conv2d):
-    @staticmethod
-    def _added(output: Tensor, x: Tensor, down: Any, up: Tensor, scale: float) -> Tensor:
-        """output (B, out, H, W), x (B, in, H, W), up (out, rank, 1, 1)."""
-        inner = F.conv2d(x, down.weight.to(x.dtype), None, down.stride, down.padding, down.dilation)
-        weights = up.flatten(1).expand(len(x), -1, -1)
+    pass
+
+
+class _DownLinear(nn.Linear):
+    """A, in the type of what it multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., rank)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class _DownConv2d(nn.Conv2d):
+    """A, in the type of what it multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) to (B, rank, H, W), with the strides of the layer."""
+        return F.conv2d(x, self.weight.to(x.dtype), None, self.stride, self.padding, self.dilation)
+
+
+class _UpLinear(nn.Linear):
+    """B, which joins the layer's output."""
+
+    def forward(self, inner: Tensor, output: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """output (..., out) + scale · B inner (..., rank); without an output, as peft calls it, B inner."""
+        weight = self.weight.to(inner.dtype)
+        if output is None:
+            return F.linear(inner, weight)
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), weight.t(), alpha=scale).view_as(output)
+
+
+class _UpConv2d(nn.Conv2d):
+    """B, 1 × 1, which joins the layer's output."""
+
+    def forward(self, inner: Tensor, output: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """output (B, out, H, W) + scale · B inner (B, rank, H, W); without an output, as peft calls it, B inner."""
+        weight = self.weight.to(inner.dtype)
+        if output is None:
+            return F.conv2d(inner, weight)
+        weights = weight.flatten(1).expand(len(inner), -1, -1)
         return torch.baddbmm(output.flatten(2), weights, inner.flatten(2), alpha=scale).view_as(output)
 
 
-_JOINED = {peft_lora.Linear: _JoinedLinear, peft_lora.Conv2d: _JoinedConv2d}
+_JOINED = {
+    peft_lora.Linear: (_JoinedLinear, _DownLinear, _UpLinear),
+    peft_lora.Conv2d: (_JoinedConv2d, _DownConv2d, _UpConv2d),
+}
 
 
 def add_lora(denoiser: Any, lora: LoraConfig, seed: int) -> None:
@@ -89,4 +120,6 @@ def add_lora(denoiser: Any, lora: LoraConfig, seed: int) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     for layer in denoiser.modules():
-        layer.__class__ = _JOINED.get(type(layer), type(layer))
+        if type(layer) in _JOINED:
+            down, up = layer.lora_A[LORA_NAME], layer.lora_B[LORA_NAME]
+            layer.__class__, down.__class__, up.__class__ = _JOINED[type(layer)]

@@ -58,7 +58,7 @@ def base_config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             name: ControlConfig(classes=tuple(f"class {index}" for index in range(count)), guidance_strength=2.0)
             for name, count in (("jpeg_size", 4), ("colourfulness", 3))
         },
-        adapter=AdapterConfig(kind="gains"),  # the tests of whole runs have embeddings
+        adapter=AdapterConfig(kind="gains"),
         lora=LoraConfig(rank=2, alpha=2.0),
     )
 
@@ -93,6 +93,10 @@ def _asking(config: TrainConfig, name: str) -> TrainConfig:
     return dataclasses.replace(config, estimator=EstimatorConfig(name=name))  # type: ignore[arg-type]
 
 
+def _embedding(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, adapter=AdapterConfig(kind="embedding"))
+
+
 def _keeping(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, estimator=EstimatorConfig(keep_graphs=True))
 
@@ -109,6 +113,7 @@ def two_workers(base_config: TrainConfig, tmp_path_factory: pytest.TempPathFacto
         for estimator in ASKING
         for name in PAST_THE_ENGINE
     }
+    cases["embedding-stage3"] = Case(config=_embedding(_sgd(base_config, False, STAGES["stage3"])))
     cases |= {f"kept-{name}": Case(config=_keeping(_sgd(base_config, False, STAGES[name]))) for name in KEEPING}
     for name, full, stage in (("saved-lora", False, 2), ("saved-full1", True, 1), ("saved-full3", True, 3)):
         config = _config(base_config, full, STAGES[f"stage{stage}"], OptimizerConfig(learning_rate=3e-3))
@@ -137,6 +142,11 @@ def test_two_workers_go_past_the_engine_as_one_process_does(
     backwards."""
     config = _asking(_sgd(base_config, False, ScalingConfig()), estimator)
     _check_steps(config, two_workers, [f"{estimator}-{name}" for name in PAST_THE_ENGINE])
+
+
+def test_one_lora_for_all_labels_is_sharded_too(two_workers: Path, base_config: TrainConfig) -> None:
+    """Its products are our own; ZeRO-3 gathers A and B for them."""
+    _check_steps(_embedding(_sgd(base_config, False, ScalingConfig())), two_workers, ["embedding-stage3"])
 
 
 def test_graphs_kept_by_two_workers_are_those_of_one_process(two_workers: Path, base_config: TrainConfig) -> None:
