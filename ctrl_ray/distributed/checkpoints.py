@@ -6,8 +6,8 @@
     rows.jsonl                    the run's rows of metrics so far, should the driver end before it has written the last ones
 
 With LoRA rank 0 writes the state as one file. With full fine-tuning every rank owns some of the parameters, about as
-many bytes as any other, and writes those (training_state-00001-of-00002.safetensors, and the denoiser likewise): one
-parameter is gathered at a time, so that no rank ever holds the whole state. Either way any number of workers and any
+many bytes as any other, and writes those (training_state-00001-of-00002.safetensors, and the denoiser likewise): 64 MB
+(or one parameter) are gathered at a time, so that no rank ever holds the whole state. Either way any number of workers and any
 ZeRO stage can resume it, and nothing in it is a pickle, as it would be in DeepSpeed's own checkpoints.
 
 Saving is collective. Ray Train uploads in the background and registers a checkpoint once all ranks' parts are there: a

@@ -5,10 +5,12 @@ Every docstring names what of DeepSpeed it leans on; tests/integration/test_shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -39,6 +41,26 @@ def link_moments(optimizer: Any) -> None:
     parameter group only, so that with two groups the second one's moments could neither be read nor set.
     """
     optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@torch.no_grad()
+def whole_values(asked: Sequence[tuple[Any, str | None]]) -> list[Tensor]:
+    """Of each (parameter, moment; None: the float32 parameter itself) the whole value; ZeRO 1 and 2. Collective: one sum for
+    all of them.
+
+    Leans on `_hp_mapping` and `_dp_group` of a parameter: DeepSpeed's own `safe_get_full_fp32_param` sums one at a time.
+    """
+    sizes = [parameter.numel() for parameter, _ in asked]
+    first, _ = asked[0]
+    joined = torch.zeros(sum(sizes), dtype=torch.float32, device=first.device)
+    values = joined.split(sizes)
+    for (parameter, moment), value in zip(asked, values, strict=True):
+        mine = parameter._hp_mapping
+        if mine is not None:
+            place = mine.lp_fragment_address
+            value.narrow(0, place.start, place.numel).copy_(mine.get_hp_fragment(moment))
+    dist.all_reduce(joined, group=first._dp_group)
+    return [value.view(parameter.shape) for (parameter, _), value in zip(asked, values, strict=True)]
 
 
 def set_own_moment(parameter: Any, moment: str, value: Tensor) -> None:

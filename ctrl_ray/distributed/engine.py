@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,14 @@ from ctrl_ray.distributed.deepspeed_internals import (
     link_moments,
     set_own_moment,
     whole_shape,
+    whole_values,
 )
 from ctrl_ray.errors import NonFiniteError
 from ctrl_ray.planning.deepspeed_config import MOMENTS, deepspeed_config
 from ctrl_ray.policy.protocol import Inputs, Policy, TrainablePolicy, beside_reference
+
+_ELEMENTS_AT_A_TIME = 1 << 24
+"""64 MB of float32 state are gathered at a time."""
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
@@ -133,15 +137,32 @@ class PolicyEngine:
         """Float32 state on the CPU: parameters, moments and the optimizer's step count; collective.
 
         It does not depend on the ZeRO stage or on the number of workers. Keys: 'NAME', 'MOMENT/NAME' for every moment of
-        the optimizer, 'step'. One parameter is gathered at a time; a rank keeps those in `names` (None: all).
+        the optimizer, 'step'. At most _ELEMENTS_AT_A_TIME, or one parameter, are gathered at a time; a rank keeps those in
+        `names` (None: all).
         """
         state: dict[str, Tensor] = {"step": torch.tensor(float(self._updates))}
-        for name, parameter in self.policy.trainable_parameters().items():
-            for key, moment in ((name, None), *((f"{moment}/{name}", moment) for moment in self._moments)):
-                whole = self._get(parameter, moment)
+        for some in self._portions():
+            asked = [(name, parameter, moment) for name, parameter in some for moment in (None, *self._moments)]
+            values = self._get([(parameter, moment) for _, parameter, moment in asked])
+            for (name, _, moment), whole in zip(asked, values, strict=True):
                 if names is None or name in names:
-                    state[key] = _cpu(whole)
+                    state[name if moment is None else f"{moment}/{name}"] = _cpu(whole)
         return state
+
+    def _portions(self) -> Iterator[list[tuple[str, Any]]]:
+        """Parameters, by name, that are gathered together: many workers wait for each collective."""
+        together = self._config.scaling.zero_stage in (1, 2)
+        portion: list[tuple[str, Any]] = []
+        size = 0
+        for name, parameter in self.policy.trainable_parameters().items():
+            more = (1 + len(self._moments)) * whole_shape(parameter).numel()
+            if portion and (not together or size + more > _ELEMENTS_AT_A_TIME):
+                yield portion
+                portion, size = [], 0
+            portion.append((name, parameter))
+            size += more
+        if portion:
+            yield portion
 
     def sizes(self) -> dict[str, int]:
         """Elements of every trainable parameter, whole (ZeRO-3 leaves an empty tensor in its place)."""
@@ -174,14 +195,19 @@ class PolicyEngine:
             return list(self.policy.trainable_parameters().values())
         return flat_partitions(self.engine.optimizer, stage)
 
-    def _get(self, parameter: Any, moment: str | None) -> Tensor:
-        if self._config.scaling.zero_stage == 0:
-            return parameter if moment is None else self._optimizer.state[parameter][moment]
-        whole = (
-            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-        )
-        assert whole is not None and whole.shape == whole_shape(parameter)
-        return whole
+    def _get(self, asked: Sequence[tuple[Any, str | None]]) -> list[Tensor]:
+        """Whole values of (parameter, moment; None: the parameter itself)."""
+        stage = self._config.scaling.zero_stage
+        if stage == 0:
+            return [p if moment is None else self._optimizer.state[p][moment] for p, moment in asked]
+        if stage < 3:
+            return whole_values(asked)
+        found = [
+            safe_get_full_fp32_param(p) if moment is None else safe_get_full_optimizer_state(p, moment)
+            for p, moment in asked
+        ]
+        assert all(whole.shape == whole_shape(p) for whole, (p, _) in zip(found, asked, strict=True))
+        return found
 
     def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
         stage = self._config.scaling.zero_stage

@@ -66,7 +66,7 @@ from ctrl_ray.wording import text_table
 from tests.benchmarks.recipe import this_machine
 from tests.gpu.sd_shaped import write_sd_shaped
 
-MICRO_BATCH, NUM_STEPS, REAL_STEPS = 8, 10, 50
+MICRO_BATCH, REAL_STEPS = 8, 50
 _LAYERS, _WIDTH, _RANK = 128, 98, 128
 """2 · 98 · 128 trained elements a layer, 3.2 million in all; nothing is computed with them."""
 _LATENTS = (4, 64, 64)
@@ -82,9 +82,11 @@ class Card:
     backward: float
     score: float
     """Decode, classify and go back."""
+    num_steps: int
+    """Of a trajectory."""
 
     @classmethod
-    def named(cls, name: str) -> Card:
+    def named(cls, name: str, num_steps: int) -> Card:
         """By the operations of Stable Diffusion 1.5 and the rate that the planner takes for a card of that name."""
         machine = next(machine for machine in AWS_MACHINES if machine.gpu == name)
         rows, decodes = 2 * MICRO_BATCH, 2 * MICRO_BATCH  # a decode's gradient takes as much again
@@ -95,15 +97,17 @@ class Card:
             score=decodes
             * STABLE_DIFFUSION.decode
             / (GPU_UTILISATION * machine.flops("tf32"))
-            * NUM_STEPS
+            * num_steps
             / REAL_STEPS,
+            num_steps=num_steps,
         )
 
     def update(self, micro_batches: int) -> float:
         """Seconds of an update of `full` whose scoring is hidden but for the last micro-batch's."""
-        steps = NUM_STEPS - 1
+        steps = self.num_steps - 1
         return (
-            micro_batches * ((NUM_STEPS + 2 * steps + 1) * self.forward + (2 * steps + 1) * self.backward) + self.score
+            micro_batches * ((self.num_steps + 2 * steps + 1) * self.forward + (2 * steps + 1) * self.backward)
+            + self.score
         )
 
 
@@ -137,7 +141,7 @@ class WaitingDenoiser(nn.Module, PeftAdapterMixin):
 class WaitingBackbone(StableDiffusion):
     """A folder's configurations, a denoiser that waits, prompts that say nothing."""
 
-    card = Card(0, 0, 0)
+    card = Card(0, 0, 0, 0)
     latent_shape = _LATENTS
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32, *, empty: bool = False) -> nn.Module:
@@ -232,7 +236,7 @@ def measured_updates(folder: Path, card: Card, num_workers: int, num_actors: int
         num_updates=num_updates,
         checkpoint_every_updates=num_updates - 1,
         lora=LoraConfig(rank=_RANK, alpha=_RANK, target_modules=("to_q",)),
-        sampler=SamplerConfig(num_steps=NUM_STEPS, guidance_scale=7.5, reference_steps=1),
+        sampler=SamplerConfig(num_steps=card.num_steps, guidance_scale=7.5, reference_steps=1),
         rewards=RewardPoolConfig(num_actors=num_actors, cpus_per_actor=0.01, threads_per_actor=1),
         scaling=ScalingConfig(num_workers=num_workers, cpus_per_worker=0.01, threads_per_worker=1),
         evaluation=EvaluationConfig(every_updates=0, num_samples=1, batch_size=1),
@@ -318,11 +322,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--askers", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--card", default="H100", help="of those that the planner knows")
+    parser.add_argument("--steps", type=int, default=10, help=f"of a trajectory; a real one has {REAL_STEPS}")
     parser.add_argument("--updates", type=int, default=5)
     arguments = parser.parse_args(argv)
     if arguments.updates < 3:
         parser.error("--updates: 3 at least, the time of a checkpoint is told from those of the others")
-    card = Card.named(arguments.card)
+    card = Card.named(arguments.card, arguments.steps)
     print(
         f"{arguments.card}: forward {card.forward:.4f} s, backward {card.backward:.4f} s, scoring {card.score:.4f} s; an "
         f"update of two micro-batches {card.update(2):.2f} s"
@@ -356,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table([(4, actors) for actors in arguments.actors]), flush=True)
         for askers in arguments.askers:
             rate, of_a_core = dispatcher_rate(askers, 2, 10.0)
-            needed = WORKERS_A_DISPATCHER * 2 / card.update(2) * NUM_STEPS / REAL_STEPS
+            needed = WORKERS_A_DISPATCHER * 2 / card.update(2) * card.num_steps / REAL_STEPS
             print(
                 f"{askers} askers: {rate:.0f} requests/s, {of_a_core:.0f} a core of the dispatcher; its "
                 f"{WORKERS_A_DISPATCHER} workers ask for {needed:.1f}",
