@@ -2,7 +2,7 @@
 
 Importing torch, diffusers, transformers and DeepSpeed makes a million objects that stay. At its usual threshold the collector
 looks at them again and again: a fifth of the CPU time of the import (5.9 s with it, 4.8 s at ours, medians on one thread of an
-Intel Xeon), in every process of a run. No tensor waits for the collector: an update makes no cycle that holds one.
+AMD EPYC), in every process of a run. No tensor waits for the collector: an update makes no cycle that holds one.
 """
 
 from __future__ import annotations

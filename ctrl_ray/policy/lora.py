@@ -22,7 +22,7 @@ class _Joined(nn.Module):
     peft's own order makes a float32 copy of a 16-bit input, which the graph keeps, and multiplies in float32. It still computes
     where another adapter is active beside ours, or where the update is in the weights already.
 
-    Measured against it (2026-11-29, one thread of an Intel Xeon, `shapes` with LoRA on every layer, medians of pairs): forward
+    Measured against it (2026-11-29, one thread of an AMD EPYC, `shapes` with LoRA on every layer, medians of pairs): forward
     and backward of the policy in .92 of the CPU time in float32, .93 in bf16; a graph in bf16 takes .63 of the bytes, for
     Stable Diffusion 1.5 .77 by the planner's count. KL that rounding adds (`kl_noise_floor`, nats over 10 steps, without
     guidance and at 3): .0064 and .077 in bf16 (peft's order: .0059 and .077), .0006 and .0024 in fp16 (.0006 and .0023).
