@@ -8,13 +8,13 @@ import resource
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from ctrl_ray.cluster.variables import set_meanwhile
 from ctrl_ray.errors import ConfigError, ResourceError
 from ctrl_ray.ray_internals import silent_token_notice, socket_path, start_tells
 from ctrl_ray.runs.outputs import check_output
@@ -25,8 +25,8 @@ _FEWEST_FILES = 256
 """Open files that a local Ray and a few workers need; with 64 its processes die one after the other."""
 _OBJECT_STORE_BYTES = 512 * 2**20
 _OF_ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""In the environment of a local Ray's processes. Nobody announces that the machine is taken away, and each worker group would
-have a process (200 MB, two CPU seconds) that waits for it."""
+"""In the environment of a local Ray's processes, unless the user says otherwise. Nobody announces that the machine is taken
+away, and each worker group would have a process (200 MB, two CPU seconds) that waits for it."""
 
 
 def start_local_ray(num_cpus: int | None, *, verbose: bool) -> None:
@@ -37,7 +37,8 @@ def start_local_ray(num_cpus: int | None, *, verbose: bool) -> None:
     """
     check_environment()
     _bring_a_token()
-    with silent_token_notice(), _started_with(_OF_ONE_MACHINE):
+    variables = {name: os.environ.get(name, value) for name, value in _OF_ONE_MACHINE.items()}
+    with silent_token_notice(), set_meanwhile(variables):
         init_ray(
             "Ray did not start on this machine",
             "The machine may be too busy, or short of memory (RAM, /dev/shm), of room on the disk or of processes (ulimit -u): "
@@ -49,19 +50,6 @@ def start_local_ray(num_cpus: int | None, *, verbose: bool) -> None:
             log_to_driver=verbose,
             logging_level=logging.WARNING,
         )
-
-
-@contextmanager
-def _started_with(variables: Mapping[str, str]) -> Iterator[None]:
-    """Processes that are started meanwhile have these in their environment, where it does not say otherwise; this one keeps its
-    own."""
-    new = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in new})
-    try:
-        yield
-    finally:
-        for name in new:
-            del os.environ[name]
 
 
 def init_ray(what: str, remedy: str, **options: Any) -> None:

@@ -151,12 +151,11 @@ class PolicyEngine:
 
     def _portions(self) -> Iterator[list[tuple[str, Any]]]:
         """Parameters, by name, that are gathered together: many workers wait for each collective."""
-        together = self._config.scaling.zero_stage in (1, 2)
         portion: list[tuple[str, Any]] = []
         size = 0
         for name, parameter in self.policy.trainable_parameters().items():
             more = (1 + len(self._moments)) * whole_shape(parameter).numel()
-            if portion and (not together or size + more > _ELEMENTS_AT_A_TIME):
+            if portion and size + more > _ELEMENTS_AT_A_TIME:
                 yield portion
                 portion, size = [], 0
             portion.append((name, parameter))

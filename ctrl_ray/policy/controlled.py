@@ -70,14 +70,14 @@ class ControlledPolicy(TrainablePolicy):
         else:
             denoiser.requires_grad_(False)
         self.lora, self.kind = lora, kind
-        if lora is not None and kind == "embedding":
-            _targets(backbone, denoiser, lora)
-            add_lora(denoiser, lora, seed)
-        elif lora is not None:
+        if lora is not None:
             targets = _targets(backbone, denoiser, lora)
-            add_label_gains(targets, num_classes, lora.rank, seed)
-            for layer in targets.values():
-                layer.register_forward_hook(self._add_label_gains)
+            if kind == "embedding":
+                add_lora(denoiser, lora, seed)
+            else:
+                add_label_gains(targets, num_classes, lora.rank, seed)
+                for layer in targets.values():
+                    layer.register_forward_hook(self._add_label_gains)
         point, width = backbone.embedding_point(denoiser)
         self.controls = ControlEmbeddings(num_classes, None if lora is not None and kind == "gains" else width)
         self._lora_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]

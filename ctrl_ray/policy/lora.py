@@ -11,6 +11,7 @@ from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
 
 from ctrl_ray.config import LoraConfig
+from ctrl_ray.policy.joined import join_convolution, join_linear
 
 LORA_NAME = "default"
 """peft's name of our LoRA in a denoiser, which may hold others beside it."""
@@ -80,7 +81,7 @@ class _UpLinear(nn.Linear):
         weight = self.weight.to(inner.dtype)
         if output is None:
             return F.linear(inner, weight)
-        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), weight.t(), alpha=scale).view_as(output)
+        return join_linear(output, inner, weight, scale)
 
 
 class _UpConv2d(nn.Conv2d):
@@ -91,8 +92,7 @@ class _UpConv2d(nn.Conv2d):
         weight = self.weight.to(inner.dtype)
         if output is None:
             return F.conv2d(inner, weight)
-        weights = weight.flatten(1).expand(len(inner), -1, -1)
-        return torch.baddbmm(output.flatten(2), weights, inner.flatten(2), alpha=scale).view_as(output)
+        return join_convolution(output, inner, weight.flatten(1).expand(len(inner), -1, -1), scale)
 
 
 _JOINED = {

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ctrl_ray.cluster.variables import set_meanwhile
+
 _STOPPING = b"\nstopping; the sweep's state is being written (once more: at once)\n"
 
 
@@ -39,16 +41,11 @@ def interruptible_tune() -> Iterator[None]:
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt}
     handlers[signal.SIGUSR1] = interrupt_at_once  # until Ray Tune takes it
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    setting = os.environ.get("TUNE_DISABLE_SIGINT_HANDLER")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     try:
-        yield
+        with set_meanwhile({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
+            yield
         if received.is_set():
             raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if setting is None:
-            del os.environ["TUNE_DISABLE_SIGINT_HANDLER"]
-        else:
-            os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = setting

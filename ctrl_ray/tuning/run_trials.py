@@ -13,6 +13,7 @@ import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from ctrl_ray.cluster.variables import set_meanwhile
 from ctrl_ray.config import TrainConfig
 from ctrl_ray.ray_internals import free_resources_by_node, trials_of
 from ctrl_ray.tuning.concurrency import concurrent_trials, trial_bundles
@@ -116,15 +117,12 @@ def _quiet_tune() -> Iterator[None]:
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",
     }
-    before = {name: os.environ.get(name) for name in settings}
     logger = logging.getLogger("ray.tune")
     level = logger.level
-    os.environ.update(settings)
     if not os.environ.get("CTRL_RAY_VERBOSE"):
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with set_meanwhile(settings):
+            yield
     finally:
         logger.setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)

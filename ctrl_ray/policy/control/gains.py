@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrl_ray.errors import ConfigError
+from ctrl_ray.policy.joined import join_convolution, join_linear
 
 GAINS = "label_gains"
 """Name of the module that an adapted layer gets."""
@@ -66,11 +67,9 @@ class LabelGains(nn.Module):
         if down.dim() == 2:
             inner = F.linear(layer_input, down)
             inner = inner * gains.reshape(len(gains), *[1] * (inner.dim() - 2), -1)
-            sums = torch.addmm(layer_output.flatten(0, -2), inner.flatten(0, -2), up.t())
-            return sums.view_as(layer_output)
+            return join_linear(layer_output, inner, up)
         inner = F.conv2d(layer_input, down, None, *self._geometry)
-        by_sample = up * gains[:, None, :]
-        return torch.baddbmm(layer_output.flatten(2), by_sample, inner.flatten(2)).view_as(layer_output)
+        return join_convolution(layer_output, inner, up * gains[:, None, :])
 
     def folded(self, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
         """W + Σ_controls B (scale · diag(g[label])) A, float32 in the shape of W: the layer's weight for one sample's labels
